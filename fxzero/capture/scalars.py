@@ -1,0 +1,163 @@
+"""Numbers that change from step to step: symbolic while tracing, guarded where they steer control flow.
+
+[Note: scalars]
+Learning rates, betas and step counts are Python numbers in eager mode, and their arithmetic is done in doubles on
+the host. To be bit-equal the captured graph does the same: a float hyperparameter is a symbolic float, so that
+`1 - beta1 ** step` becomes nodes that compute with Python floats, and `.item()` of a 0-dim host tensor (Adam's
+`step`) is a node that reads it. Where an optimizer branches on such a number (`if weight_decay != 0`, RAdam's
+`rho > 5`), the symbol's current value decides and the condition is recorded as a guard. A graph is used again only
+while all its guards hold; a scheduler that merely changes values never recaptures.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxzero import compat
+
+aten = torch.ops.aten
+
+# how sympy functions that torch puts into guards are computed on Python numbers
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "FloatPow": operator.pow,
+    "PowByNatural": operator.pow,
+    "FloatTrueDiv": operator.truediv,
+    "IntTrueDiv": operator.truediv,
+    "FloorDiv": operator.floordiv,
+    "PythonMod": operator.mod,
+    "Mod": operator.mod,
+    "ToFloat": float,
+    "TruncToInt": math.trunc,
+    "FloorToInt": math.floor,
+    "CeilToInt": math.ceil,
+    "RoundToInt": round,
+    "Max": max,
+    "Min": min,
+    "OpaqueUnaryFn_sqrt": math.sqrt,
+    "OpaqueUnaryFn_exp": math.exp,
+    "OpaqueUnaryFn_log": math.log,
+}
+
+
+class ScalarReader(TorchDispatchMode):
+    """While tracing, gives every host scalar that is read by `.item()` its present value as a hint.
+
+    It keeps a real twin of each 0-dim host tensor among the state (and of what is computed from twins alone).
+
+    Args:
+        env: the symbol environment of the capture.
+    """
+
+    def __init__(self, env: Any) -> None:
+        super().__init__()
+        self.env = env
+        self.twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.reads: list[tuple[Any, torch.fx.Node]] = []  # (symbol, node that yields the number)
+        self.last_op: Any = None
+
+    def follow(self, traced: torch.Tensor, real: torch.Tensor) -> None:
+        """`traced` stands for `real` (a 0-dim host tensor)."""
+        with compat.no_modes():
+            self.twins[id(traced)] = (traced, real.detach().clone())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.last_op = func
+        out = func(*args, **kwargs)
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        if not tensors or not all(id(t) in self.twins for t in tensors):
+            return out
+        if func is aten._local_scalar_dense.default:
+            return self._hinted(out, self.twins[id(args[0])][1])
+        self._run_twin(func, args, kwargs, out)
+        return out
+
+    def _run_twin(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        def real(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return self.twins[id(value)][1]
+            if isinstance(value, (torch.SymFloat, torch.SymInt)):
+                return value.node.hint
+            return value
+
+        if not isinstance(out, torch.Tensor) or out.dim() != 0:
+            return
+        with compat.no_modes():
+            result = func(*map(real, args), **{k: real(v) for k, v in kwargs.items()})
+        if isinstance(result, torch.Tensor):
+            self.twins[id(out)] = (out, result)
+
+    def _hinted(self, recorded: Any, real: torch.Tensor) -> Any:
+        if not isinstance(recorded, torch.SymFloat):
+            return recorded
+        with compat.no_modes():
+            value = float(real)
+        hinted = compat.symbolic_float(self.env, value, name=f"read{len(self.reads)}")
+        if not isinstance(hinted, torch.SymFloat):
+            return recorded
+        self.reads.append((compat.symbol_of(hinted), compat.rebind_scalar(recorded, hinted)))
+        return hinted
+
+
+class SymbolicTensors(TorchFunctionMode):
+    """While tracing, `torch.tensor(symbolic)` stays symbolic; torch would freeze the present value."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor) and args and isinstance(args[0], (torch.SymFloat, torch.SymInt)):
+            dtype = torch.get_default_dtype() if isinstance(args[0], torch.SymFloat) else torch.int64
+            return torch.scalar_tensor(args[0], **{"dtype": dtype, **kwargs})
+        return func(*args, **kwargs)
+
+
+@dataclass
+class Guards:
+    """The conditions on scalars under which a captured graph is the right one.
+
+    Args:
+        conditions: (text, compiled condition, names of the scalars that it takes).
+        readers: scalar name -> function of the current inputs that yields it (hyperparameters and state scalars by
+            name, reads of 0-dim tensors by a small program cut from the graph).
+    """
+
+    conditions: list[tuple[str, Callable[..., Any], tuple[str, ...]]] = field(default_factory=list)
+    readers: dict[str, Callable[[Callable[[str, str], Any]], Any]] = field(default_factory=dict)
+    _seen: dict[tuple[Any, ...], bool] = field(default_factory=dict)
+
+    def hold(self, lookup: Callable[[str, str], Any]) -> bool:
+        """Whether every condition is true now.
+
+        Args:
+            lookup: (kind, name) of a state entry -> its current value.
+        """
+        if not self.conditions:
+            return True
+        values = {name: read(lookup) for name, read in self.readers.items()}
+        key = tuple(values.values())
+        if key not in self._seen:
+            if len(self._seen) > 4096:
+                self._seen.clear()
+            self._seen[key] = all(test(*(values[n] for n in names)) for _, test, names in self.conditions)
+        return self._seen[key]
+
+    def __str__(self) -> str:
+        return "; ".join(text for text, _, _ in self.conditions) or "none"
+
+
+def compile_condition(expr: Any, names: dict[Any, str]) -> tuple[str, Callable[..., Any], tuple[str, ...]]:
+    """A guard expression as text, as a Python function of its scalars, and the names of those."""
+    symbols = sorted(expr.free_symbols, key=str)
+    test = sympy.lambdify(symbols, expr, modules=[_FUNCTIONS, "math"])
+    text = str(expr)
+    for symbol in symbols:
+        text = text.replace(str(symbol), names[symbol])
+    return text, test, tuple(names[symbol] for symbol in symbols)

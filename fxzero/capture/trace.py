@@ -1,0 +1,460 @@
+"""The trace itself: forward, loss, backward and optimizer step, run once on fake tensors.
+
+[Note: one trace]
+`make_fx` sees the whole step under torch's functionalization mode (the way AOTAutograd traces a joint graph), so
+that in-place ops of the model, buffer updates and the optimizer's own mutations come out as plain functional nodes,
+and the nodes carry the module that was running. Nothing runs for real: parameters, buffers, optimizer state and the
+batch are fakes with the single-device shapes, whatever the live tensors are (shards, meta tensors).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import annotate, preserve_node_meta
+from torch.nn.modules import module as nn_module
+from torch.utils import _pytree as pytree
+
+from fxzero import compat
+from fxzero.capture.clean import clean
+from fxzero.capture.inventory import Inventory, hyperparameters, state_name, with_hyperparameters
+from fxzero.capture.scalars import Guards, ScalarReader, SymbolicTensors, compile_condition
+from fxzero.capture.signature import flatten_batch
+from fxzero.errors import CaptureError, FxzeroError
+from fxzero.graph import StateEntry, StepGraph
+
+LossFn = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A captured step.
+
+    Args:
+        step: the graph, with single-device meaning.
+        guards: the conditions on scalars under which it holds.
+        constants: real tensors that the model kept outside parameters and buffers, by entry name.
+    """
+
+    step: StepGraph
+    guards: Guards
+    constants: dict[str, torch.Tensor]
+
+
+@dataclass
+class _Inputs:
+    """Traced inputs in placeholder order, and where each goes."""
+
+    entries: list[StateEntry] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)
+
+    def add(self, entry: StateEntry, value: Any) -> int:
+        self.entries.append(entry)
+        self.values.append(value)
+        return len(self.values) - 1
+
+
+class _StepTracer:
+    """Traces one step; see [Note: one trace]."""
+
+    def __init__(self, inventory: Inventory, loss: LossFn | None, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.inventory = inventory
+        self.loss = loss
+        self.env = compat.new_shape_env()
+        self.mode = compat.new_fake_mode(self.env)
+        self.reader = ScalarReader(self.env)
+        self.path: list[str] = []
+        self.boundaries: dict[str, int] = {}
+        self.results: list[tuple[str, str]] = []
+        self.inputs = _Inputs()
+        self.symbols: dict[Any, tuple[str, str]] = {}
+        self.batch_leaves, self.batch_structure = flatten_batch(args, kwargs)
+
+    # ---- inputs
+
+    def declare(self, *, fresh: bool) -> None:
+        """Make a fake input for everything that the step reads."""
+        for kind, tensors in (("parameter", self.inventory.parameters), ("buffer", self.inventory.buffers)):
+            for name, tensor in tensors.items():
+                self.inputs.add(StateEntry(kind, name, tuple(tensor.shape)), self._fake(tensor))
+        for param, key, value in self.inventory.optimizer_state():
+            if not fresh and _is_tensor_or_number(value):
+                shape = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+                self._declare_scalar_or_tensor(StateEntry("optimizer", state_name(param, key), shape, param), value)
+        for index, group in enumerate(self.inventory.optimizer.param_groups):
+            for path, value in hyperparameters(group):
+                if isinstance(value, (float, torch.Tensor)):
+                    shape = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+                    self._declare_scalar_or_tensor(StateEntry("hyperparameter", f"groups.{index}.{path}", shape), value)
+        for path, leaf in self.batch_leaves:
+            if isinstance(leaf, torch.Tensor):
+                self.inputs.add(StateEntry("batch", path, tuple(leaf.shape)), compat.fake_like(self.mode, leaf))
+
+    def _declare_scalar_or_tensor(self, entry: StateEntry, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            self.inputs.add(entry, self._fake(value))
+            return
+        if isinstance(value, int):
+            symbol = compat.symbolic_int(self.env, value, name=f"{entry.kind}:{entry.name}")
+        else:
+            symbol = compat.symbolic_float(self.env, value, name=f"{entry.kind}:{entry.name}")
+        if not isinstance(symbol, (float, int)):
+            self.symbols[compat.symbol_of(symbol)] = entry.key
+        self.inputs.add(entry, symbol)
+
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        device = "cpu" if tensor.device.type == "meta" else tensor.device
+        with self.mode:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+    # ---- the step
+
+    def run(self, *values: Any) -> list[Any]:
+        """One training step on traced values, in the order of `self.inputs`."""
+        with compat.functional_mode(), self.reader, SymbolicTensors():
+            wrapped = [compat.to_functional(v) if isinstance(v, torch.Tensor) else v for v in values]
+            table = {e.key: v for e, v in zip(self.inputs.entries, wrapped, strict=True)}
+            self._follow_host_scalars(table)
+            parameters = {n: table[("parameter", n)] for n in self.inventory.parameters}
+            for name, value in parameters.items():
+                value.requires_grad_(self.inventory.parameters[name].requires_grad)
+            buffers = {n: table[("buffer", n)] for n in self.inventory.buffers}
+            tensors = {**parameters, **buffers}
+            with compat.reparametrized(self.inventory.model, tensors), self._module_paths():
+                loss, metrics = self._forward(table)
+                buffers = {name: self._buffer_now(name) for name in buffers}
+                self.boundaries["backward"] = compat.traced_nodes()
+                gradients = self._backward(loss, parameters)
+            self.boundaries["update"] = compat.traced_nodes()
+            out: dict[tuple[str, str], Any] = {("loss", "loss"): loss.detach()}
+            out.update({("metric", name): value.detach() for name, value in metrics.items()})
+            out.update({("gradient", name): g for name, g in gradients.items() if g is not None})
+            out.update(self._update(table, parameters, gradients))
+            out.update({("buffer", name): value for name, value in buffers.items()})
+            self.results = list(out)
+            return [_unwrap(value) for value in out.values()]
+
+    def _follow_host_scalars(self, table: dict[tuple[str, str], Any]) -> None:
+        for param, key, value in self.inventory.optimizer_state():
+            entry = ("optimizer", state_name(param, key))
+            if entry in table and _is_host_scalar(value):
+                self.reader.follow(table[entry], value)
+        for index, group in enumerate(self.inventory.optimizer.param_groups):
+            for path, value in hyperparameters(group):
+                if _is_host_scalar(value):
+                    self.reader.follow(table[("hyperparameter", f"groups.{index}.{path}")], value)
+
+    def _forward(self, table: dict[tuple[str, str], Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        leaves = [table.get(("batch", path), leaf) for path, leaf in self.batch_leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.batch_structure)
+        model = self.inventory.model
+        out = model(*args, **kwargs) if self.loss is None else self.loss(model, *args, **kwargs)
+        metrics: dict[str, torch.Tensor] = {}
+        if self.loss is not None and isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict):
+            out, metrics = out
+        if not isinstance(out, torch.Tensor):
+            out = out.get("loss") if isinstance(out, dict) else getattr(out, "loss", out)
+        _check_loss(out)
+        for name, value in metrics.items():
+            if not isinstance(value, torch.Tensor):
+                raise CaptureError.of(
+                    where=f"metric {name!r} of the loss function",
+                    expected="a tensor",
+                    got=type(value).__name__,
+                    fix="return numbers that do not depend on tensors outside of the step",
+                )
+        return out, metrics
+
+    def _buffer_now(self, name: str) -> torch.Tensor:
+        owner, _, attribute = name.rpartition(".")
+        return getattr(self.inventory.model.get_submodule(owner), attribute)
+
+    def _backward(
+        self, loss: torch.Tensor, parameters: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor | None]:
+        compat.tag_backward_nodes(loss)
+        names = self.inventory.optimized
+        gradients = torch.autograd.grad(loss, [parameters[n] for n in names], allow_unused=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is not None and gradient.layout != torch.strided:
+                raise CaptureError.of(
+                    where=f"gradient of {name}",
+                    expected="a dense gradient",
+                    got=str(gradient.layout),
+                    fix="build the embedding with sparse=False",
+                )
+        return dict(zip(names, gradients, strict=True))
+
+    def _update(
+        self,
+        table: dict[tuple[str, str], Any],
+        parameters: dict[str, torch.Tensor],
+        gradients: dict[str, torch.Tensor | None],
+    ) -> dict[tuple[str, str], Any]:
+        optimizer = clone_optimizer(self.inventory.optimizer)
+        optimizer.param_groups = []
+        for index, group in enumerate(self.inventory.optimizer.param_groups):
+            traced = {
+                path: table[("hyperparameter", f"groups.{index}.{path}")]
+                for path, _ in hyperparameters(group)
+                if ("hyperparameter", f"groups.{index}.{path}") in table
+            }
+            optimizer.param_groups.append(
+                {
+                    **with_hyperparameters(group, traced),
+                    "params": [parameters[n] for n in self.inventory.groups[index]],
+                }
+            )
+        for_loop_form(optimizer)
+        before = [dict(hyperparameters(group)) for group in optimizer.param_groups]
+        optimizer.state = defaultdict(dict)
+        for param, key, value in self.inventory.optimizer_state():
+            name = ("optimizer", state_name(param, key))
+            if name in table or not _is_tensor_or_number(value):
+                optimizer.state[parameters[param]][key] = table.get(name, value)
+        for name, gradient in gradients.items():
+            parameters[name].grad = gradient
+        type(optimizer).step(optimizer)  # type: ignore[call-arg]
+        _check_hyperparameters_unchanged(optimizer, before)
+        out: dict[tuple[str, str], Any] = {("parameter", name): value for name, value in parameters.items()}
+        for name, value in parameters.items():
+            value.grad = None
+            for key, item in optimizer.state.get(value, {}).items():
+                if _is_tensor_or_number(item):
+                    out[("optimizer", state_name(name, key))] = item
+        return out
+
+    # ---- provenance
+
+    @contextlib.contextmanager
+    def _module_paths(self) -> Iterator[None]:
+        names = {module: name for name, module in self.inventory.model.named_modules(remove_duplicate=True)}
+        stack = contextlib.ExitStack()
+        entered: list[contextlib.ExitStack] = []
+
+        def enter(module: nn.Module, _: Any) -> None:
+            if module in names:
+                self.path.append(names[module])
+                scope = contextlib.ExitStack()
+                scope.enter_context(annotate({"module": names[module]}))
+                entered.append(scope)
+
+        def leave(module: nn.Module, _: Any, __: Any) -> None:
+            if module in names:
+                self.path.pop()
+                entered.pop().close()
+
+        handles = [
+            nn_module.register_module_forward_pre_hook(enter),
+            nn_module.register_module_forward_hook(leave),
+        ]
+        try:
+            with stack, annotate({"module": ""}):
+                yield
+        finally:
+            while entered:
+                entered.pop().close()
+            for handle in handles:
+                handle.remove()
+
+
+def capture_step(
+    inventory: Inventory,
+    loss: LossFn | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    fresh: bool = False,
+) -> Capture:
+    """Trace one whole training step; model, optimizer and random state are as before afterwards.
+
+    Args:
+        inventory: the model and its optimizer; its state must exist already (see `fxzero.runtime.priming`).
+        loss: `loss(model, *args, **kwargs)` -> scalar, or (scalar, dict of metric tensors); None where the model
+            returns the scalar or an object with `.loss`.
+        args, kwargs: one batch.
+        fresh: trace the optimizer's first step, with no state.
+
+    Raises:
+        CaptureError: naming module, op and source line.
+    """
+    tracer = _StepTracer(inventory, loss, args, kwargs)
+    tracer.declare(fresh=fresh)
+    with _untouched(inventory.model), contextlib.ExitStack() as stack:
+        stack.enter_context(compat.tracing_context(tracer.mode))
+        stack.enter_context(preserve_node_meta())
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(tracer.mode)
+        try:
+            module = make_fx(tracer.run, tracing_mode="real", _allow_non_fake_inputs=True)(*tracer.inputs.values)
+        except FxzeroError:
+            raise
+        except Exception as error:
+            raise _capture_error(tracer, error) from error
+    guards = _collect_guards(tracer, module.graph)
+    step, constants = clean(
+        module,
+        entries=tracer.inputs.entries,
+        results=tracer.results,
+        boundaries=tracer.boundaries,
+        optimized=inventory.optimized,
+        mode=tracer.mode,
+    )
+    _freeze_unused(tracer, step, guards)
+    return Capture(step, guards, constants)
+
+
+def clone_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """A shallow twin that steps in the for-loop form, per parameter, whatever the original's `foreach` / `fused`."""
+    twin = object.__new__(type(optimizer))
+    twin.__dict__.update(optimizer.__dict__)
+    twin.__dict__.pop("step", None)  # LR schedulers put a wrapper there that is bound to the original
+    twin.param_groups = [dict(group) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        if group.get("differentiable"):
+            raise CaptureError.of(
+                where=f"{type(optimizer).__name__}.param_groups",
+                expected="differentiable=False",
+                got="differentiable=True",
+                fix="fxzero does not differentiate through updates",
+            )
+    return twin
+
+
+def for_loop_form(optimizer: torch.optim.Optimizer) -> None:
+    """Let a twin update one parameter at a time: the form that can run bucket by bucket."""
+    for group in optimizer.param_groups:
+        group.update({key: False for key in ("foreach", "fused") if key in group})
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward leaves on modules (cached tables, counters), and restore the random state."""
+    saved = [(module, {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()}) for module in model.modules()]
+    with torch.random.fork_rng(enabled=True):
+        try:
+            yield
+        finally:
+            for module, attributes in saved:
+                for name in set(vars(module)) - set(attributes):
+                    vars(module).pop(name)
+                vars(module).update(attributes)
+
+
+def _unwrap(value: Any) -> Any:
+    return compat.from_functional(value.detach()) if isinstance(value, torch.Tensor) else value
+
+
+def _is_tensor_or_number(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def _is_host_scalar(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 0 and value.device.type == "cpu"
+
+
+def _check_loss(loss: Any) -> None:
+    def refuse(got: str, fix: str) -> None:
+        raise CaptureError.of(where="loss", expected="a differentiable scalar tensor", got=got, fix=fix)
+
+    if not isinstance(loss, torch.Tensor):
+        refuse(
+            type(loss).__name__,
+            "pass loss=fn with fn(model, *args, **kwargs) -> scalar, or let the model return .loss",
+        )
+    if loss.numel() != 1:
+        refuse(f"a tensor of shape {tuple(loss.shape)}", "reduce it, e.g. with .mean()")
+    if not loss.dtype.is_floating_point:
+        refuse(f"dtype {loss.dtype}", "return a floating-point loss")
+    if not loss.requires_grad:
+        refuse("a tensor that needs no gradient", "check that the loss depends on trainable parameters, outside no_grad")
+
+
+def _check_hyperparameters_unchanged(optimizer: torch.optim.Optimizer, before: list[dict[str, Any]]) -> None:
+    for index, group in enumerate(optimizer.param_groups):
+        for path, value in hyperparameters(group):
+            if value is not before[index].get(path, value) and not isinstance(value, (bool, str)):
+                raise CaptureError.of(
+                    where=f"{type(optimizer).__name__}.param_groups[{index}][{path!r}]",
+                    expected="hyperparameters that step() only reads",
+                    got="one that step() changes",
+                    fix="keep what changes each step in optimizer.state[parameter]",
+                )
+
+
+def _collect_guards(tracer: _StepTracer, graph: fx.Graph) -> Guards:
+    guards = Guards()
+    conditions = [guard.expr for guard in tracer.env.guards]
+    used = set().union(*(expr.free_symbols for expr in conditions)) if conditions else set()
+    names: dict[Any, str] = {}
+    for symbol in used:
+        if symbol in tracer.symbols:
+            kind, name = tracer.symbols[symbol]
+            names[symbol] = name
+            guards.readers[name] = lambda lookup, kind=kind, name=name: lookup(kind, name)
+    placeholders = {n: e for n, e in zip(graph.find_nodes(op="placeholder"), tracer.inputs.entries, strict=True)}
+    for symbol, node in tracer.reader.reads:
+        if symbol in used:
+            names[symbol] = node.name
+            guards.readers[node.name] = _reader_program(node, placeholders)
+    for expr in conditions:
+        if expr.free_symbols <= set(names):
+            guards.conditions.append(compile_condition(expr, names))
+    return guards
+
+
+def _freeze_unused(tracer: _StepTracer, step: StepGraph, guards: Guards) -> None:
+    """A number that left no trace in the graph may still have shaped it: its value becomes a condition."""
+    for entry, value in zip(tracer.inputs.entries, tracer.inputs.values, strict=True):
+        if entry.kind == "hyperparameter" and step.input(*entry.key) is None and not isinstance(value, torch.Tensor):
+            now = value.node.hint if isinstance(value, (torch.SymFloat, torch.SymInt)) else value
+            guards.readers[entry.name] = lambda lookup, key=entry.key: lookup(*key)
+            guards.conditions.append((f"{entry.name} == {now!r}", lambda got, now=now: got == now, (entry.name,)))
+
+
+def _reader_program(node: fx.Node, placeholders: dict[fx.Node, StateEntry]) -> Callable[..., Any]:
+    """The few ops that lead from state to one number, cut from the graph."""
+    from fxzero.graph.step_graph import ancestors
+
+    needed = ancestors([node])
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    entries = []
+    for old in node.graph.nodes:
+        if old in needed:
+            mapping[old] = graph.node_copy(old, lambda n: mapping[n])
+            if old.op == "placeholder":
+                entries.append(placeholders[old])
+    graph.output(mapping[node])
+    program = fx.GraphModule(nn.Module(), graph)
+    return lambda lookup: program(*(lookup(e.kind, e.name) for e in entries))
+
+
+def _capture_error(tracer: _StepTracer, error: Exception) -> CaptureError:
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = ("/torch/", "/fxzero/capture/", "/fxzero/compat.py", "/sympy/")
+    own = [frame for frame in frames if not any(part in frame.filename for part in inside)]
+    in_optimizer = [frame for frame in frames if "/torch/optim/" in frame.filename]
+    frame = (own or in_optimizer or list(frames))[-1]
+    phase = "update" if "update" in tracer.boundaries else "backward" if "backward" in tracer.boundaries else "forward"
+    module = tracer.path[-1] if tracer.path else ""
+    model = type(tracer.inventory.model).__name__
+    where = f"module {module!r} of {model}" if phase == "forward" else phase
+    if phase == "update":
+        where = f"{type(tracer.inventory.optimizer).__name__}.step"
+    return CaptureError.of(
+        where=f"{where}, op {tracer.reader.last_op}, {frame.filename}:{frame.lineno} ({(frame.line or '').strip()})",
+        expected="code whose control flow does not depend on tensor values, on ops that have a fake kernel",
+        got=f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}",
+        fix="replace the branch by torch.where, or move it out of the step",
+    )

@@ -1,0 +1,206 @@
+"""The one place where private names of torch are used; one function each, for torch 2.11 to 2.13.
+
+Everything here is a thin door: no fxzero logic, no state. When a torch release moves something, this is the
+file to change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+
+def new_shape_env() -> ShapeEnv:
+    """A fresh symbol environment for the scalars of one capture."""
+    return ShapeEnv()
+
+
+def new_fake_mode(shape_env: ShapeEnv | None = None) -> Any:
+    """A fake tensor mode that also takes real tensors that a model keeps outside parameters and buffers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=shape_env or ShapeEnv())
+
+
+def fake_like(mode: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """The fake twin of `tensor`, with static shape."""
+    return mode.from_tensor(tensor, static_shapes=True)
+
+
+def is_fake(value: object) -> bool:
+    """Whether `value` is a fake tensor."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
+def fake_mode_of(value: torch.Tensor) -> Any:
+    """The mode that a fake tensor belongs to."""
+    return value.fake_mode  # type: ignore[attr-defined]
+
+
+def symbolic_float(env: ShapeEnv, value: float, *, name: str) -> Any:
+    """A symbolic float with a hint: arithmetic on it is traced, comparisons become recorded guards.
+
+    Returns:
+        The SymFloat, or the plain float where torch makes none of this value (nan, inf).
+    """
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    source = ConstantSource(name)
+    symbol = env.create_unspecified_symbol(float(value), source=source, dynamic_dim=DimDynamic.DYNAMIC)
+    return env.create_symfloatnode(symbol, hint=float(value), source=source)
+
+
+def symbol_of(value: Any) -> Any:
+    """The sympy symbol behind a SymFloat made by `symbolic_float`."""
+    return value.node.expr
+
+
+def rebind_scalar(recorded: Any, replacement: Any) -> torch.fx.Node:
+    """`replacement` (symbolic, with a hint) stands for the same traced scalar as `recorded` (without one).
+
+    Returns:
+        The node that yields the scalar.
+    """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, set_proxy_slot
+
+    mode = get_proxy_mode()
+    assert mode is not None, "only while tracing"
+    proxy = get_proxy_slot(recorded, mode.tracer)
+    set_proxy_slot(replacement, mode.tracer, proxy)
+    return proxy.force().node  # type: ignore[union-attr]
+
+
+def traced_nodes() -> int:
+    """How many nodes the trace in progress holds; 0 outside of one."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    return 0 if mode is None else len(mode.tracer.graph.nodes)
+
+
+def functional_mode() -> Any:
+    """The mode under which in-place ops and views are traced as functional ones."""
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+    return FunctionalTensorMode()
+
+
+def to_functional(tensor: torch.Tensor) -> torch.Tensor:
+    """Wrap a tensor for `functional_mode`."""
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return FunctionalTensor.to_functional(tensor)
+
+
+def from_functional(tensor: torch.Tensor) -> torch.Tensor:
+    """The current value of a tensor wrapped by `to_functional`."""
+    torch._sync(tensor)
+    return torch._from_functional_tensor(tensor.elem)  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def reparametrized(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Run the block with `module`'s parameters and buffers replaced, tied names together."""
+    from torch.nn.utils.stateless import _reparametrize_module
+
+    with _reparametrize_module(module, dict(tensors), tie_weights=True):
+        yield
+
+
+@contextlib.contextmanager
+def tracing_context(fake_mode: Any) -> Iterator[None]:
+    """Make `fake_mode` the one that nested tracing tools find."""
+    from torch._guards import TracingContext, tracing
+
+    with tracing(TracingContext(fake_mode)):
+        yield
+
+
+def tag_backward_nodes(loss: torch.Tensor) -> None:
+    """Let nodes traced while `loss` is differentiated carry the sequence number of their forward node."""
+    from torch._functorch._aot_autograd.logging_utils import setup_stacktrace_preservation_hooks
+
+    if loss.grad_fn is not None:
+        setup_stacktrace_preservation_hooks([loss.grad_fn])
+
+
+def default_store() -> Any:
+    """The key-value store of the default process group."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Tell LR schedulers that the optimizer has stepped (they warn otherwise)."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def local_tensor_mode(world_size: int) -> Any:
+    """Run the block for `world_size` ranks in one process, with real numerics."""
+    from torch.distributed._local_tensor import LocalTensorMode
+
+    return LocalTensorMode(world_size)
+
+
+def local_int(values: Mapping[int, int]) -> Any:
+    """An int that differs by rank, under `local_tensor_mode`."""
+    from torch.distributed._local_tensor import LocalIntNode
+
+    node = LocalIntNode(dict(values))
+    return torch.SymInt(node)
+
+
+def local_tensor(values: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """A tensor that differs by rank, under `local_tensor_mode`."""
+    from torch.distributed._local_tensor import LocalTensor
+
+    return LocalTensor(dict(values))
+
+
+def local_values(value: Any) -> dict[int, torch.Tensor]:
+    """The per-rank tensors of a value made under `local_tensor_mode`."""
+    return dict(value._local_tensors)
+
+
+def fake_process_group(world_size: int) -> None:
+    """Start a default process group of `world_size` ranks whose collectives move nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+
+
+def optimizer_hooks(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the step hooks that a user registered on `optimizer`."""
+    found = []
+    for attribute in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        found += [getattr(hook, "__name__", repr(hook)) for hook in getattr(optimizer, attribute, {}).values()]
+    return found
+
+
+def dtensor_spec(tensor: Any) -> Any:
+    """The placement record of a DTensor."""
+    return tensor._spec
+
+
+def symbolic_int(env: ShapeEnv, value: int, *, name: str) -> Any:
+    """A symbolic int with a hint, not specialized on 0 or 1; see `symbolic_float`."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    source = ConstantSource(name)
+    symbol = env.create_unspecified_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+    return env.create_symintnode(symbol, hint=value, source=source)
+
+
+def no_modes() -> Any:
+    """Run the block on real tensors, outside of every tracing and fake mode."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()

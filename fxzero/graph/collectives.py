@@ -1,0 +1,101 @@
+"""The table of collectives that a step graph may hold, and how to recognise their parts.
+
+All are torch's functional collectives: they yield a tensor that must go through `wait_tensor` before anything else
+reads it. The group argument names a mesh axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxzero.graph import ops
+from fxzero.graph.step_graph import num_bytes
+
+# the namespace of torch's functional collectives; the names in it are what torch documents
+_C10D = torch.ops._c10d_functional
+
+all_gather = _C10D.all_gather_into_tensor.default
+all_gather_coalesced = _C10D.all_gather_into_tensor_coalesced.default
+reduce_scatter = _C10D.reduce_scatter_tensor.default
+reduce_scatter_coalesced = _C10D.reduce_scatter_tensor_coalesced.default
+all_reduce = _C10D.all_reduce.default
+all_reduce_coalesced = _C10D.all_reduce_coalesced.default
+all_to_all = _C10D.all_to_all_single.default
+wait = _C10D.wait_tensor.default
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One row of the table.
+
+    Args:
+        name: what the text form prints.
+        axis_arg: position of the group argument.
+        coalesced: takes and yields a list of tensors.
+        wire: bytes that one rank sends, as a factor (of n - 1 over n for n ranks) of the larger of input and output.
+    """
+
+    name: str
+    axis_arg: int
+    coalesced: bool
+    wire: float
+
+
+TABLE: dict[Any, Collective] = {
+    all_gather: Collective("all_gather", 2, False, 1.0),
+    all_gather_coalesced: Collective("all_gather_coalesced", 2, True, 1.0),
+    reduce_scatter: Collective("reduce_scatter", 3, False, 1.0),
+    reduce_scatter_coalesced: Collective("reduce_scatter_coalesced", 3, True, 1.0),
+    all_reduce: Collective("all_reduce", 2, False, 2.0),
+    all_reduce_coalesced: Collective("all_reduce_coalesced", 2, True, 2.0),
+    all_to_all: Collective("all_to_all", 3, False, 1.0),
+}
+COALESCED = {
+    all_gather: all_gather_coalesced,
+    reduce_scatter: reduce_scatter_coalesced,
+    all_reduce: all_reduce_coalesced,
+}
+
+
+def is_collective(node: fx.Node) -> bool:
+    """Whether a node launches a collective."""
+    return node.op == "call_function" and node.target in TABLE
+
+
+def is_wait(node: fx.Node) -> bool:
+    """Whether a node waits for a collective."""
+    return node.op == "call_function" and node.target is wait
+
+
+def is_release(node: fx.Node) -> bool:
+    """Whether a node ends the life of unsharded parameters."""
+    return node.op == "call_function" and node.target is ops.release
+
+
+def axis_of(node: fx.Node) -> str:
+    """The mesh axis of a collective."""
+    return str(node.args[TABLE[node.target].axis_arg])
+
+
+def launched_by(node: fx.Node) -> fx.Node:
+    """The collective that a wait waits for (through the getitem of a coalesced one)."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source if is_collective(source) else source.args[0]  # type: ignore[return-value]
+
+
+def wire_bytes(node: fx.Node, mesh: dict[str, int]) -> int:
+    """Bytes that one rank sends for a collective, by the bandwidth-optimal algorithm.
+
+    The reduce-scatter of gloo is an exception that sends as much as an all-reduce (seen on the wire); passes replace
+    it by `all_to_all` there.
+    """
+    size = mesh[axis_of(node)]
+    first = node.args[0]
+    sent = [n.meta["val"] for n in (first if isinstance(first, (list, tuple)) else [first])]  # type: ignore[union-attr]
+    larger = max(num_bytes(sent), num_bytes(node.meta["val"]))
+    return int(TABLE[node.target].wire * larger * (size - 1) / size)

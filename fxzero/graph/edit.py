@@ -1,0 +1,210 @@
+"""Editing a step graph: new nodes come with their meta, so that no pass has to think of it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxzero import compat
+from fxzero.errors import RewriteError
+from fxzero.graph import collectives as c10d
+from fxzero.graph import ops
+from fxzero.graph.step_graph import Sharding, StepGraph, is_view, yields_scalar
+
+aten = torch.ops.aten
+
+
+def fake_mode(step: StepGraph) -> Any:
+    """The fake tensor mode that the values of a graph live in."""
+    for node in step.graph.nodes:
+        if compat.is_fake(node.meta.get("val")):
+            return compat.fake_mode_of(node.meta["val"])
+    return compat.new_fake_mode()
+
+
+def evaluate(node: fx.Node, mode: Any) -> Any:
+    """What a call yields, from the `meta["val"]` of its inputs; scalars keep the value that stands there."""
+    if "val" in node.meta and yields_scalar(node):
+        return node.meta["val"]
+    args = fx.map_arg(node.args, lambda n: n.meta["val"])
+    kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
+    with mode:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+class Editor:
+    """Inserts calls into a step graph, at one place, for one phase and module.
+
+    Args:
+        step: the graph.
+        phase, module, param: meta of the nodes to come.
+    """
+
+    def __init__(self, step: StepGraph, *, phase: str, module: str = "", param: str | None = None) -> None:
+        self.step = step
+        self.graph = step.graph
+        self.mode = fake_mode(step)
+        self.meta: dict[str, Any] = {"phase": phase, "module": module}
+        if param is not None:
+            self.meta["param"] = param
+
+    @contextmanager
+    def before(self, node: fx.Node) -> Iterator[Editor]:
+        """Insert before `node`."""
+        with self.graph.inserting_before(node):
+            yield self
+
+    @contextmanager
+    def after(self, node: fx.Node) -> Iterator[Editor]:
+        """Insert after `node` (after all inputs, where it is one)."""
+        if node.op == "placeholder":
+            node = self.step.placeholders[-1]
+        following = node.next
+        with self.graph.inserting_before(following):
+            yield self
+
+    def call(
+        self,
+        target: Callable[..., Any],
+        *args: Any,
+        sharding: Sharding | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> fx.Node:
+        """Insert one call."""
+        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        node.meta = dict(self.meta)
+        if sharding is not None:
+            node.meta["sharding"] = sharding
+        node.meta["val"] = evaluate(node, self.mode)
+        return node
+
+    def all_gather(self, shard: fx.Node, sharding: Sharding, *, stem: str) -> tuple[fx.Node, fx.Node]:
+        """Gather the rows of all shards of an axis.
+
+        Returns:
+            The wait node (what must be released) and the node with exactly the rows of the single-device tensor.
+        """
+        gathered = self.call(
+            c10d.all_gather, shard, sharding.num_shards, sharding.axis, name=f"{stem}_gather"
+        )
+        waited = self.call(c10d.wait, gathered, name=f"{stem}_full")
+        if sharding.padded_rows == sharding.rows:
+            return waited, waited
+        return waited, self.call(aten.slice.Tensor, waited, 0, 0, sharding.rows, name=f"{stem}_rows")
+
+    def reduce_scatter(self, full: fx.Node, sharding: Sharding, *, op: str, stem: str) -> fx.Node:
+        """Reduce over an axis and keep this rank's rows; pads where the rows do not divide."""
+        full = self.contiguous(self.pad_rows(full, sharding))
+        reduced = self.call(
+            c10d.reduce_scatter, full, op, sharding.num_shards, sharding.axis, name=f"{stem}_reduce", sharding=sharding
+        )
+        return self.call(c10d.wait, reduced, name=f"{stem}_shard", sharding=sharding)
+
+    def all_reduce(self, full: fx.Node, axis: str, *, op: str, stem: str, sharding: Sharding | None = None) -> fx.Node:
+        """Reduce over an axis; every rank of it has the result."""
+        reduced = self.call(
+            c10d.all_reduce, self.contiguous(full), op, axis, name=f"{stem}_reduce", sharding=sharding
+        )
+        return self.call(c10d.wait, reduced, name=f"{stem}_mean", sharding=sharding)
+
+    def local_shard(self, full: fx.Node, sharding: Sharding, *, stem: str) -> fx.Node:
+        """This rank's rows of a replicated value."""
+        index = coordinate(self.step, sharding.axis)
+        return self.call(
+            ops.local_shard, full, sharding.num_shards, index, name=f"{stem}_local", sharding=sharding
+        )
+
+    def pad_rows(self, full: fx.Node, sharding: Sharding) -> fx.Node:
+        """Append zero rows until every shard has as many."""
+        missing = sharding.padded_rows - sharding.rows
+        if not missing:
+            return full
+        padding = [0, 0] * (full.meta["val"].dim() - 1) + [0, missing]
+        return self.call(aten.constant_pad_nd.default, full, padding)
+
+    def contiguous(self, node: fx.Node) -> fx.Node:
+        """The node, or a contiguous copy where it is strided otherwise (collectives need it)."""
+        if node.meta["val"].is_contiguous():
+            return node
+        return self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+
+
+def coordinate(step: StepGraph, axis: str) -> fx.Node:
+    """The input that holds this rank's index on a mesh axis, made when it is first needed."""
+    from fxzero.graph.step_graph import StateEntry
+
+    found = step.input("coordinate", axis)
+    if found is not None:
+        return found
+    with step.graph.inserting_after(step.placeholders[-1]):
+        node = step.graph.placeholder(f"{axis}_index")
+    node.meta = {"entry": StateEntry("coordinate", axis), "val": 0, "phase": "forward", "module": ""}
+    return node
+
+
+def replace_uses(old: fx.Node, new: fx.Node, users: Iterable[fx.Node]) -> int:
+    """Let `users` read `new` where they read `old`; returns how many did."""
+    count = 0
+    for user in list(users):
+        if old in user.all_input_nodes:
+            user.replace_input_with(old, new)
+            count += 1
+    return count
+
+
+def retype(step: StepGraph, start: Iterable[fx.Node]) -> None:
+    """Recompute `meta["val"]` of everything computed from `start` (whose own values have changed)."""
+    mode = fake_mode(step)
+    dirty = set(start)
+    for node in step.graph.nodes:
+        if node.op != "call_function" or node in dirty or not any(n in dirty for n in node.all_input_nodes):
+            continue
+        try:
+            new = evaluate(node, mode)
+        except Exception as error:
+            raise RewriteError.of(
+                where=f"{node.name} = {node.target}",
+                expected="an op that takes the shapes that its inputs have now",
+                got=str(error).splitlines()[0],
+                fix="report this graph: the pass placed a shard where a whole tensor is needed",
+            ) from error
+        if describe(new) != describe(node.meta.get("val")):
+            node.meta["val"] = new
+            dirty.add(node)
+
+
+def describe(val: Any) -> Any:
+    """What must agree between two evaluations of a node: dtype, shape, strides, device, or the scalar's type."""
+    if isinstance(val, torch.Tensor):
+        return (val.dtype, tuple(val.shape), tuple(val.stride()), val.device.type)
+    if isinstance(val, (list, tuple)):
+        return [describe(item) for item in val]
+    return type(val).__name__
+
+
+def move_after(node: fx.Node, anchor: fx.Node) -> fx.Node:
+    """Put `node` directly after `anchor`; returns it, as the next anchor."""
+    anchor.append(node)
+    return node
+
+
+def is_getitem(node: fx.Node) -> bool:
+    """Whether a node picks one of several values."""
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def parameter_view_chain(node: fx.Node, root: fx.Node) -> list[fx.Node] | None:
+    """The view ops that lead from `root` to `node`, in order; None where something else lies between."""
+    chain: list[fx.Node] = []
+    while node is not root:
+        if not is_view(node) or len(node.all_input_nodes) != 1:
+            return None
+        chain.append(node)
+        node = node.all_input_nodes[0]
+    return chain[::-1]

@@ -1,0 +1,49 @@
+"""The ops that fxzero adds to ATen: what a step graph needs and torch has no word for.
+
+    release(tensors)                            the end of an unsharded parameter's life; returns nothing
+    local_shard(x, num_shards, index) -> shard  rows of `x` (dim 0) that rank `index` of an axis owns, padded with
+                                                zeros to ceil(rows / num_shards) so that all ranks agree on shapes
+"""
+
+from __future__ import annotations
+
+import torch
+
+_LIBRARY = torch.library.Library("fxzero", "DEF")
+_LIBRARY.define("release(Tensor[] tensors) -> ()")
+_LIBRARY.define("local_shard(Tensor x, int num_shards, SymInt index) -> Tensor")
+
+
+def shard_rows(rows: int, num_shards: int) -> int:
+    """Rows of every padded shard when `rows` are split over `num_shards` ranks."""
+    return -(-rows // num_shards)
+
+
+@torch.library.impl(_LIBRARY, "release", "CompositeExplicitAutograd")
+def _release(tensors: list[torch.Tensor]) -> None:
+    return None
+
+
+@torch.library.impl(_LIBRARY, "local_shard", "CompositeExplicitAutograd")
+def _local_shard(x: torch.Tensor, num_shards: int, index: int) -> torch.Tensor:
+    rows = shard_rows(x.shape[0], num_shards)
+    own = x[min(index * rows, x.shape[0]) : min((index + 1) * rows, x.shape[0])]
+    if own.shape[0] == rows:
+        return own.clone(memory_format=torch.contiguous_format)
+    out = x.new_zeros((rows, *x.shape[1:]))
+    out[: own.shape[0]].copy_(own)
+    return out
+
+
+@torch.library.register_fake("fxzero::local_shard", lib=_LIBRARY)
+def _local_shard_fake(x: torch.Tensor, num_shards: int, index: int) -> torch.Tensor:
+    return x.new_empty((shard_rows(x.shape[0], num_shards), *x.shape[1:]))
+
+
+@torch.library.register_fake("fxzero::release", lib=_LIBRARY)
+def _release_fake(tensors: list[torch.Tensor]) -> None:
+    return None
+
+
+release = torch.ops.fxzero.release.default
+local_shard = torch.ops.fxzero.local_shard.default

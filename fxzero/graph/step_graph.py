@@ -1,0 +1,217 @@
+"""StepGraph: forward, backward and update of one training step as one functional FX graph.
+
+[Note: node meta]
+Everything that a pass needs stands in `node.meta`:
+    val        fake tensor (or a representative Python scalar) that the node yields
+    phase      "forward" | "backward" | "update"
+    module     path of the module whose forward made the node ("" at the root); backward nodes carry the path of
+               the forward node that they differentiate
+    entry      placeholders only: the StateEntry
+    sharding   a Sharding, where the value is this rank's rows of a larger single-device tensor
+    grad_of    names of the parameters whose unreduced gradient this node is
+    param      the parameter whose update (or gather, or reduction) this node belongs to
+    results    output node only: one Result for each returned value
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+PHASES = ("forward", "backward", "update")
+STATE_KINDS = ("parameter", "buffer", "optimizer")
+INPUT_KINDS = (*STATE_KINDS, "hyperparameter", "batch", "constant", "coordinate")
+
+
+@dataclass(frozen=True)
+class StateEntry:
+    """What one placeholder of a step graph is.
+
+    Args:
+        kind: one of INPUT_KINDS.
+        name: parameter or buffer name; "param:key" for optimizer state; "groups.0.lr" for hyperparameters; the
+            path in (args, kwargs) for batch inputs; the mesh axis for coordinates.
+        shape: single-device shape of the tensor, () for scalars.
+        param: the parameter that an optimizer state belongs to.
+    """
+
+    kind: str
+    name: str
+    shape: tuple[int, ...] = ()
+    param: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What identifies the entry within a graph."""
+        return (self.kind, self.name)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one returned value of a step graph is: "loss", "metric", or the next value of a state entry."""
+
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """A value holds ceil(rows / num_shards) rows, dim 0, of a tensor with `rows` rows; the last shards are padded."""
+
+    axis: str
+    num_shards: int
+    rows: int
+
+    @property
+    def padded_rows(self) -> int:
+        """Rows of all padded shards together."""
+        return -(-self.rows // self.num_shards) * self.num_shards
+
+
+@dataclass
+class StepGraph:
+    """One training step as a graph, with its mesh and the facts established about it so far.
+
+    Args:
+        graph: functional ATen ops, scalars as Python numbers; collectives name a mesh axis where torch expects a
+            group name, so that a graph holds no handle of a running process group.
+        mesh: axis -> size, in order.
+        title: what the text form says first.
+        facts: what passes have provided.
+    """
+
+    graph: fx.Graph
+    mesh: dict[str, int] = field(default_factory=dict)
+    title: str = "captured"
+    facts: frozenset[str] = frozenset()
+
+    def copy(self) -> StepGraph:
+        """An independent copy; meta dicts are copied, the fake tensors in them shared."""
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        returned = graph.graph_copy(self.graph, mapping)
+        output = graph.output(returned)
+        output.meta = dict(self.output.meta)
+        return StepGraph(graph, dict(self.mesh), self.title, self.facts)
+
+    @property
+    def output(self) -> fx.Node:
+        """The output node."""
+        return next(node for node in reversed(self.graph.nodes) if node.op == "output")
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        """All inputs, in order."""
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def inputs(self, *kinds: str) -> list[fx.Node]:
+        """The placeholders of these kinds, in order."""
+        return [node for node in self.placeholders if node.meta["entry"].kind in kinds]
+
+    def input(self, kind: str, name: str) -> fx.Node | None:
+        """The placeholder of one entry."""
+        for node in self.placeholders:
+            if node.meta["entry"].key == (kind, name):
+                return node
+        return None
+
+    @property
+    def results(self) -> dict[tuple[str, str], fx.Node]:
+        """(kind, name) -> the node returned for it."""
+        named = zip(self.output.meta["results"], self.output.args[0], strict=True)  # type: ignore[arg-type]
+        return {(result.kind, result.name): node for result, node in named}  # type: ignore[misc]
+
+    def set_result(self, kind: str, name: str, node: fx.Node) -> None:
+        """Return `node` for (kind, name) from now on."""
+        results = self.results
+        results[(kind, name)] = node
+        self.set_results(results)
+
+    def set_results(self, results: dict[tuple[str, str], fx.Node]) -> None:
+        """Replace everything that is returned."""
+        self.output.args = (tuple(results.values()),)
+        self.output.meta["results"] = tuple(Result(*key) for key in results)
+
+    def calls(self, *targets: Any) -> list[fx.Node]:
+        """The call nodes, or those of these targets, in order."""
+        return [n for n in self.graph.nodes if n.op == "call_function" and (not targets or n.target in targets)]
+
+    def phase(self, name: str) -> list[fx.Node]:
+        """The call nodes of one phase, in order."""
+        return [node for node in self.calls() if node.meta["phase"] == name]
+
+    def gradients(self) -> dict[str, fx.Node]:
+        """Parameter name -> node that yields its unreduced gradient."""
+        return {name: node for node in self.calls() for name in node.meta.get("grad_of", ())}
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The mesh axes that have more than one rank."""
+        return {axis: size for axis, size in self.mesh.items() if size > 1}
+
+    def positions(self) -> dict[fx.Node, int]:
+        """Node -> index in program order."""
+        return {node: index for index, node in enumerate(self.graph.nodes)}
+
+    def __str__(self) -> str:
+        from fxzero.graph.text import to_text
+
+        return to_text(self)
+
+
+def tensor_val(node: fx.Node) -> torch.Tensor:
+    """The fake tensor of a node that yields one tensor."""
+    val = node.meta["val"]
+    assert isinstance(val, torch.Tensor), f"{node} yields {type(val).__name__}, not a tensor"
+    return val
+
+
+def yields_tensor(node: fx.Node) -> bool:
+    """Whether a node yields one tensor."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def yields_scalar(node: fx.Node) -> bool:
+    """Whether a node yields a Python number that lives on the host."""
+    return isinstance(node.meta.get("val"), (bool, int, float))
+
+
+def num_bytes(val: Any) -> int:
+    """Bytes of a value: a tensor, or any nesting of tensors; 0 for everything else."""
+    if isinstance(val, torch.Tensor):
+        return val.numel() * val.element_size()
+    if isinstance(val, (list, tuple)):
+        return sum(num_bytes(item) for item in val)
+    return 0
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes and everything that they are computed from."""
+    seen: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+def iter_views(node: fx.Node) -> Iterator[fx.Node]:
+    """The users of `node` that alias it, and theirs."""
+    for user in node.users:
+        if is_view(user):
+            yield user
+            yield from iter_views(user)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a call's output aliases its first input, by the op's schema."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    returns = node.target._schema.returns
+    return bool(returns) and any(r.alias_info is not None and not r.alias_info.is_write for r in returns)

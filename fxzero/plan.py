@@ -1,0 +1,351 @@
+"""The plan: what a user asks of the compiler; frozen, checked when made, from and to TOML and JSON.
+
+Each key is declared once, in `Plan`, with its default and the check that its value must pass. Keys of parts
+that are not built yet are declared too, so that asking for one is an error and never silently ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from fxzero.errors import PlanError
+
+AXES = ("dp", "dp_replicate")
+RESERVED_AXES = ("tp", "pp", "sp", "ep")
+
+# (where, value) -> the value in canonical form; raises PlanError.
+_Check = Callable[[str, Any], Any]
+
+_MAX_INT = 2**63 - 1  # what TOML promises to carry
+_MAX_TIMEOUT_S = 86_400
+_BYTE_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BYTE_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_BYTES = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*")
+_BYTES_FIX = "write a whole number, or one with a unit (B, kB, MB, GB, TB, KiB, MiB, GiB, TiB): '4 MiB'"
+
+
+def _show(value: object) -> str:
+    """The value as an error shows it: its repr, cut where too long, with its type where that says more."""
+    text = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:97]}..."
+    return text if type(value).__module__ == "builtins" else f"{text} ({type(value).__name__})"
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    """What to write instead of a name that is none of `names`."""
+    close = difflib.get_close_matches(name.strip().lower().replace("-", "_"), names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(names)}"
+
+
+def _integer(low: int, high: int = _MAX_INT, *, fix: str) -> _Check:
+    span = f"from {low} to {high}" if high != _MAX_INT else f"of at least {low}"
+
+    def check(where: str, value: Any) -> int:
+        # bool is an int to Python, but `zero = true` is a mistake that must not turn into stage 1.
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise PlanError.of(where, expected=f"an integer {span}", got=_show(value), fix=fix)
+        return int(value)
+
+    return check
+
+
+def _bytes(where: str, value: Any) -> int:
+    if not isinstance(value, str):
+        return int(_integer(0, fix=_BYTES_FIX)(where, value))
+    match = _BYTES.fullmatch(value)
+    if match is None or match[2] not in _BYTE_UNITS:
+        raise PlanError.of(where, expected="a number of bytes", got=_show(value), fix=_BYTES_FIX)
+    # Exact arithmetic: 0.3 MB is 300000 bytes, which a float product misses.
+    num_bytes = Fraction(match[1]) * _BYTE_UNITS[match[2]]
+    if num_bytes.denominator != 1 or num_bytes > _MAX_INT:
+        got = f"{value!r} = {float(num_bytes):.10g} bytes"
+        raise PlanError.of(where, expected="a whole number of bytes below 2**63", got=got, fix=_BYTES_FIX)
+    return int(num_bytes)
+
+
+def _seconds(where: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MAX_TIMEOUT_S:
+        expected = f"seconds, more than 0 and at most {_MAX_TIMEOUT_S}"
+        raise PlanError.of(where, expected=expected, got=_show(value), fix="write a number such as 60.0")
+    return float(value)
+
+
+def _choice(*built: str, reserved: tuple[str, ...] = ()) -> _Check:
+    def check(where: str, value: Any) -> str:
+        name = value if isinstance(value, str) else ""
+        if name in built:
+            return built[built.index(name)]
+        fix = f"reserved, not built yet: use {built[0]!r}" if name in reserved else _nearest(name, built)
+        raise PlanError.of(where, expected=" or ".join(map(repr, built)), got=_show(value), fix=fix)
+
+    return check
+
+
+def _pass_names(where: str, value: Any) -> tuple[str, ...]:
+    listed: list[Any] = list(value) if isinstance(value, (tuple, list, set, frozenset)) else [None]
+    if not all(isinstance(name, str) and name.isascii() and name.isidentifier() for name in listed):
+        fix = "write a list of names as `fxzero passes` prints them, such as ['bucket_all_gathers']"
+        raise PlanError.of(where, expected="a list of pass names", got=_show(value), fix=fix)
+    return tuple(sorted(set(listed)))
+
+
+def _mesh(where: str, value: Any) -> Mesh | None:
+    if value is None or isinstance(value, Mesh):
+        return value
+    if not isinstance(value, Mapping) or not all(isinstance(axis, str) for axis in value):
+        fix = "write {'dp': 4}, or leave it out for all ranks on dp"
+        raise PlanError.of(where, expected="axis names with their sizes", got=_show(value), fix=fix)
+    return Mesh(**value)
+
+
+def _key(default: Any, check: _Check) -> Any:
+    return dataclasses.field(default=default, metadata={"check": check})
+
+
+def _reserved(default: Any) -> Any:
+    def check(where: str, value: Any) -> Any:
+        # The type too: `accumulate = true` equals 1.
+        if type(value) is type(default) and value == default:
+            return default
+        fix = "this part is reserved, not built yet: leave the key out"
+        raise PlanError.of(where, expected=repr(default), got=_show(value), fix=fix)
+
+    return dataclasses.field(default=default, repr=False, metadata={"check": check, "reserved": True})
+
+
+def _refuse_unknown_keys(cls: type[Plan]) -> type[Plan]:
+    """Make an unknown keyword a PlanError with the nearest key; a dataclass alone raises TypeError."""
+    dataclass_init = cls.__init__
+    names = [f.name for f in dataclasses.fields(cls)]
+
+    @functools.wraps(dataclass_init)
+    def init(self: Plan, /, *args: Any, **keys: Any) -> None:
+        if args:
+            raise PlanError.of("Plan", expected="named keys", got=_show(args[0]), fix="write Plan(zero=3)")
+        for key in [key for key in keys if key not in names]:
+            is_axis = key in AXES + RESERVED_AXES
+            fix = f"axes go into the mesh: mesh={{{key!r}: ..}}" if is_axis else _nearest(key, names)
+            raise PlanError.of("Plan", expected="a plan key", got=_show(key), fix=fix)
+        dataclass_init(self, **keys)
+
+    cls.__init__ = init  # type: ignore[assignment, method-assign]
+    return cls
+
+
+class Mesh(Mapping[str, int]):
+    """Axes of ranks with their sizes, outermost first: immutable, hashable, equal only in the same order.
+
+    Raises:
+        PlanError: no axis, an unknown or reserved one, or a size that is no positive integer.
+    """
+
+    __slots__ = ("_sizes",)
+
+    def __init__(self, /, **axes: int) -> None:
+        if not axes:
+            raise PlanError.of("Plan.mesh", expected="at least one axis", got="none", fix="write {'dp': 4}")
+        size_of = _integer(1, fix="write how many ranks the axis has, or leave the axis out")
+        for axis, size in axes.items():
+            if axis not in AXES + RESERVED_AXES:
+                fix = _nearest(axis, AXES)
+                raise PlanError.of("Plan.mesh", expected="a mesh axis", got=_show(axis), fix=fix)
+            where = f"Plan.mesh[{axis!r}]"
+            if size_of(where, size) != 1 and axis in RESERVED_AXES:
+                fix = f"axis {axis!r} is reserved, not built yet: leave it out"
+                raise PlanError.of(where, expected="size 1", got=_show(size), fix=fix)
+        self._sizes = {axis: int(size) for axis, size in axes.items()}
+
+    def __getitem__(self, axis: str) -> int:
+        return self._sizes[axis]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sizes)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and tuple(self.items()) == tuple(other.items())
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.items()))
+
+    def __repr__(self) -> str:
+        return f"Mesh({', '.join(f'{axis}={size}' for axis, size in self.items())})"
+
+
+@_refuse_unknown_keys
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the compiler is asked to do with a training step; docs/plan.md has the table of all keys.
+
+    Args:
+        mesh: axes of ranks with their sizes, outermost first; None: all ranks on dp. Parameters are sharded
+            over dp and replicated over dp_replicate (hybrid sharding).
+        zero: 0 replicates everything, 1 shards optimizer state, 2 gradients too, 3 parameters too.
+        bucket_bytes: bytes of unsharded parameters or gradients in one coalesced collective; 0: each tensor
+            alone. Files and untyped callers may write "4 MiB".
+        persist_below: number of elements below which a parameter stays replicated.
+        prefetch: how many buckets ahead of its use a gather is launched.
+        reduce_scatter: "native", "all_to_all" (with a local sum: half the bytes over gloo), or "auto":
+            all_to_all over gloo, native elsewhere.
+        lowering: what runs the compute: "eager".
+        disable: names of passes to leave out; kept sorted, since their order means nothing.
+        timeout_s: seconds that ranks wait for each other to agree before the first collective.
+
+    The keys after those are reserved: anything but their default is a PlanError until their part is built.
+
+    Raises:
+        PlanError: a key is unknown or its value cannot be honoured. So do all methods that make a plan; those
+            that read one also when the source cannot be read or parsed.
+    """
+
+    mesh: Mapping[str, int] | None = _key(None, _mesh)
+    zero: int = _key(3, _integer(0, 3, fix="shard nothing (0), state (1), gradients too (2), or all (3)"))
+    bucket_bytes: int = _key(4 * 2**20, _bytes)
+    persist_below: int = _key(0, _integer(0, fix="write a number of elements; 0 shards every parameter"))
+    prefetch: int = _key(1, _integer(0, fix="write how many buckets ahead; 0 gathers at the use"))
+    reduce_scatter: str = _key("auto", _choice("auto", "native", "all_to_all"))
+    lowering: str = _key("eager", _choice("eager", reserved=("inductor", "triton")))
+    disable: tuple[str, ...] = _key((), _pass_names)
+    timeout_s: float = _key(60.0, _seconds)
+    precision: str = _reserved("fp32")
+    loss_scale: float | None = _reserved(None)
+    accumulate: int = _reserved(1)
+    clip_grad_norm: float | None = _reserved(None)
+    clip_grad_value: float | None = _reserved(None)
+    recompute: str = _reserved("none")
+    offload: str = _reserved("none")
+    memory_budget: int | None = _reserved(None)
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            # The dataclass is frozen; this is the one place where a value becomes canonical.
+            object.__setattr__(self, f.name, f.metadata["check"](f"Plan.{f.name}", getattr(self, f.name)))
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Axis sizes, outermost first; PlanError while the mesh is still None."""
+        if self.mesh is None:
+            fix = "call resolve(world_size) first"
+            raise PlanError.of("Plan.axes", expected="a plan with a mesh", got="mesh None", fix=fix)
+        return dict(self.mesh)
+
+    def resolve(self, world_size: int) -> Plan:
+        """The same plan with a mesh that has a dp axis and exactly `world_size` ranks.
+
+        The order of given axes is kept; a missing dp axis is appended, innermost, with size 1.
+
+        Raises:
+            PlanError: the axis sizes do not multiply to the world size.
+        """
+        world_size = _integer(1, fix="pass the number of ranks")("Plan.resolve(world_size)", world_size)
+        if self.mesh is None:
+            return self.replace(mesh={"dp": world_size})
+        axes = {**self.mesh, "dp": self.mesh.get("dp", 1)}
+        product = math.prod(axes.values())
+        if product == world_size:
+            return self.replace(mesh=axes)
+        num_others = product // axes["dp"]
+        other = f"set dp={world_size // num_others}" if world_size % num_others == 0 else "change the sizes"
+        expected = f"axis sizes that multiply to the world size {world_size}"
+        got = f"{' x '.join(f'{axis}={size}' for axis, size in axes.items())} = {product}"
+        fix = f"run with world size {product} or {other}"
+        raise PlanError.of("Plan.mesh", expected=expected, got=got, fix=fix)
+
+    def replace(self, /, **changes: Any) -> Plan:
+        """A copy of the plan with some keys changed, checked as a new plan is."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys that are built, as plain values that TOML and JSON have."""
+        named = [f.name for f in dataclasses.fields(self) if "reserved" not in f.metadata]
+        mesh = None if self.mesh is None else dict(self.mesh)
+        return {name: getattr(self, name) for name in named} | {"mesh": mesh, "disable": list(self.disable)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """The plan with these keys, the others at their default."""
+        if isinstance(values, Mapping) and all(isinstance(key, str) for key in values):
+            return cls(**values)
+        raise PlanError.of("Plan", expected="a table of keys", got=_show(values), fix="write {'zero': 3}")
+
+    def to_toml(self) -> str:
+        """The plan as TOML text that `from_toml` reads back to an equal plan."""
+        mesh = {} if self.mesh is None else dict(self.mesh)
+        # A JSON number, string or list of plain names is TOML as it stands.
+        lines = [f"{key} = {json.dumps(value)}" for key, value in self.to_dict().items() if key != "mesh"]
+        lines += ["", "[mesh]"] * bool(mesh) + [f"{axis} = {size}" for axis, size in mesh.items()]
+        return "\n".join(lines) + "\n"
+
+    def to_json(self) -> str:
+        """The plan as JSON text that `from_json` reads back to an equal plan."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_toml(cls, source: str | os.PathLike[str]) -> Plan:
+        """The plan in a TOML text or file: a path, or one line that ends in ".toml", names a file."""
+        return _read(source, "toml", _parse_toml)
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> Plan:
+        """The plan in a JSON text or file: a path, or one line that ends in ".json", names a file."""
+        return _read(source, "json", functools.partial(json.loads, object_pairs_hook=_object_of_json))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """The plan in a file, read as its suffix says: .toml or .json."""
+        readers = {".toml": cls.from_toml, ".json": cls.from_json}
+        suffix = Path(path).suffix
+        if suffix not in readers:
+            fix = "save the plan as TOML or JSON under that suffix"
+            raise PlanError.of("Plan.load", expected="a .toml or .json file", got=_show(str(path)), fix=fix)
+        return readers[suffix](Path(path))
+
+    def fingerprint(self) -> str:
+        """One line of JSON, equal on two ranks exactly when their plans are equal; mesh order counts."""
+        axes = None if self.mesh is None else list(self.mesh.items())
+        return json.dumps(self.to_dict() | {"mesh": axes}, sort_keys=True, separators=(",", ":"))
+
+
+def _read(source: str | os.PathLike[str], form: str, parse: Callable[[str], Any]) -> Plan:
+    """The plan in a text or file; every error says which file it is about."""
+    is_file = not isinstance(source, str) or (source.endswith(f".{form}") and "\n" not in source)
+    where = str(source) if is_file else f"{form.upper()} text"
+    try:
+        values = parse(Path(source).read_text(encoding="utf-8-sig") if is_file else str(source))
+    except (OSError, ValueError, RecursionError) as error:
+        fix = "correct the file or its path" if is_file else f"correct it, or pass a path to a .{form}"
+        raise PlanError.of(where, expected=f"a plan in {form.upper()}", got=str(error), fix=fix) from error
+    try:
+        return Plan.from_dict(values)
+    except PlanError as error:
+        raise error.at(where) from error
+
+
+def _parse_toml(text: str) -> Any:
+    reader = "tomllib" if sys.version_info >= (3, 11) else "tomli"
+    try:
+        return importlib.import_module(reader).loads(text)
+    except ModuleNotFoundError as error:
+        fix = f"pip install {reader}, or write the plan as JSON"
+        raise PlanError.of("TOML", expected=f"the package {reader}", got="none", fix=fix) from error
+
+
+def _object_of_json(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object without double keys; json would let the last one win in silence, where TOML refuses."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} twice")
+    return dict(pairs)
