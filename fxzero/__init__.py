@@ -1,7 +1,29 @@
 """fxzero: the compiler for the training step."""
 
-from fxzero.errors import FxzeroError
+from fxzero.compile import TrainStep, compile
+from fxzero.errors import (
+    CaptureError,
+    FxzeroError,
+    PipelineError,
+    PlanError,
+    RankMismatchError,
+    RewriteError,
+    VerifyError,
+)
+from fxzero.graph import StepGraph
 from fxzero.plan import Plan
 
 __version__ = "0.1.0"
-__all__ = ["FxzeroError", "Plan"]
+__all__ = [
+    "CaptureError",
+    "FxzeroError",
+    "PipelineError",
+    "Plan",
+    "PlanError",
+    "RankMismatchError",
+    "RewriteError",
+    "StepGraph",
+    "TrainStep",
+    "VerifyError",
+    "compile",
+]

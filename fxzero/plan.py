@@ -200,6 +200,8 @@ class Plan:
         prefetch: how many buckets ahead of its use a gather is launched.
         reduce_scatter: "native", "all_to_all" (with a local sum: half the bytes over gloo), or "auto":
             all_to_all over gloo, native elsewhere.
+        bucket_form: "coalesced" (one collective over several tensors), "separate" (one launch a tensor, back
+            to back), or "auto": separate over gloo, where that is faster, coalesced elsewhere.
         lowering: what runs the compute: "eager".
         disable: names of passes to leave out; kept sorted, since their order means nothing.
         timeout_s: seconds that ranks wait for each other to agree before the first collective.
@@ -217,6 +219,7 @@ class Plan:
     persist_below: int = _key(0, _integer(0, fix="write a number of elements; 0 shards every parameter"))
     prefetch: int = _key(1, _integer(0, fix="write how many buckets ahead; 0 gathers at the use"))
     reduce_scatter: str = _key("auto", _choice("auto", "native", "all_to_all"))
+    bucket_form: str = _key("auto", _choice("auto", "coalesced", "separate"))
     lowering: str = _key("eager", _choice("eager", reserved=("inductor", "triton")))
     disable: tuple[str, ...] = _key((), _pass_names)
     timeout_s: float = _key(60.0, _seconds)
@@ -238,17 +241,14 @@ class Plan:
     def axes(self) -> dict[str, int]:
         """Axis sizes, outermost first; PlanError while the mesh is still None."""
         if self.mesh is None:
-            fix = "call resolve(world_size) first"
-            raise PlanError.of("Plan.axes", expected="a plan with a mesh", got="mesh None", fix=fix)
+            raise PlanError.of("Plan.axes", expected="a mesh", got="None", fix="call plan.resolve first")
         return dict(self.mesh)
 
     def resolve(self, world_size: int) -> Plan:
         """The same plan with a mesh that has a dp axis and exactly `world_size` ranks.
 
-        The order of given axes is kept; a missing dp axis is appended, innermost, with size 1.
-
-        Raises:
-            PlanError: the axis sizes do not multiply to the world size.
+        The order of given axes is kept; a missing dp axis is appended, innermost, with size 1. PlanError
+        where the sizes multiply to another number.
         """
         world_size = _integer(1, fix="pass the number of ranks")("Plan.resolve(world_size)", world_size)
         if self.mesh is None:
@@ -309,8 +309,7 @@ class Plan:
         readers = {".toml": cls.from_toml, ".json": cls.from_json}
         suffix = Path(path).suffix
         if suffix not in readers:
-            fix = "save the plan as TOML or JSON under that suffix"
-            raise PlanError.of("Plan.load", expected="a .toml or .json file", got=_show(str(path)), fix=fix)
+            raise PlanError.of("Plan.load", expected=".toml or .json", got=str(path), fix="rename the file")
         return readers[suffix](Path(path))
 
     def fingerprint(self) -> str:

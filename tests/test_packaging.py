@@ -34,6 +34,9 @@ def copy_checkout(to: Path, *, symlinks: bool = True) -> Path:
     if not symlinks:
         (to / "fxzero/passes").unlink()
         (to / "fxzero/kernels").unlink()
+    for folder in sorted(to.rglob("*"), reverse=True):
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+            folder.rmdir()  # git keeps no empty folder, so neither does a copy that stands for a clone
     return to
 
 
@@ -116,8 +119,8 @@ def test_editable_install(tmp_path: Path) -> None:
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
     pip("install", "--target", str(site), "-e", ".", cwd=checkout)
-    # -S, and torch's folder on the path: the .pth files of `site` are read, but not those of this environment,
-    # which may hold an editable fxzero of its own.
+    # -S, and torch's folder on the path: the .pth files of `site` are read, those of this environment not.
+    # They may name another editable fxzero.
     script = f"import site; site.addsitedir({str(site)!r})\n{IMPORT_ALL}"
     packages = Path(torch.__file__).parents[1]
     printed = run_python("-S", "-c", script, cwd=elsewhere, path=[site, packages]).stdout.split()

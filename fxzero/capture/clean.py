@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxzero.graph import Result, StateEntry, StepGraph
-from fxzero.graph.step_graph import yields_tensor
+from fxzero.graph.edit import erase_dead
+from fxzero.graph.step_graph import ancestors, identifier, yields_tensor
 
 aten = torch.ops.aten
 _ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default}
@@ -50,7 +50,7 @@ def clean(
     output = rebuild.graph.output(tuple(kept.values()))
     output.meta["results"] = tuple(Result(*key) for key in kept)
     _mark_gradients(step, gradients)
-    remove_dead(step)
+    erase_dead(step)
     _drop_unused_inputs(step)
     _mark_parameters(step)
     return step, {name: value for name, value in rebuild.constants.items() if step.input("constant", name)}
@@ -84,7 +84,7 @@ class _Rebuild:
                 self.mapping[raw] = self._replaced(raw) or self._call(raw, self._phase(index))
 
     def _placeholder(self, raw: fx.Node, entry: StateEntry) -> fx.Node:
-        node = self.graph.placeholder(_identifier(entry))
+        node = self.graph.placeholder(identifier(entry.name))
         node.meta = {"entry": entry, "val": _representative(raw.meta["val"]), "phase": "forward", "module": ""}
         return node
 
@@ -131,34 +131,6 @@ class _Rebuild:
         return node
 
 
-def remove_dead(step: StepGraph) -> int:
-    """Erase calls whose value nobody reads; random ones stay, since they advance the generator. Returns how many."""
-    removed = 0
-    for node in reversed(step.calls()):
-        if not node.users and not keeps_effect(node):
-            step.graph.erase_node(node)
-            removed += 1
-    return removed
-
-
-def keeps_effect(node: fx.Node) -> bool:
-    """Whether a call matters beyond its value: it draws random numbers, or has no value at all."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    return is_random(node) or (not node.target._schema.returns and node.target.namespace != "profiler")
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether a call draws from the default generator."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
-        return False
-    if "attention" in target.name():  # tagged, but draws nothing at dropout 0
-        named = dict(zip((a.name for a in target._schema.arguments), node.args, strict=False))
-        return bool({**named, **node.kwargs}.get("dropout_p", 0.0))
-    return target is not aten.empty_like.default
-
-
 def _forward_paths(graph: fx.Graph, end: int) -> dict[int, str]:
     """Autograd sequence number -> module path, from the nodes of the forward."""
     paths: dict[int, str] = {}
@@ -187,8 +159,6 @@ def _mark_gradients(step: StepGraph, gradients: dict[str, fx.Node]) -> None:
 
 def _updates_of(step: StepGraph, name: str, gradient: fx.Node) -> list[fx.Node]:
     """The update nodes that read `gradient` for one parameter: those that lead to that parameter's results."""
-    from fxzero.graph.step_graph import ancestors
-
     mine = ancestors(n for (kind, key), n in step.results.items() if key == name or key.startswith(f"{name}:"))
     return [user for user in gradient.users if user.meta.get("phase") == "update" and user in mine]
 
@@ -232,7 +202,3 @@ def _representative(val: Any) -> Any:
         return True
     return val
 
-
-def _identifier(entry: StateEntry) -> str:
-    prefix = {"hyperparameter": "", "batch": ""}.get(entry.kind, "")
-    return prefix + re.sub(r"\W", "_", entry.name)

@@ -108,15 +108,28 @@ class ScalarReader(TorchDispatchMode):
         return hinted
 
 
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+
+
 class SymbolicTensors(TorchFunctionMode):
-    """While tracing, `torch.tensor(symbolic)` stays symbolic; torch would freeze the present value."""
+    """While tracing, numbers that become tensors stay symbolic; torch would freeze their present value.
+
+    That is `torch.tensor(number)`, and `x[mask] = number`, which is traced as the pointwise op that it means.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.tensor, torch.as_tensor) and args and isinstance(args[0], (torch.SymFloat, torch.SymInt)):
             dtype = torch.get_default_dtype() if isinstance(args[0], torch.SymFloat) else torch.int64
             return torch.scalar_tensor(args[0], **{"dtype": dtype, **kwargs})
+        if func is torch.Tensor.__setitem__ and isinstance(args[2], _NUMBERS) and _is_mask_of(args[0], args[1]):
+            args[0].masked_fill_(args[1], args[2])
+            return None
         return func(*args, **kwargs)
+
+
+def _is_mask_of(tensor: torch.Tensor, index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype is torch.bool and index.shape == tensor.shape
 
 
 @dataclass

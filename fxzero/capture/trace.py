@@ -31,6 +31,7 @@ from fxzero.capture.scalars import Guards, ScalarReader, SymbolicTensors, compil
 from fxzero.capture.signature import flatten_batch
 from fxzero.errors import CaptureError, FxzeroError
 from fxzero.graph import StateEntry, StepGraph
+from fxzero.graph.step_graph import ancestors
 
 LossFn = Callable[..., Any]
 
@@ -424,8 +425,6 @@ def _freeze_unused(tracer: _StepTracer, step: StepGraph, guards: Guards) -> None
 
 def _reader_program(node: fx.Node, placeholders: dict[fx.Node, StateEntry]) -> Callable[..., Any]:
     """The few ops that lead from state to one number, cut from the graph."""
-    from fxzero.graph.step_graph import ancestors
-
     needed = ancestors([node])
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,8 @@ from fxzero import compat
 from fxzero.errors import RewriteError
 from fxzero.graph import collectives as c10d
 from fxzero.graph import ops
-from fxzero.graph.step_graph import Sharding, StepGraph, is_view, yields_scalar
+from fxzero.graph.randomness import is_random
+from fxzero.graph.step_graph import Sharding, StateEntry, StepGraph, yields_scalar
 
 aten = torch.ops.aten
 
@@ -137,8 +137,6 @@ class Editor:
 
 def coordinate(step: StepGraph, axis: str) -> fx.Node:
     """The input that holds this rank's index on a mesh axis, made when it is first needed."""
-    from fxzero.graph.step_graph import StateEntry
-
     found = step.input("coordinate", axis)
     if found is not None:
         return found
@@ -188,23 +186,18 @@ def describe(val: Any) -> Any:
     return type(val).__name__
 
 
-def move_after(node: fx.Node, anchor: fx.Node) -> fx.Node:
-    """Put `node` directly after `anchor`; returns it, as the next anchor."""
-    anchor.append(node)
-    return node
+def erase_dead(step: StepGraph) -> int:
+    """Erase calls whose value nobody reads and that have no effect beyond it; returns how many."""
+    removed = 0
+    for node in reversed(step.calls()):
+        if not node.users and not keeps_effect(node):
+            step.graph.erase_node(node)
+            removed += 1
+    return removed
 
 
-def is_getitem(node: fx.Node) -> bool:
-    """Whether a node picks one of several values."""
-    return node.op == "call_function" and node.target is operator.getitem
-
-
-def parameter_view_chain(node: fx.Node, root: fx.Node) -> list[fx.Node] | None:
-    """The view ops that lead from `root` to `node`, in order; None where something else lies between."""
-    chain: list[fx.Node] = []
-    while node is not root:
-        if not is_view(node) or len(node.all_input_nodes) != 1:
-            return None
-        chain.append(node)
-        node = node.all_input_nodes[0]
-    return chain[::-1]
+def keeps_effect(node: fx.Node) -> bool:
+    """Whether a call matters beyond its value: it draws random numbers, or has no value at all (release)."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return is_random(node) or (not node.target._schema.returns and node.target.namespace != "profiler")

@@ -15,6 +15,10 @@ Everything that a pass needs stands in `node.meta`:
 
 from __future__ import annotations
 
+import itertools
+import math
+import operator
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,7 +110,7 @@ class StepGraph:
     @property
     def placeholders(self) -> list[fx.Node]:
         """All inputs, in order."""
-        return [node for node in self.graph.nodes if node.op == "placeholder"]
+        return list(itertools.takewhile(lambda node: node.op == "placeholder", self.graph.nodes))
 
     def inputs(self, *kinds: str) -> list[fx.Node]:
         """The placeholders of these kinds, in order."""
@@ -215,3 +219,25 @@ def is_view(node: fx.Node) -> bool:
         return False
     returns = node.target._schema.returns
     return bool(returns) and any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def identifier(name: str) -> str:
+    """A name as a Python identifier, for names of nodes."""
+    return re.sub(r"\W", "_", name)
+
+
+def sharding_of(node: fx.Node, axis: str, num_shards: int, persist_below: int) -> Sharding | None:
+    """How a parameter is sharded over an axis; None where it stays whole.
+
+    Whole stay scalars, what has fewer than `persist_below` elements, and what has a single row.
+    """
+    shape = node.meta["entry"].shape
+    rows = shape[0] if shape else 0
+    if rows < 2 or math.prod(shape) < persist_below:
+        return None
+    return Sharding(axis, num_shards, rows)
+
+
+def is_getitem(node: fx.Node) -> bool:
+    """Whether a node picks one of several values."""
+    return node.op == "call_function" and node.target is operator.getitem

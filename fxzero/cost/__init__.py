@@ -1,0 +1,1 @@
+"""What a step costs: memory now; time with the scheduler."""

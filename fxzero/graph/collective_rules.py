@@ -1,0 +1,228 @@
+"""The rules of a step graph that is split over ranks: collectives, lifetimes of gathered tensors, shards."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxzero.graph import collectives as c10d
+from fxzero.graph import ops
+from fxzero.graph.rules import Context, Violation, equation, schema_of
+from fxzero.graph.step_graph import STATE_KINDS, Sharding, is_view
+
+aten = torch.ops.aten
+
+_GATHERS = (c10d.all_gather, c10d.all_gather_coalesced)
+
+
+def check_collectives(context: Context) -> Iterator[Violation]:
+    """Each collective is of the table, over an axis of the mesh, on contiguous tensors, waited for once."""
+    for node in context.calls:
+        if c10d.is_collective(node):
+            yield from _check_launch(node, context.step.mesh)
+            yield from _check_waits(node)
+        elif c10d.is_wait(node) and not _is_launched(node):
+            fix = "wait for the collective, or for a getitem of a coalesced one"
+            yield Violation(node, "a wait for a collective", f"one for %{node.args[0]}", fix)
+        elif getattr(node.target, "namespace", "") == "_c10d_functional" and not c10d.is_wait(node):
+            fix = "add a row to fxzero.graph.collectives.TABLE"
+            yield Violation(node, "a collective of the table", str(node.target), fix)
+
+
+def _check_launch(node: fx.Node, mesh: dict[str, int]) -> Iterator[Violation]:
+    row = c10d.TABLE[node.target]
+    axis: Any = node.args[row.axis_arg] if len(node.args) > row.axis_arg else None
+    if axis not in mesh:
+        fix = "name an axis, as positional argument"
+        yield Violation(node, f"an axis of the mesh {mesh}", repr(axis), fix)
+        return
+    for name, size in _group_sizes(node):
+        if size != mesh[axis]:
+            fix = "take the size from step.mesh"
+            yield Violation(node, f"{name} for the {mesh[axis]} ranks of {axis}", str(size), fix)
+    for source in _sent(node):
+        if not source.meta["val"].is_contiguous():
+            got = f"%{source.name} with strides {source.meta['val'].stride()}"
+            yield Violation(node, "contiguous tensors", got, "pass it through Editor.contiguous")
+
+
+def _group_sizes(node: fx.Node) -> Iterator[tuple[str, Any]]:
+    """What the arguments of a collective say about the size of its group."""
+    for argument, value in zip(schema_of(node).arguments, node.args, strict=False):
+        if argument.name == "group_size":
+            yield argument.name, value
+        elif argument.name.endswith("_split_sizes"):
+            yield f"{argument.name} {value}", len(value)  # type: ignore[arg-type]
+
+
+def _sent(node: fx.Node) -> list[fx.Node]:
+    first: Any = node.args[0]
+    return list(first) if isinstance(first, (list, tuple)) else [first]
+
+
+def _check_waits(node: fx.Node) -> Iterator[Violation]:
+    parts = [node]
+    if c10d.TABLE[node.target].coalesced:
+        parts = [user for user in node.users if user.target is operator.getitem]
+        indices = sorted(part.args[1] for part in parts)  # type: ignore[type-var]
+        count = len(node.meta["val"])
+        if len(parts) != len(node.users) or indices != list(range(count)):
+            got = f"getitems {indices} and {len(node.users) - len(parts)} other readers"
+            fix = "wait for each tensor once"
+            yield Violation(node, f"one getitem for each of {count} tensors", got, fix)
+    for part in parts:
+        waits = [user for user in part.users if c10d.is_wait(user)]
+        others = [user for user in part.users if not c10d.is_wait(user)]
+        if len(waits) != 1:
+            got = f"{len(waits)}: {', '.join(f'%{wait.name}' for wait in waits) or 'none'}"
+            yield Violation(part, "one wait", got, "wait once, and let all readers read that wait")
+        for other in others:
+            yield Violation(part, "no reader but its wait", f"%{other.name}", "let it read the wait")
+
+
+def _is_launched(wait: fx.Node) -> bool:
+    source = wait.args[0]
+    if not isinstance(source, fx.Node):
+        return False
+    if source.target is operator.getitem:
+        launch = source.args[0]
+        return c10d.is_collective(launch) and c10d.TABLE[launch.target].coalesced  # type: ignore[arg-type, union-attr]
+    return c10d.is_collective(source) and not c10d.TABLE[source.target].coalesced
+
+
+def check_release(context: Context) -> Iterator[Violation]:
+    """Each gathered parameter is released once, after its last reader; nothing else is released."""
+    ends: dict[fx.Node, fx.Node] = {}
+    alone = _computed_from_parameters(context)
+    for node in context.calls:
+        for value in node.args[0] if c10d.is_release(node) else ():  # type: ignore[union-attr]
+            wait = _gathered_by(value)  # type: ignore[arg-type]
+            if wait is None or not ("param" in wait.meta or gathered_shard(wait) in alone):
+                fix = "release the wait of the gather"
+                yield Violation(node, "the gather of a parameter", f"%{value}", fix)
+            elif wait in ends:
+                fix = "release once, after the last reader"
+                yield Violation(node, f"%{wait.name} alive", f"released by %{ends[wait].name}", fix)
+            else:
+                ends[wait] = node
+    for wait, end in ends.items():
+        yield from _check_use_after(context, wait, end)
+    for wait in context.step.calls(c10d.wait):
+        if wait not in ends and wait.meta["phase"] != "update" and _gathers_parameter(wait):
+            fix = "release it after the last reader of it and of its views"
+            yield Violation(wait, "a release of this gathered parameter", "none", fix)
+
+
+def _check_use_after(context: Context, wait: fx.Node, end: fx.Node) -> Iterator[Violation]:
+    for alias in (wait, *aliases(wait)):
+        for reader in alias.users:
+            if context.positions[reader] > context.positions[end]:
+                got = f"a read of %{alias.name} by {equation(reader)} after %{end.name}"
+                fix = "release after the last reader of it and of its views, or gather again"
+                yield Violation(wait, "no use after release", got, fix)
+
+
+def aliases(node: fx.Node) -> Iterator[fx.Node]:
+    """What shares the storage of a node: its views and theirs, also out of a list of views (split)."""
+    for user in node.users:
+        picks = user.target is operator.getitem and is_view(node)
+        # _unsafe_view aliases too, though its schema does not say so
+        if is_view(user) or picks or user.target is aten._unsafe_view.default:
+            yield user
+            yield from aliases(user)
+
+
+def _gathered_by(value: fx.Node) -> fx.Node | None:
+    """The wait of an all_gather that a value is, or is the true rows of."""
+    if value.target is aten.slice.Tensor and value.args[1:3] == (0, 0):
+        value = value.args[0]  # type: ignore[assignment]
+    return value if c10d.is_wait(value) and c10d.launched_by(value).target in _GATHERS else None
+
+
+def gathered_shard(wait: fx.Node) -> fx.Node:
+    """The shard that went into the all_gather which a wait waits for."""
+    source = wait.args[0]
+    index = 0 if c10d.is_collective(source) else source.args[1]  # type: ignore[arg-type, union-attr]
+    return _sent(c10d.launched_by(wait))[index]  # type: ignore[index]
+
+
+def _gathers_parameter(wait: fx.Node) -> bool:
+    """Whether a wait yields a gathered parameter input, as it is or cast before it travels."""
+    if _gathered_by(wait) is None:
+        return False
+    shard = gathered_shard(wait)
+    while shard.target is aten._to_copy.default:
+        shard = shard.args[0]  # type: ignore[assignment]
+    return shard.op == "placeholder" and shard.meta["entry"].kind == "parameter"
+
+
+def _computed_from_parameters(context: Context) -> set[fx.Node]:
+    """The nodes that are computed from parameters and nothing else (a cast, a packed bucket)."""
+    found = set(context.step.inputs("parameter"))
+    for node in context.calls:
+        if node.all_input_nodes and all(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def check_sharding(context: Context) -> Iterator[Violation]:
+    """Shards have the rows that they say; no forward or backward takes a parameter's shard for the whole."""
+    shards: set[fx.Node] = set()  # sharded parameters, and what is still their shard
+    for node in context.step.graph.nodes:
+        if node.op == "output":
+            continue
+        yield from _check_rows(node, context.step.mesh)
+        yield from _check_axis(node)
+        if node.op == "placeholder":
+            yield from _check_input(node, context.step.mesh)
+            if node.meta["entry"].kind == "parameter" and "sharding" in node.meta:
+                shards.add(node)
+        read = [source for source in node.all_input_nodes if source in shards]
+        if not read or node.meta["phase"] == "update" or node.target in _GATHERS:
+            continue
+        if node.meta.get("sharding") != read[0].meta["sharding"]:
+            got = f"a read of the shard %{read[0].name} as if it were the whole tensor"
+            yield Violation(node, "gathered parameters", got, "read the wait of an all_gather")
+        shards.add(node)
+
+
+def _check_rows(node: fx.Node, mesh: dict[str, int]) -> Iterator[Violation]:
+    sharding: Sharding | None = node.meta.get("sharding")
+    if sharding is None:
+        return
+    where, fix = f"{equation(node)} with {sharding}", "let meta['sharding'] and meta['val'] change together"
+    if mesh.get(sharding.axis) != sharding.num_shards:
+        yield Violation(where, f"an axis of the mesh {mesh} with as many ranks", sharding.axis, fix)
+    val = node.meta["val"]
+    rows = ops.shard_rows(sharding.rows, sharding.num_shards)
+    if not isinstance(val, torch.Tensor) or val.dim() == 0 or val.shape[0] != rows:
+        got = str(tuple(val.shape)) if isinstance(val, torch.Tensor) else type(val).__name__
+        yield Violation(where, f"a tensor of {rows} rows", got, fix)
+
+
+def _check_axis(node: fx.Node) -> Iterator[Violation]:
+    """A shard is gathered over the axis that it is split over, and scattered over the axis that it says."""
+    if node.target not in (*_GATHERS, c10d.reduce_scatter):
+        return
+    for shard in _sent(node) if node.target in _GATHERS else [node]:
+        sharding: Sharding | None = shard.meta.get("sharding")
+        if sharding is not None and sharding.axis != c10d.axis_of(node):
+            fix = "name the axis of meta['sharding']"
+            yield Violation(node, f"axis {sharding.axis} of {sharding}", c10d.axis_of(node), fix)
+
+
+def _check_input(node: fx.Node, mesh: dict[str, int]) -> Iterator[Violation]:
+    entry, val, sharding = node.meta["entry"], node.meta["val"], node.meta.get("sharding")
+    if entry.kind == "coordinate" and entry.name not in mesh:
+        yield Violation(node, f"an axis of the mesh {mesh}", entry.name, "use coordinate()")
+    if entry.kind not in STATE_KINDS or not isinstance(val, torch.Tensor):
+        return
+    shape = (sharding.rows if sharding else val.shape[0], *val.shape[1:]) if val.dim() else ()
+    if tuple(shape) != tuple(entry.shape):
+        fix = "set meta['sharding'] where an input becomes a shard"
+        expected = f"shape {tuple(entry.shape)}, or a shard of it"
+        yield Violation(f"input {entry.key}", expected, str(tuple(val.shape)), fix)

@@ -1,0 +1,129 @@
+"""Where a functional op may write over its first input: liveness is known here, so memory is used once.
+
+[Note: in place]
+The graph is functional; its program need not be. A pointwise op whose first input has the output's layout and is
+read by nothing afterwards, under any name that shares its memory, runs as its in-place form. An updated parameter
+or optimizer state so comes to stand in the memory of the old one and needs no copy: the same in-place ops, in the
+same order, that eager optimizers run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxzero.graph.step_graph import STATE_KINDS, StepGraph, is_getitem, is_view, yields_tensor
+from fxzero.graph import collectives as c10d
+
+aten = torch.ops.aten
+
+# aliases of their input that the schema does not declare
+_HIDDEN_VIEWS = {aten._unsafe_view.default, c10d.wait}
+# outputs of these are memory of their own (pointwise ops aside, which the tag tells)
+_FRESH = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.mean.dim, aten.sum.dim_IntList}
+
+
+class InPlace:
+    """The in-place decisions for one graph, in program order.
+
+    Attributes:
+        forms: node -> the in-place op to call instead of `node.target`.
+        storage: node -> the node whose memory it lives in.
+        last_use: storage -> position after which nothing reads that memory.
+    """
+
+    def __init__(self, step: StepGraph) -> None:
+        self.position = step.positions()
+        self.storage: dict[fx.Node, fx.Node] = {}
+        self.forms: dict[fx.Node, Any] = {}
+        self.members: dict[fx.Node, list[fx.Node]] = {}
+        self._writable = {node for node in step.inputs(*STATE_KINDS) if node.meta["entry"].key in step.results}
+        self._natural = self._natural_storage(step)
+        for node in step.graph.nodes:
+            root = self._root(node)
+            form = self._form(node)
+            if form is not None:
+                root = self.storage[node.args[0]]
+                self.forms[node] = form
+            self.storage[node] = root
+            self.members.setdefault(root, []).append(node)
+        self.last_use = {root: self._last(members) for root, members in self.members.items()}
+
+    def _natural_storage(self, step: StepGraph) -> dict[fx.Node, list[fx.Node]]:
+        """Root -> every node that shares its memory through views, written or not."""
+        groups: dict[fx.Node, list[fx.Node]] = {}
+        root: dict[fx.Node, fx.Node] = {}
+        for node in step.graph.nodes:
+            source = _aliased(node)
+            root[node] = root[source] if source is not None else node
+            groups.setdefault(root[node], []).append(node)
+        self._natural_root = root
+        return groups
+
+    def _root(self, node: fx.Node) -> fx.Node:
+        source = _aliased(node)
+        return self.storage[source] if source is not None else node
+
+    def _last(self, members: list[fx.Node]) -> int:
+        return max((self.position[user] for member in members for user in member.users), default=-1)
+
+    def _form(self, node: fx.Node) -> Any:
+        """The in-place op for `node`, or None."""
+        form = _in_place_form(node)
+        if form is None:
+            return None
+        first = node.args[0]
+        if not _same_layout(first, node) or _aliased(first) is not None:
+            return None
+        root = self.storage[first]
+        if root.op == "placeholder" and root not in self._writable:
+            return None
+        if first is not root and first not in self.forms:
+            return None
+        if root.op != "placeholder" and not _is_fresh(root):
+            return None
+        sharing = {*self.members.get(root, ())}
+        for member in list(sharing):
+            sharing.update(self._natural[self._natural_root[member]])
+        here = self.position[node]
+        if any(self.position[user] > here for member in sharing for user in member.users):
+            return None
+        others = [n for n in node.all_input_nodes if n is not first and n in sharing]
+        return None if others else form
+
+
+def _aliased(node: fx.Node) -> fx.Node | None:
+    """The input whose memory a node's value lives in, if it is a view (or a part of one)."""
+    if node.op != "call_function" or not node.all_input_nodes:
+        return None
+    if is_view(node) or node.target in _HIDDEN_VIEWS or is_getitem(node):
+        return node.all_input_nodes[0]
+    return None
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return not is_view(node) and (torch.Tag.pointwise in target.tags or target in _FRESH)
+
+
+def _in_place_form(node: fx.Node) -> Any:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or not node.args:
+        return None
+    if torch.Tag.pointwise not in target.tags or not isinstance(node.args[0], fx.Node) or is_view(node):
+        return None
+    packet = getattr(aten, target._schema.name.removeprefix("aten::") + "_", None)
+    if packet is None or target._overloadname not in packet.overloads():
+        return None
+    return getattr(packet, target._overloadname)
+
+
+def _same_layout(a: object, b: fx.Node) -> bool:
+    if not isinstance(a, fx.Node) or not yields_tensor(a) or not yields_tensor(b):
+        return False
+    x, y = a.meta["val"], b.meta["val"]
+    return (x.dtype, x.shape, x.stride(), x.device) == (y.dtype, y.shape, y.stride(), y.device)

@@ -1,0 +1,375 @@
+"""The readable form of a step graph: one line a node, equal between runs and ranks; parse.py reads it back.
+
+    # after shard_parameters | mesh dp=4 | cpu | 3 inputs, 4 nodes, 2 results, 1 collective forward
+    inputs
+      %weight         f32[16/dp, 16]  parameter   embed.weight
+    forward
+      %weight_gather  f32[64, 16]     all_gather  %weight dp, 4.0 KiB             # embed; for embed.weight
+      %weight_full    f32[64, 16]     wait        %weight_gather                  # embed; for embed.weight
+                                      release     %weight_full                    # embed
+
+[Note: what a line says]
+Types: dtype, shape, strides where not the contiguous ones, device where not the header's. `62/dp` in front
+is this rank's part of 62 rows that are sharded over the axis dp. ATen ops go by their own name, without
+`.default`; Python's operators as `py.mul`; other namespaces in front, `prims::copy_to`. A collective names
+the mesh axis and the bytes of the whole tensors. After `#` come the module (`d module` for what
+differentiates it), the parameters whose gradient the node is, and the parameter whose update (or gather, or
+reduction) it belongs to.
+
+[Note: sections and phases]
+Each section comes once, in program order: `backward` goes from the first to the last backward node, `update`
+is what follows. A node of another phase than its section's, such as an update placed under backward, has the
+initial of its phase in the first column. So a node that moves changes one line, not the headings around it.
+
+[Note: one program on all ranks]
+Ranks compare this text, so it holds nothing that differs between them: a device is "cuda", never "cuda:3".
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxzero.graph import collectives as c10d
+from fxzero.graph import ops
+from fxzero.graph.step_graph import PHASES, Sharding, StepGraph, num_bytes
+
+SECTIONS = ("inputs", *PHASES, "results")
+SHORT_NAMES: dict[Any, str] = {
+    **{target: row.name for target, row in c10d.TABLE.items()},
+    c10d.wait: "wait",
+    ops.release: "release",
+    ops.local_shard: "local_shard",
+    operator.getitem: "getitem",
+}
+# A column is as wide as its widest cell up to this; wider cells push only their own line out.
+_WIDEST = (32, 24, 24, 48)
+_WIDTH_STEP = 4
+_COLORS = {"heading": "1", "comment": "2", "wait": "34", "release": "35"}
+_COLORS |= {row.name: "36" for row in c10d.TABLE.values()}
+_WORD = re.compile(r"[\w.:/+@-]+")
+
+OpOverload = type(ops.release)
+
+
+@functools.cache
+def dtype_names() -> dict[torch.dtype, str]:
+    """dtype -> its name in the text: f32, bf16, i64, bool."""
+    short = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
+    found: dict[torch.dtype, str] = {}
+    for dtype in vars(torch).values():
+        if isinstance(dtype, torch.dtype):
+            name = str(dtype).removeprefix("torch.")
+            kind = re.match(r"[a-z]+", name)
+            assert kind is not None
+            found[dtype] = short.get(kind[0], kind[0]) + name[kind.end() :]
+    return found
+
+
+@functools.cache
+def op_name(target: Any) -> str:
+    """What the text calls an op; `find_op` in parse.py is the way back."""
+    if target in SHORT_NAMES:
+        return SHORT_NAMES[target]
+    if isinstance(target, OpOverload):
+        return target.name().removeprefix("aten::")
+    module, name = getattr(target, "__module__", None), getattr(target, "__name__", None)
+    if module == "_operator":
+        return f"py.{name}"
+    if module in ("math", "builtins", "torch"):
+        return f"py.{module}.{name}"
+    return f"<{name or type(target).__name__}>"
+
+
+def size_text(size_bytes: int) -> str:
+    """A number of bytes as people say it: 3.0 MiB."""
+    size, units = float(size_bytes), ["B", "KiB", "MiB", "GiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.1f} {units[0]}" if units[0] != "B" else f"{size_bytes} B"
+
+
+def _word(name: str) -> str:
+    return name if _WORD.fullmatch(name) else repr(name)
+
+
+def contiguous_strides(shape: Collection[int]) -> tuple[int, ...]:
+    """The strides that a fresh tensor of this shape has."""
+    sizes = [max(size, 1) for size in shape]
+    return tuple(math.prod(sizes[i + 1 :]) for i in range(len(sizes)))
+
+
+def fits(sharding: Sharding, val: Any) -> bool:
+    """Whether `val` has as many rows as a shard must have."""
+    return (
+        isinstance(val, torch.Tensor)
+        and val.dim() > 0
+        and val.shape[0] == ops.shard_rows(sharding.rows, sharding.num_shards)
+    )
+
+
+def sharding_text(sharding: Sharding, mesh: dict[str, int]) -> str:
+    """`rows/axis`; the number of shards too, where it is not the size of the axis."""
+    count = "" if mesh.get(sharding.axis) == sharding.num_shards else f":{sharding.num_shards}"
+    return f"{sharding.rows}/{sharding.axis}{count}"
+
+
+def type_text(val: Any, step: StepGraph, *, device: str, sharding: Sharding | None = None) -> str:
+    """The type of a value, `device` left out; in a tuple, equal neighbours appear as `f32[4] x3`."""
+    if isinstance(val, torch.Tensor):
+        sizes = [str(size) for size in val.shape]
+        if sharding is not None and fits(sharding, val):
+            sizes[0] = sharding_text(sharding, step.mesh)
+        strides = ""
+        if val.stride() != contiguous_strides(val.shape):
+            strides = f"{{{','.join(map(str, val.stride()))}}}"
+        place = "" if val.device.type == device else f"@{val.device.type}"
+        return f"{dtype_names()[val.dtype]}[{', '.join(sizes)}]{strides}{place}"
+    if isinstance(val, (list, tuple)):
+        runs: list[list[Any]] = []
+        for item in (type_text(item, step, device=device) for item in val):
+            if runs and runs[-1][0] == item:
+                runs[-1][1] += 1
+            else:
+                runs.append([item, 1])
+        return f"({', '.join(item if count == 1 else f'{item} x{count}' for item, count in runs)})"
+    return "None" if val is None else type(val).__name__
+
+
+def default_device(step: StepGraph) -> str:
+    """The kind of device that the header names: that of the first tensor among the inputs."""
+    for node in step.placeholders:
+        if isinstance(node.meta["val"], torch.Tensor):
+            return str(node.meta["val"].device.type)
+    return "cpu"
+
+
+def value_text(value: Any) -> str:
+    """One argument; `<kind>` for what cannot be read back."""
+    if isinstance(value, fx.Node):
+        return f"%{value.name}"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if isinstance(value, complex):
+        return repr(value).strip("()")
+    if isinstance(value, torch.dtype):
+        return dtype_names()[value]
+    if isinstance(value, (torch.memory_format, torch.layout)):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, torch.device):
+        return value.type
+    if isinstance(value, list):
+        return f"[{', '.join(map(value_text, value))}]"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(value_text, value))}{',' if len(value) == 1 else ''})"
+    return f"<{type(value).__name__}>"
+
+
+@functools.cache
+def _defaults(target: Any) -> dict[str, str]:
+    if not isinstance(target, OpOverload):
+        return {}
+    return {a.name: value_text(a.default_value) for a in target._schema.arguments if a.has_default_value()}
+
+
+def args_text(node: fx.Node, mesh: dict[str, int]) -> str:
+    """The arguments of a call; keyword arguments at their default are left out."""
+    if c10d.is_collective(node):
+        return _collective_args_text(node, mesh)
+    if c10d.is_release(node) and isinstance(node.args[0], (list, tuple)):
+        return ", ".join(map(value_text, node.args[0]))
+    defaults = _defaults(node.target)
+    parts = [value_text(value) for value in node.args]
+    for key, value in node.kwargs.items():
+        if value_text(value) != defaults.get(key):
+            parts.append(f"{key}={value_text(value)}")
+    return ", ".join(parts)
+
+
+def _collective_args_text(node: fx.Node, mesh: dict[str, int]) -> str:
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    first, *rest = [*zip(names, node.args, strict=False), *node.kwargs.items()]
+    parts = [value_text(first[1])]
+    for name, value in rest:
+        if name == "group_size" and value == mesh.get(c10d.axis_of(node)):
+            continue
+        shown = _word(value) if isinstance(value, str) else value_text(value)
+        parts.append(f"group_size={shown}" if name == "group_size" else shown)
+    sources = [n.meta.get("val") for n in node.all_input_nodes]
+    whole_bytes = max(num_bytes(sources), num_bytes(node.meta.get("val")))
+    return f"{' '.join(parts)}, {size_text(whole_bytes)}"
+
+
+def comment_text(node: fx.Node, mesh: dict[str, int]) -> str:
+    """What the node belongs to; see [Note: what a line says]."""
+    meta, parts = node.meta, []
+    if node.op == "placeholder":
+        entry = meta["entry"]
+        if entry.shape != whole_shape(meta["val"], meta.get("sharding")):
+            parts.append(f"whole {value_text(list(entry.shape))}")
+        if entry.param not in (None, default_owner(entry.kind, entry.name)):
+            parts.append(f"state of {_word(entry.param)}")
+    elif meta.get("module"):
+        parts.append(("d " if meta.get("phase") == "backward" else "") + _word(meta["module"]))
+    if meta.get("grad_of"):
+        parts.append(f"grad of {', '.join(map(_word, meta['grad_of']))}")
+    if meta.get("param") is not None:
+        parts.append(f"{'update of' if meta.get('phase') == 'update' else 'for'} {_word(meta['param'])}")
+    if meta.get("sharding") is not None and not fits(meta["sharding"], meta.get("val")):
+        parts.append(f"shard {sharding_text(meta['sharding'], mesh)}")
+    return "; ".join(parts)
+
+
+def whole_shape(val: Any, sharding: Sharding | None) -> tuple[int, ...]:
+    """The single-device shape of an input, as far as its value and sharding tell."""
+    if not isinstance(val, torch.Tensor):
+        return ()
+    shape = tuple(val.shape)
+    return (sharding.rows, *shape[1:]) if sharding is not None and fits(sharding, val) else shape
+
+
+def default_owner(kind: str, name: str) -> str | None:
+    """The parameter that an input belongs to, as far as its name tells."""
+    return name.rpartition(":")[0] if kind == "optimizer" else None
+
+
+@dataclass(frozen=True)
+class _Line:
+    mark: str
+    cells: tuple[str, ...]
+    comment: str = ""
+
+
+def to_text(
+    step: StepGraph, *, phases: Collection[str] | None = None, color: bool = False, width: int | None = None
+) -> str:
+    """The text of a step graph; `from_text` reads it back where `phases` and `width` are left alone.
+
+    Args:
+        step: the graph.
+        phases: print only these of SECTIONS.
+        color: with terminal escapes.
+        width: cut comments so that lines have at most this many characters, where the rest of them allows it.
+    """
+    device = default_device(step)
+    wanted = SECTIONS if phases is None else phases
+    sections: dict[str, list[_Line]] = {name: [] for name in SECTIONS}
+    if "inputs" in wanted:
+        sections["inputs"] = [_input_line(node, step, device) for node in step.placeholders]
+    for section, node in _sectioned(step.calls()):
+        if phases is None or node.meta.get("phase") in phases:
+            sections[section].append(_call_line(node, step, device, section))
+    if "results" in wanted:
+        returned = step.results.items()
+        sections["results"] = [
+            _Line(" ", (f"%{n.name}", f"-> {k}", _word(name))) for (k, name), n in returned
+        ]
+    lines = list(_header(step, device, phases=phases, width=width))
+    if any(line.mark != " " for found in sections.values() for line in found):
+        lines.append("# first column: f, b, u = a node of forward, backward, update under another heading")
+    lines = [_painted(line, "comment", color) for line in lines]
+    for name, found in sections.items():
+        if found or (name == "results" and name in wanted):
+            lines.append(_painted(name, "heading", color))
+            lines += _aligned(found, color=color, width=width)
+    return "\n".join(lines) + "\n"
+
+
+def _input_line(node: fx.Node, step: StepGraph, device: str) -> _Line:
+    entry, val = node.meta["entry"], node.meta["val"]
+    shown = type_text(val, step, device=device, sharding=node.meta.get("sharding"))
+    cells = (f"%{node.name}", shown, entry.kind, _word(entry.name))
+    return _Line(" ", cells, comment_text(node, step.mesh))
+
+
+def _call_line(node: fx.Node, step: StepGraph, device: str, section: str) -> _Line:
+    phase, sharding = node.meta.get("phase", "?"), node.meta.get("sharding")
+    op = op_name(node.target) if node.op == "call_function" else f"<{node.op}>"
+    cells = ["", "", op, args_text(node, step.mesh)]
+    if node.users or not returns_nothing(node.target):
+        cells[:2] = f"%{node.name}", type_text(node.meta.get("val"), step, device=device, sharding=sharding)
+    mark = " " if phase == section else phase[0]
+    return _Line(mark, tuple(cells), comment_text(node, step.mesh))
+
+
+def returns_nothing(target: Any) -> bool:
+    """Whether an op yields no value, so that its line needs no name."""
+    return isinstance(target, OpOverload) and not target._schema.returns
+
+
+def _sectioned(calls: list[fx.Node]) -> Iterator[tuple[str, fx.Node]]:
+    """(heading, node); see [Note: sections and phases]."""
+    phases = [node.meta.get("phase") for node in calls]
+    last = {phase: index for index, phase in enumerate(phases)}
+    end_of_forward = phases.index("backward") if "backward" in last else last.get("forward", -1) + 1
+    end_of_backward = last.get("backward", end_of_forward - 1) + 1
+    for index, node in enumerate(calls):
+        yield PHASES[(index >= end_of_forward) + (index >= end_of_backward)], node
+
+
+def _header(
+    step: StepGraph, device: str, *, phases: Collection[str] | None, width: int | None
+) -> Iterator[str]:
+    title, calls = step.title, step.calls()
+    if not title.isprintable() or title != title.strip() or title[:1] in ("", "'", '"'):
+        title = repr(title)
+    mesh = " ".join(["mesh", *(f"{axis}={size}" for axis, size in step.mesh.items())])
+    sizes = {"input": len(step.placeholders), "node": len(calls), "result": len(step.results)}
+    counts = [f"{number:,} {noun}{'s' * (number != 1)}" for noun, number in sizes.items()]
+    launched = [node.meta.get("phase") for node in calls if c10d.is_collective(node)]
+    by_phase = [f"{launched.count(phase):,} {phase}" for phase in PHASES if phase in launched]
+    if by_phase:
+        by_phase[0] = by_phase[0].replace(
+            " ", " collective " if by_phase[0].startswith("1 ") else " collectives "
+        )
+    counts += by_phase or ["no collectives"]
+    parts = [title, mesh if step.mesh else "no mesh", device, ", ".join(counts)]
+    if phases is not None:
+        parts.append(f"only {', '.join(section for section in SECTIONS if section in phases)}")
+    if width is not None:
+        parts.append(f"cut at {width}")
+    yield f"# {' | '.join(parts)}"
+    if step.facts:
+        yield f"# facts: {', '.join(map(_word, sorted(step.facts)))}"
+
+
+def _aligned(lines: list[_Line], *, color: bool, width: int | None) -> Iterator[str]:
+    """The lines of one section, in columns; a cell that is too wide pushes what follows as far as it must."""
+    starts = [2]
+    for index, widest in enumerate(_WIDEST):
+        sizes = [len(line.cells[index]) for line in lines if index < len(line.cells)]
+        column = max((size for size in sizes if size <= widest), default=0)
+        starts.append(starts[-1] + -(-column // _WIDTH_STEP) * _WIDTH_STEP + 2)
+    for line in lines:
+        text = plain = line.mark
+        comment = f"# {line.comment}" if line.comment else ""
+        cells = [*line.cells, *[""] * (len(_WIDEST) - len(line.cells)), comment]
+        for index, (start, cell) in enumerate(zip(starts, cells, strict=True)):
+            if not cell:
+                continue
+            gap = " " * max(start - len(plain), 2 if index else 1)
+            kind = cell if index == 2 else "comment" if index == 4 else ""
+            if index == 4 and width is not None:
+                cell = _cut(cell, width - len(plain + gap))
+            text, plain = text + gap + _painted(cell, kind, color), plain + gap + cell
+        yield text
+
+
+def _cut(comment: str, room: int) -> str:
+    room = max(room, 14)
+    if len(comment) <= room:
+        return comment
+    head = (room - 3) // 3
+    return f"{comment[:head]}...{comment[len(comment) - (room - 3 - head) :]}"
+
+
+def _painted(text: str, kind: str, color: bool) -> str:
+    return f"\x1b[{_COLORS[kind]}m{text}\x1b[0m" if color and kind in _COLORS else text

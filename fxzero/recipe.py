@@ -1,0 +1,84 @@
+"""From a plan to the ordered list of passes: the one page that says what is done to a step."""
+
+from __future__ import annotations
+
+from fxzero.errors import PlanError
+from fxzero.graph.contract import Pass
+from fxzero.pass_manager import Pipeline
+from fxzero.passes.bucket_all_gathers import bucket_all_gathers
+from fxzero.passes.bucket_reduce_scatters import bucket_reduce_scatters
+from fxzero.passes.choose_collective_algorithms import choose_collective_algorithms
+from fxzero.passes.place_updates import place_updates
+from fxzero.passes.prefetch_all_gathers import prefetch_all_gathers
+from fxzero.passes.reduce_gradients import reduce_gradients
+from fxzero.passes.remove_dead_nodes import remove_dead_nodes
+from fxzero.passes.shard_gradients import shard_gradients
+from fxzero.passes.shard_optimizer_state import shard_optimizer_state
+from fxzero.passes.shard_parameters import shard_parameters
+from fxzero.plan import Plan
+
+ALL_PASSES: tuple[Pass, ...] = (
+    reduce_gradients,
+    shard_optimizer_state,
+    shard_gradients,
+    shard_parameters,
+    remove_dead_nodes,
+    choose_collective_algorithms,
+    bucket_all_gathers,
+    bucket_reduce_scatters,
+    prefetch_all_gathers,
+    place_updates,
+)
+
+
+def recipe(plan: Plan, *, backend: str) -> Pipeline:
+    """The pipeline of a plan.
+
+    Args:
+        plan: resolved (its mesh is known).
+        backend: what carries collectives ("gloo", "nccl", "fake"); decides what a plan leaves at "auto".
+
+    Raises:
+        PlanError: if `disable` names no pass.
+    """
+    _check_disabled(plan)
+    axes = {axis: size for axis, size in plan.axes.items() if size > 1}
+    on_gloo = backend == "gloo"
+    algorithm = plan.reduce_scatter if plan.reduce_scatter != "auto" else ("all_to_all" if on_gloo else "native")
+    form = plan.bucket_form if plan.bucket_form != "auto" else ("separate" if on_gloo else "coalesced")
+    shards = "dp" in axes
+    rows = {"axis": "dp", "persist_below": plan.persist_below}
+
+    passes: list[Pass] = []
+    if axes:
+        order = tuple(axis for axis in ("dp", "dp_replicate") if axis in axes)
+        passes.append(reduce_gradients.using(axes=order))
+    if shards and plan.zero >= 1:
+        passes.append(shard_optimizer_state.using(**rows))
+    if shards and plan.zero >= 2:
+        passes.append(shard_gradients)
+    if shards and plan.zero >= 3:
+        passes.append(shard_parameters.using(**rows))
+    passes.append(remove_dead_nodes)
+    if axes:
+        passes.append(choose_collective_algorithms.using(reduce_scatter=algorithm))
+    if shards and plan.zero >= 3:
+        passes.append(bucket_all_gathers.using(bucket_bytes=plan.bucket_bytes, form=form))
+    if axes:
+        passes.append(bucket_reduce_scatters.using(bucket_bytes=plan.bucket_bytes, form=form))
+    if shards and plan.zero >= 3:
+        passes.append(prefetch_all_gathers.using(distance=plan.prefetch))
+    passes.append(place_updates.using(bucket_bytes=plan.bucket_bytes))
+    return Pipeline(passes, disable=plan.disable)
+
+
+def _check_disabled(plan: Plan) -> None:
+    names = [p.name for p in ALL_PASSES]
+    for name in plan.disable:
+        if name not in names:
+            raise PlanError.of(
+                where="disable",
+                expected="names of passes",
+                got=repr(name),
+                fix=f"choose from: {', '.join(names)}",
+            )

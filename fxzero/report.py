@@ -1,0 +1,88 @@
+"""Tables about a compiled step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+from fxzero.cost.memory import memory_profile
+from fxzero.graph import StepGraph
+from fxzero.graph import collectives as c10d
+from fxzero.graph.step_graph import STATE_KINDS, num_bytes
+from fxzero.pass_manager import PassRecord
+from fxzero.plan import Plan
+
+MIB = 2**20
+
+
+def report(step: StepGraph, plan: Plan, records: Sequence[PassRecord], seconds: dict[str, float]) -> str:
+    """State, communication, memory, passes and compile time of one program, as text for a terminal."""
+    mesh = " x ".join(f"{axis}={size}" for axis, size in step.mesh.items())
+    parts = [
+        f"zero {plan.zero} on {mesh or 'one rank'}",
+        _state_table(step),
+        _communication_table(step),
+        _memory_lines(step),
+        _pass_table(records),
+        "compiled in " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _mib(num: float) -> str:
+    return f"{num / MIB:,.2f}"
+
+
+def _state_table(step: StepGraph) -> str:
+    rows = []
+    for kind in STATE_KINDS:
+        nodes = step.inputs(kind)
+        sharded = [n for n in nodes if "sharding" in n.meta]
+        here = sum(num_bytes(n.meta["val"]) for n in nodes)
+        whole = sum(_whole_bytes(n) for n in nodes)
+        rows.append([kind, len(nodes), len(sharded), _mib(whole), _mib(here)])
+    return tabulate(rows, headers=["state", "tensors", "sharded", "whole MiB", "this rank MiB"], disable_numparse=True)
+
+
+def _whole_bytes(node) -> float:  # type: ignore[no-untyped-def]
+    sharding = node.meta.get("sharding")
+    val = node.meta["val"]
+    size = num_bytes(val)
+    return size * sharding.rows / val.shape[0] if sharding is not None else size
+
+
+def _communication_table(step: StepGraph) -> str:
+    totals: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0, 0])
+    for node in step.calls():
+        if c10d.is_collective(node):
+            row = totals[(node.meta["phase"], c10d.TABLE[node.target].name, c10d.axis_of(node))]
+            row[0] += 1
+            row[1] += num_bytes(node.meta["val"])
+            row[2] += c10d.wire_bytes(node, step.mesh)
+    if not totals:
+        return ""
+    rows = [[*key, int(n), _mib(out), _mib(wire)] for key, (n, out, wire) in totals.items()]
+    rows.append(["all", "", "", int(sum(r[0] for r in totals.values())), "", _mib(sum(r[2] for r in totals.values()))])
+    headers = ["phase", "collective", "axis", "per step", "output MiB", "sent MiB a rank"]
+    return tabulate(rows, headers=headers, disable_numparse=True)
+
+
+def _memory_lines(step: StepGraph) -> str:
+    profile = memory_profile(step)
+    lines = [
+        f"predicted peak {_mib(profile.peak_bytes)} MiB of tensors on this rank, {_mib(profile.state_bytes)} MiB of it "
+        f"state and inputs; at %{profile.peak_node.name} ({profile.peak_node.meta.get('phase', '')} of "
+        f"{profile.peak_node.meta.get('module') or 'the model'})"
+    ]
+    rows = [[f"%{name}", _mib(size)] for name, size in profile.alive[:8]]
+    return "\n".join([*lines, tabulate(rows, headers=["largest alive at the peak", "MiB"], disable_numparse=True)])
+
+
+def _pass_table(records: Sequence[PassRecord]) -> str:
+    rows = [
+        [r.name, r.edits, ", ".join(f"{op} {n:+d}" for op, n in r.op_diff.items()), f"{r.seconds:.2f}", f"{r.verify_seconds:.2f}"]
+        for r in records
+    ]
+    return tabulate(rows, headers=["pass", "edits", "ops", "s", "verify s"], maxcolwidths=[36, None, 60, None, None])

@@ -1,0 +1,84 @@
+"""The state that an optimizer would make at its first step, made before it.
+
+Optimizers create their state lazily, inside `step()`. A captured step needs it to exist, at its initial values. Each
+parameter's state is made on a twin of the optimizer with a zero gradient, and every entry is kept as it was at the
+moment when it was first stored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fxzero.capture.trace import clone_optimizer, for_loop_form
+
+
+class _Recording(dict[str, Any]):
+    """A state dict that remembers the first value of every key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, Any] = {}
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.first.setdefault(key, value.detach().clone() if isinstance(value, torch.Tensor) else value)
+        super().__setitem__(key, value)
+
+
+class _Table(dict[Any, _Recording]):
+    """`optimizer.state` of a twin."""
+
+    def __missing__(self, key: Any) -> _Recording:
+        self[key] = _Recording()
+        return self[key]
+
+
+def initial_state(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], tensor: torch.Tensor
+) -> dict[str, Any]:
+    """The state that `optimizer` would keep for a parameter with these values, before its first update.
+
+    Args:
+        optimizer: not changed.
+        group: the parameter group that the parameter belongs to.
+        tensor: its values (a shard will do, for state that follows the parameter's shape).
+    """
+    table, _ = _one_step(optimizer, group, tensor.detach().clone(), torch.zeros_like(tensor), None)
+    return next(iter(table.values())).first if table else {}
+
+
+def first_step_is_special(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Whether an optimizer's first step differs from a step on its initial state.
+
+    SGD with dampening is one: its momentum starts as the undampened gradient. Tried on a tiny parameter.
+    """
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(3, 3, generator=generator)
+    gradient = torch.randn(3, 3, generator=generator)
+    state = initial_state(optimizer, group, value)
+    _, plain = _one_step(optimizer, group, value.clone(), gradient.clone(), None)
+    _, primed = _one_step(optimizer, group, value.clone(), gradient.clone(), state)
+    return not torch.equal(plain, primed)
+
+
+def _one_step(
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    value: torch.Tensor,
+    gradient: torch.Tensor,
+    state: dict[str, Any] | None,
+) -> tuple[_Table, torch.Tensor]:
+    twin = clone_optimizer(optimizer)
+    parameter = torch.nn.Parameter(value)
+    parameter.grad = gradient
+    twin.param_groups = [{**group, "params": [parameter]}]
+    for_loop_form(twin)
+    table = _Table()
+    if state is not None:
+        for key, item in state.items():
+            table[parameter][key] = item.clone() if isinstance(item, torch.Tensor) else item
+    twin.state = table  # type: ignore[assignment]
+    with torch.random.fork_rng(enabled=True):
+        type(twin).step(twin)  # type: ignore[call-arg]
+    return table, parameter.detach()

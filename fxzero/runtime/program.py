@@ -1,0 +1,200 @@
+"""The eager lowering: a scheduled step graph as one Python function that frees every tensor at its last use."""
+
+from __future__ import annotations
+
+import linecache
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxzero.graph import StepGraph
+from fxzero.graph import collectives as c10d
+from fxzero.graph.step_graph import STATE_KINDS, yields_tensor
+from fxzero.graph.storage import InPlace
+
+
+class Program:
+    """A step graph, ready to run on this rank.
+
+    Args:
+        step: the final graph.
+        groups: mesh axis -> name of the process group that carries it.
+        name: where tracebacks say that they are.
+
+    Attributes:
+        entries: what the inputs are, in order.
+        outputs: what `run` returns, in order: the loss, metrics, and state that is a Python number.
+        source: the Python text; ops in place end with an underscore.
+    """
+
+    def __init__(self, step: StepGraph, *, groups: Mapping[str, str], name: str = "step") -> None:
+        self.step = step
+        self.entries = [node.meta["entry"] for node in step.placeholders]
+        self.groups = dict(groups)
+        self._emitter = _Emitter(step, self.groups)
+        self.source = self._emitter.text()
+        self.outputs = self._emitter.outputs
+        self.file = f"<fxzero {name} {id(self):x}>"
+        linecache.cache[self.file] = (len(self.source), None, self.source.splitlines(keepends=True), self.file)
+        scope: dict[str, Any] = dict(self._emitter.names)
+        exec(compile(self.source, self.file, "exec"), scope)
+        self._function: Callable[[list[Any]], tuple[Any, ...]] = scope["run"]
+
+    def run(self, inputs: list[Any]) -> tuple[Any, ...]:
+        """Run the step; writes parameters, buffers and optimizer state in place.
+
+        Args:
+            inputs: one value an entry; the list is emptied, so that a caller that keeps no reference frees memory.
+        """
+        with torch.no_grad():
+            try:
+                return self._function(inputs)
+            except Exception as error:
+                self._explain(error)
+                raise
+
+    def _explain(self, error: Exception) -> None:
+        """Add the node of the graph to an error that surfaces in the program."""
+        frame = error.__traceback__
+        while frame is not None:
+            if frame.tb_frame.f_code.co_filename == self.file:
+                node = self._emitter.line_nodes.get(frame.tb_lineno)
+                if node is not None and hasattr(error, "add_note"):
+                    module = node.meta.get("module") or "the model"
+                    error.add_note(f"fxzero: in {node.meta['phase']} of {module}, node %{node.name}: {node.target}")
+            frame = frame.tb_next
+
+
+class _Emitter:
+    """Writes the source, line by line."""
+
+    def __init__(self, step: StepGraph, groups: Mapping[str, str]) -> None:
+        self.step = step
+        self.groups = groups
+        self.names: dict[str, Any] = {}
+        self.constants: dict[int, str] = {}
+        self.lines: list[str] = []
+        self.line_nodes: dict[int, fx.Node] = {}
+        self.in_place = InPlace(step)
+        self.outputs: list[tuple[str, str]] = []
+        self.position = self.in_place.position
+        self.copies = self._copies()
+
+    def text(self) -> str:
+        inputs = "".join(f"{node.name}, " for node in self.step.placeholders)
+        self.lines = ["def run(inputs):", f"    ({inputs}) = inputs", "    inputs.clear()"]
+        dying = self._dying()
+        for node in self.step.graph.nodes:
+            if node.op == "call_function":
+                self._call(node)
+            for line in self.copies.get(node, ()):
+                self.lines.append(f"    {line}")
+            if node.op != "output" and node in dying:
+                self.lines.append(f"    del {', '.join(dying[node])}")
+        returned = []
+        for key, node in self.step.results.items():
+            if key[0] not in STATE_KINDS or not yields_tensor(node):
+                self.outputs.append(key)
+                returned.append(node.name)
+        self.lines.append(f"    return ({''.join(f'{name}, ' for name in returned)})")
+        return "\n".join(self.lines) + "\n"
+
+    def _call(self, node: fx.Node) -> None:
+        if c10d.is_release(node):
+            return  # the memory goes with the last reference, which this node has
+        target = self.in_place.forms.get(node, node.target)
+        args = [self._argument(a) for a in node.args]
+        if c10d.is_collective(node):
+            position = c10d.TABLE[node.target].axis_arg
+            args[position] = repr(self.groups[c10d.axis_of(node)])
+        args += [f"{key}={self._argument(value)}" for key, value in node.kwargs.items()]
+        self.lines.append(f"    {node.name} = {self._op(target)}({', '.join(args)})")
+        self.line_nodes[len(self.lines)] = node
+
+    def _op(self, target: Any) -> str:
+        if isinstance(target, torch._ops.OpOverload):
+            name = target.name().replace("::", "_").replace(".", "_")
+        else:
+            name = f"py_{getattr(target, '__name__', 'call')}"
+        while name in self.names and self.names[name] is not target:
+            name += "_"
+        self.names[name] = target
+        return name
+
+    def _argument(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return value.name
+        if isinstance(value, (list, tuple)):
+            inner = ", ".join(self._argument(item) for item in value)
+            return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+        if value is None or isinstance(value, (bool, int, str)):
+            return repr(value)
+        if isinstance(value, float) and math.isfinite(value):
+            return repr(value)
+        name = str(value).replace(".", "_").replace(":", "_").replace("-", "minus_")
+        name = "const_" + "".join(c if c.isidentifier() or c.isdigit() else "_" for c in name)
+        while name in self.names and self.names[name] != value:
+            name += "_"
+        self.names[name] = value
+        return name
+
+    def _copies(self) -> dict[fx.Node, list[str]]:
+        """Node -> copies into state to run after it: results that did not come to stand in their state's memory."""
+        out: dict[fx.Node, list[str]] = {}
+        nodes = list(self.step.graph.nodes)
+        inputs = {node.meta["entry"].key: node for node in self.step.inputs(*STATE_KINDS)}
+        for key, node in self.step.results.items():
+            state = inputs.get(key)
+            if state is None or not yields_tensor(node) or self.in_place.storage[node] is state:
+                continue
+            last = max(self._last_reading(state), self.position[node])
+            last = min(last, len(nodes) - 2)  # not behind the output
+            out.setdefault(nodes[last], []).append(f"{state.name}.copy_({node.name})")
+        return self._ordered(out, inputs)
+
+    def _ordered(
+        self, copies: dict[fx.Node, list[str]], inputs: dict[tuple[str, str], fx.Node]
+    ) -> dict[fx.Node, list[str]]:
+        """Where one state's new value is another state's old one, keep the old one until it has been copied."""
+        by_name = {node.name: node for node in inputs.values()}
+        for lines in copies.values():
+            read = {line[line.index("(") + 1 : -1] for line in lines}
+            lines.sort(key=lambda line: line[: line.index(".copy_")] in read and line[: line.index(".copy_")] in by_name)
+        return copies
+
+    def _last_reading(self, state: fx.Node) -> int:
+        readers = [
+            self.position[user]
+            for member in self.in_place.members[state]
+            for user in member.users
+            if user.op != "output"
+        ]
+        return max(readers, default=0)
+
+    def _dying(self) -> dict[fx.Node, list[str]]:
+        """Node -> names of variables that nothing needs after it."""
+        kept = {
+            node.name
+            for key, node in self.step.results.items()
+            if key[0] not in STATE_KINDS or not yields_tensor(node)
+        }
+        last: dict[str, fx.Node] = {}
+        for node in self.step.graph.nodes:
+            if node.op == "output":
+                continue
+            if node.op == "call_function" and not c10d.is_release(node):
+                last[node.name] = node
+            for source in node.all_input_nodes:
+                last[source.name] = node
+            for line in self.copies.get(node, ()):
+                target, _, source_name = line.partition(".copy_(")
+                last[target] = node
+                last[source_name[:-1]] = node
+        out: dict[fx.Node, list[str]] = {}
+        for name, node in last.items():
+            if name not in kept:
+                out.setdefault(node, []).append(name)
+        return out

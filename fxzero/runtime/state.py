@@ -1,0 +1,308 @@
+"""The state of a step on this rank: parameters and optimizer state as DTensors, and the memory behind them.
+
+[Note: storage]
+A sharded tensor rests as rows of dim 0 over the mesh axis dp. All ranks hold ceil(rows / ranks) rows, so that a
+program is the same text everywhere; the last ones are padding. The module and the optimizer own a DTensor whose
+local tensor is the unpadded view of that memory, so state dicts, checkpoints and schedulers see nothing unusual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from fxzero.capture.inventory import Inventory, hyperparameters, state_name
+from fxzero.errors import CaptureError, PlanError
+from fxzero.graph.ops import local_shard, shard_rows
+from fxzero.runtime.priming import initial_state
+from fxzero.runtime.rehearsal import rehearse
+from fxzero.runtime.topology import Topology
+
+Init = Callable[[nn.Module], Any]
+
+
+class StepState:
+    """Parameters, buffers and optimizer state of one training step on this rank.
+
+    Args:
+        model, optimizer: the user's; after `bind` they own DTensors.
+        topology: this rank's place.
+        init: for meta models, fills the parameters and buffers that a module owns itself.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, topology: Topology, *, init: Init | None = None
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.topology = topology
+        self.init = init
+        self.bound = False
+        self.special_first_step = False
+        self.stepped = False
+        self.is_unsharded = False
+        self._local: dict[tuple[str, str], tuple[Any, torch.Tensor]] = {}  # key -> (owner's tensor, memory)
+
+    # ---- layout
+
+    def parameter_is_sharded(self, shape: torch.Size, *, stage: int) -> bool:
+        """Whether a tensor shaped like its parameter rests as rows, where that starts at a ZeRO stage."""
+        plan = self.topology.plan
+        if plan.zero < stage or plan.axes.get("dp", 1) == 1:
+            return False
+        return len(shape) > 0 and shape[0] >= 2 and shape.numel() >= plan.persist_below
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the next step is the optimizer's first and is unlike later ones."""
+        return self.special_first_step and not self.stepped
+
+    def rehearsal(self) -> Inventory:
+        """What there is to capture before `bind`: the model, and a twin of the optimizer with its state."""
+        inventory, self.special_first_step = rehearse(Inventory.of(self.model, self.optimizer))
+        return inventory
+
+    # ---- binding
+
+    def bind(self) -> None:
+        """Shard the parameters, make the optimizer's state, and hand both to model and optimizer as DTensors."""
+        if self.bound:
+            return
+        inventory = Inventory.of(self.model, self.optimizer)
+        on_meta = any(p.is_meta for p in inventory.parameters.values())
+        _, self.special_first_step = rehearse(inventory)
+        if on_meta:
+            self._materialize(inventory)
+        else:
+            self._broadcast(inventory)
+            for name, parameter in inventory.parameters.items():
+                self._replace(parameter, self._adopt_parameter(name, parameter.detach()), name=name)
+        self._prime(Inventory.of(self.model, self.optimizer))
+        self.bound = True
+
+    def _broadcast(self, inventory: Inventory) -> None:
+        """All ranks start from rank 0's values, as under DDP."""
+        for tensor in (*inventory.parameters.values(), *inventory.buffers.values()):
+            self._send_from_first_rank(tensor)
+
+    def _materialize(self, inventory: Inventory) -> None:
+        """Fill a meta model, one module's own tensors at a time; each is sharded before the next one exists."""
+        if self.init is None:
+            raise PlanError.of(
+                where="model",
+                expected="parameters with values, or init=fn to fill each module",
+                got="parameters on the meta device",
+                fix="pass init=fn to compile(), with fn(module) filling the tensors that module owns itself",
+            )
+        device = self.topology.mesh.device_type if self.topology.mesh is not None else _default_device()
+        names = {id(p): n for n, p in inventory.parameters.items()}
+
+        def fill(module: nn.Module) -> None:
+            own = {k: p for k, p in module.named_parameters(recurse=False) if p.is_meta}
+            buffers = {k: b for k, b in module.named_buffers(recurse=False) if b.is_meta}
+            if not own and not buffers:
+                return
+            for key, old in own.items():
+                empty = torch.empty_like(old, device=device)
+                module.register_parameter(key, nn.Parameter(empty, requires_grad=old.requires_grad))
+            for key, buffer in buffers.items():
+                setattr(module, key, torch.empty_like(buffer, device=device))
+            self.init(module)  # type: ignore[misc]
+            for key, old in own.items():
+                full = getattr(module, key)
+                self._send_from_first_rank(full)
+                name = names[id(old)]
+                self._replace(old, self._adopt_parameter(name, full.detach()), name=name, also=full)
+            for key in buffers:
+                self._send_from_first_rank(getattr(module, key))
+
+        self.model.apply(fill)
+        left = [n for n, t in (*self.model.named_parameters(), *self.model.named_buffers()) if t.is_meta]
+        if left:
+            raise CaptureError.of(
+                where=f"init(module) on {type(self.model).__name__}",
+                expected="all parameters and buffers to have values afterwards",
+                got=f"still on the meta device: {', '.join(left[:3])}",
+                fix="let init fill every tensor that a module owns itself",
+            )
+
+    def _send_from_first_rank(self, tensor: torch.Tensor) -> None:
+        if self.topology.world_size > 1:
+            dist.broadcast(tensor.detach(), src=0)
+
+    def _replace(
+        self, old: nn.Parameter, new: torch.Tensor, *, name: str, also: torch.Tensor | None = None
+    ) -> None:
+        """Put a new parameter wherever the old one (or its filled form) was: module tree, ties, optimizer."""
+        if self.topology.mesh is None and not old.is_meta:
+            return
+        parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+        self._local[("parameter", name)] = (parameter, self._local[("parameter", name)][1])
+        for module in self.model.modules():
+            for attribute, value in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                if value is old or value is also:
+                    module.register_parameter(attribute, parameter)
+        for group in self.optimizer.param_groups:
+            group["params"] = [parameter if p is old else p for p in group["params"]]
+        if old in self.optimizer.state:
+            self.optimizer.state[parameter] = self.optimizer.state.pop(old)
+
+    def _adopt_parameter(self, name: str, full: torch.Tensor) -> torch.Tensor:
+        sharded = self.parameter_is_sharded(full.shape, stage=3)
+        return self._adopt(("parameter", name), full, sharded)
+
+    def _adopt(self, key: tuple[str, str], full: torch.Tensor, sharded: bool) -> torch.Tensor:
+        """Take rows (or all) of a full tensor into this rank's memory; returns what model or optimizer own."""
+        mesh = self.topology.mesh
+        if mesh is None:
+            self._local[key] = (full, full)
+            return full
+        size = self.topology.plan.axes["dp"]
+        if sharded:
+            memory = local_shard(full, size, self.topology.coordinate("dp"))
+        else:
+            memory = full.detach().contiguous()
+        return self._wrap(key, memory, full.shape, sharded)
+
+    def _wrap(
+        self, key: tuple[str, str], memory: torch.Tensor, shape: torch.Size, sharded: bool
+    ) -> torch.Tensor:
+        mesh = self.topology.mesh
+        assert mesh is not None
+        rows = memory
+        if sharded:
+            size, index = self.topology.plan.axes["dp"], self.topology.coordinate("dp")
+            each = shard_rows(shape[0], size)
+            rows = memory[: max(0, min(each, shape[0] - index * each))]
+        placements = [Shard(0) if sharded and axis == "dp" else Replicate() for axis in self.topology.plan.axes]
+        stride = torch.empty(shape, device="meta").stride()
+        owned = DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=stride)
+        self._local[key] = (owned, memory)
+        return owned
+
+    # ---- optimizer state
+
+    def _prime(self, inventory: Inventory) -> None:
+        """Give each optimized parameter the state that the optimizer would start with."""
+        for name in inventory.optimized:
+            parameter = inventory.parameters[name]
+            existing = self.optimizer.state.get(parameter, {})
+            group = self.optimizer.param_groups[inventory.group_of(name)]
+            state = dict(existing) if existing else self._initial(name, group)
+            shape = parameter.shape
+            sharded = self.parameter_is_sharded(shape, stage=1)
+            rows_only = not existing
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and not isinstance(value, DTensor) and value.dim() > 0:
+                    self.optimizer.state[parameter][key] = self._adopt_state(
+                        name, key, value, shape, sharded=sharded, is_rows=rows_only
+                    )
+                else:
+                    self.optimizer.state[parameter][key] = value
+
+    def _initial(self, name: str, group: dict[str, Any]) -> dict[str, Any]:
+        """Initial state, made on this rank's rows where the state is sharded."""
+        memory = self._local[("parameter", name)][1]
+        parameter = self._local[("parameter", name)][0]
+        if self.parameter_is_sharded(parameter.shape, stage=1) and memory.shape == parameter.shape:
+            memory = local_shard(memory.detach(), self.topology.plan.axes["dp"], self.topology.coordinate("dp"))
+        return initial_state(self.optimizer, group, memory)
+
+    def _adopt_state(
+        self, param: str, key: str, value: torch.Tensor, shape: torch.Size, *, sharded: bool, is_rows: bool
+    ) -> torch.Tensor:
+        entry = ("optimizer", state_name(param, key))
+        if self.topology.mesh is None:
+            self._local[entry] = (value, value)
+            return value
+        rows = (shard_rows(shape[0], self.topology.plan.axes["dp"]), *shape[1:]) if sharded else tuple(shape)
+        if is_rows and sharded and tuple(value.shape) == rows:
+            return self._wrap(entry, value.contiguous(), shape, True)
+        if tuple(value.shape) == tuple(shape):
+            return self._adopt(entry, value, sharded)
+        if is_rows and sharded:
+            raise CaptureError.of(
+                where=f"{type(self.optimizer).__name__}.state[{param}][{key!r}]",
+                expected="state shaped like its parameter, or a scalar",
+                got=f"shape {tuple(value.shape)} for rows of shape {rows}",
+                fix="use zero=0 for this optimizer",
+            )
+        return self._adopt(entry, value, False)
+
+    # ---- what a program reads
+
+    def lookup(self, kind: str, name: str) -> Any:
+        """The current value of one entry, as a program takes it; follows what the user has replaced since."""
+        if kind == "parameter":
+            return self._current((kind, name), self._parameter(name))
+        if kind == "buffer":
+            owner, _, attribute = name.rpartition(".")
+            return getattr(self.model.get_submodule(owner), attribute)
+        if kind == "optimizer":
+            param, _, key = name.partition(":")
+            return self._current((kind, name), self.optimizer.state[self._parameter(param)][key])
+        if kind == "hyperparameter":
+            _, index, path = name.split(".", 2)
+            return dict(hyperparameters(self.optimizer.param_groups[int(index)]))[path]
+        assert kind == "coordinate", kind
+        return self.topology.coordinate(name)
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        owner, _, attribute = name.rpartition(".")
+        return getattr(self.model.get_submodule(owner), attribute)
+
+    def _current(self, key: tuple[str, str], owned: Any) -> Any:
+        if not isinstance(owned, torch.Tensor):
+            return owned
+        known = self._local.get(key)
+        if known is not None and known[0] is owned:
+            return known[1]
+        return self._readopt(key, owned)
+
+    def _readopt(self, key: tuple[str, str], owned: torch.Tensor) -> torch.Tensor:
+        """A tensor that the user put in place of ours (load_state_dict of torch.optim does)."""
+        if not isinstance(owned, DTensor):
+            self._local[key] = (owned, owned.detach())
+            return owned.detach()
+        sharded = any(isinstance(p, Shard) for p in owned.placements)
+        local = owned.to_local().detach()
+        if not sharded:
+            self._local[key] = (owned, local)
+            return local
+        each = shard_rows(owned.shape[0], self.topology.plan.axes["dp"])
+        if local.shape[0] == each and local.is_contiguous():
+            memory = local
+        else:
+            memory = local.new_zeros((each, *local.shape[1:]))
+            memory[: local.shape[0]].copy_(local)
+            fresh = self._wrap(key, memory, owned.shape, True)
+            owned.data = fresh.data
+        self._local[key] = (owned, memory)
+        return memory
+
+    def write_back(self, kind: str, name: str, value: Any) -> None:
+        """Store state that is a Python number."""
+        assert kind == "optimizer", kind
+        param, _, key = name.partition(":")
+        self.optimizer.state[self._parameter(param)][key] = value
+
+    # ---- views for people and checkpoints
+
+    def named(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """(kind, name, tensor as model or optimizer own it) of everything that persists."""
+        inventory = Inventory.of(self.model, self.optimizer)
+        for name, parameter in inventory.parameters.items():
+            yield "parameter", name, parameter
+        for name, buffer in inventory.buffers.items():
+            yield "buffer", name, buffer
+        for param, key, value in inventory.optimizer_state():
+            yield "optimizer", state_name(param, key), value
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

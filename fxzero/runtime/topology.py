@@ -1,0 +1,57 @@
+"""This rank's place in the mesh: groups and coordinates, made once from a resolved plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fxzero.plan import Plan
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The running counterpart of a plan's mesh.
+
+    Args:
+        plan: resolved.
+        mesh: the device mesh; None in a single process without torch.distributed.
+        backend: what carries collectives.
+    """
+
+    plan: Plan
+    mesh: DeviceMesh | None
+    backend: str
+    groups: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plan: Plan, device_type: str) -> Topology:
+        """Resolve a plan against the running world.
+
+        Raises:
+            PlanError: if the mesh does not multiply to the world size.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(plan.resolve(1), None, "none")
+        plan = plan.resolve(dist.get_world_size())
+        axes = plan.axes
+        mesh = init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        groups = {axis: mesh.get_group(axis).group_name for axis in axes}
+        backend = dist.get_backend(mesh.get_group(next(iter(axes))))
+        return cls(plan, mesh, backend, groups)
+
+    @property
+    def rank(self) -> int:
+        """Global rank."""
+        return dist.get_rank() if self.mesh is not None else 0
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks of the mesh."""
+        return self.mesh.size() if self.mesh is not None else 1
+
+    def coordinate(self, axis: str) -> Any:
+        """This rank's index on an axis."""
+        return self.mesh.get_local_rank(axis) if self.mesh is not None else 0

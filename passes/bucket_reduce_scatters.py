@@ -1,0 +1,43 @@
+"""Gradients are reduced in buckets, in the order in which backward yields them."""
+
+from __future__ import annotations
+
+from fxzero.graph import StepGraph
+from fxzero.graph import collectives as c10d
+from fxzero.graph.contract import graph_pass
+from fxzero.graph.step_graph import num_bytes
+from fxzero.passes.bucket_all_gathers import launch_together, make_buckets
+
+
+@graph_pass(requires=("gradients-reduced",), provides=("reductions-bucketed",))
+def bucket_reduce_scatters(step: StepGraph, *, bucket_bytes: int, form: str = "coalesced") -> int:
+    """Launch consecutive reductions (reduce-scatter, all-reduce) of gradients together, at the last gradient.
+
+    Args:
+        step: the graph.
+        bucket_bytes: bytes of unreduced gradients in a bucket; 0 leaves each reduction alone.
+        form: "coalesced"; with "separate" each reduction stays where its gradient is born, which is earliest.
+    """
+    if form == "separate":
+        return 0
+    edits = 0
+    for target in (c10d.reduce_scatter, c10d.all_reduce):
+        nodes = [n for n in step.calls(target) if n.meta["phase"] == "backward"]
+        for bucket in make_buckets(nodes, bucket_bytes, size_of=lambda n: num_bytes(n.args[0].meta["val"])):
+            _delay_waits(bucket)
+            launch_together(step, bucket, at=bucket[-1], form=form)
+            edits += len(bucket)
+    return edits
+
+
+def _delay_waits(bucket: list) -> None:  # type: ignore[type-arg]
+    """Waits of a bucket, and what hangs on them in backward, move behind its launch."""
+    anchor = bucket[-1]
+    for node in bucket:
+        stack = list(node.users)
+        while stack:
+            user = stack.pop(0)
+            if user.op == "call_function" and user.meta["phase"] == "backward":
+                anchor.append(user)
+                anchor = user
+                stack.extend(user.users)

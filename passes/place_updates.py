@@ -1,0 +1,125 @@
+"""An update runs as soon as its gradient is reduced; the gradient dies there.
+
+[Note: order of reductions and updates]
+Reductions are launched where gradients are born. What waits for the i-th launch (the wait itself, the rest of the
+reduction, the update) stands before launch i + distance, so that backward computes while a gradient travels. With
+distance 1 at most two gradients are alive unreduced.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxzero.graph import StepGraph
+from fxzero.graph import collectives as c10d
+from fxzero.graph.contract import graph_pass
+from fxzero.graph.randomness import is_random
+from fxzero.graph.step_graph import num_bytes
+
+
+@graph_pass(requires=("captured",), provides=("updates-placed",))
+def place_updates(step: StepGraph, *, distance: int = 1, bucket_bytes: int = 0) -> int:
+    """Move each wait and update from the end of the step to where its gradient is reduced.
+
+    Args:
+        step: the graph.
+        distance: launches between a reduction's launch and its wait.
+        bucket_bytes: launches count as one until they have this many bytes, so that small gradients do not wait
+            one by one; 0 counts each.
+    """
+    nodes = step.calls()
+    births = _births(nodes, bucket_bytes)
+    if not births:
+        return 0
+    group_of: dict[fx.Node, int] = {}
+    for group, launches in enumerate(births):
+        group_of.update(dict.fromkeys(launches, group))
+    tail = _tails(nodes, group_of)
+    order: list[fx.Node] = []
+    pending: dict[int, list[fx.Node]] = {}
+    for node in nodes:
+        if node in tail:
+            pending.setdefault(tail[node], []).append(node)
+    for node in nodes:
+        if node in tail:
+            continue
+        if node in group_of and node is births[group_of[node]][0]:
+            for group in sorted(g for g in pending if g <= group_of[node] - distance):
+                order += pending.pop(group)
+        order.append(node)
+    for group in sorted(pending):
+        order += pending[group]
+    return _reorder(step, nodes, order)
+
+
+def _births(nodes: list[fx.Node], bucket_bytes: int) -> list[list[fx.Node]]:
+    """Gradient reductions (or gradients, where nothing is reduced) in program order, grouped by bytes."""
+    births = _first_reductions(nodes) or [n for n in nodes if "grad_of" in n.meta]
+    groups: list[list[fx.Node]] = []
+    total = 0
+    for node in births:
+        size = num_bytes(node.meta["val"])
+        if groups and total + size <= bucket_bytes:
+            groups[-1].append(node)
+            total += size
+        else:
+            groups.append([node])
+            total = size
+    return groups
+
+
+def _first_reductions(nodes: list[fx.Node]) -> list[fx.Node]:
+    """The reductions of gradients that follow from no other one (hybrid sharding reduces twice)."""
+    gathers = (c10d.all_gather, c10d.all_gather_coalesced)
+    downstream: set[fx.Node] = set()
+    first = []
+    for node in nodes:
+        is_reduction = c10d.is_collective(node) and node.meta["phase"] == "backward" and node.target not in gathers
+        follows = any(n in downstream for n in node.all_input_nodes)
+        if is_reduction and not follows:
+            first.append(node)
+        if is_reduction or follows:
+            downstream.add(node)
+    return first
+
+
+def _tails(nodes: list[fx.Node], group_of: dict[fx.Node, int]) -> dict[fx.Node, int]:
+    """Node -> the last group of reductions that it depends on, for all that is moved.
+
+    Moved are waits of reductions, what follows from them, and update nodes that follow from no gradient (these go
+    with their first reader).
+    """
+    reducing = bool(group_of) and any(c10d.is_collective(n) for n in group_of)
+    depth: dict[fx.Node, int] = {}
+    tail: dict[fx.Node, int] = {}
+    for node in nodes:
+        before = [depth[n] for n in node.all_input_nodes if n in depth]
+        if node in group_of:
+            depth[node] = max([group_of[node], *before])
+            continue
+        if before:
+            depth[node] = max(before) + _travels(node)
+            if reducing or node.meta["phase"] == "update":
+                tail[node] = depth[node]
+    for node in reversed(nodes):
+        if node.meta["phase"] == "update" and node not in tail and not is_random(node):
+            readers = [tail[u] for u in node.users if u in tail]
+            if readers:
+                tail[node] = min(readers)
+    return tail
+
+
+def _travels(node: fx.Node) -> bool:
+    """Whether a node waits for a gather of the update, which travels under the next group."""
+    return c10d.is_wait(node) and c10d.launched_by(node).meta["phase"] == "update"
+
+
+def _reorder(step: StepGraph, old: list[fx.Node], new: list[fx.Node]) -> int:
+    anchor = step.placeholders[-1]
+    moved = 0
+    for before, node in zip(old, new, strict=True):
+        moved += before is not node
+        if anchor.next is not node:
+            anchor.append(node)
+        anchor = node
+    return moved

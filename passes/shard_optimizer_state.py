@@ -1,0 +1,162 @@
+"""ZeRO-1: each rank keeps and updates its rows of the optimizer state.
+
+The update of a parameter runs on rows wherever its ops are pointwise (torch tags them so); an op that is not, such
+as the matrix products of Muon, gets the gathers that it needs and runs whole. No optimizer is known by name.
+Source: ZeRO (Rajbhandari et al., 2020), section 5.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxzero.graph import Sharding, StepGraph
+from fxzero.graph import ops
+from fxzero.graph.contract import graph_pass
+from fxzero.graph.edit import Editor, evaluate
+from fxzero.graph.step_graph import identifier, sharding_of, yields_tensor
+
+aten = torch.ops.aten
+
+# pointwise in effect, though torch does not tag them: the output has the input's rows, row by row
+_ROW_WISE = {
+    aten.clone.default,
+    aten.copy.default,
+    aten._to_copy.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.empty_like.default,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.where.self,
+}
+
+
+@graph_pass(requires=("gradients-reduced",), provides=("optimizer-state-sharded",))
+def shard_optimizer_state(step: StepGraph, *, axis: str, persist_below: int = 0) -> int:
+    """Keep optimizer state as rows of `axis`; update rows, and gather the updated parameter.
+
+    Args:
+        step: the graph.
+        axis: the mesh axis to shard over.
+        persist_below: parameters with fewer elements keep whole state on every rank.
+    """
+    size = step.mesh[axis]
+    sharded = {
+        node.meta["entry"].name: sharding
+        for node in step.inputs("parameter")
+        if (sharding := sharding_of(node, axis, size, persist_below)) is not None
+    }
+    updates: dict[str, list[fx.Node]] = {}
+    for node in step.phase("update"):
+        if "param" in node.meta:
+            updates.setdefault(node.meta["param"], []).append(node)
+    inputs: dict[str, dict[tuple[str, str], fx.Node]] = {}
+    for node in step.inputs("parameter", "optimizer"):
+        entry = node.meta["entry"]
+        inputs.setdefault(entry.param or entry.name, {})[entry.key] = node
+    results = step.results
+    edits = 0
+    for name in sharded:
+        rewrite = _RowWiseUpdate(step, name, sharded[name])
+        mine = inputs[name]
+        whole = mine[("parameter", name)].meta["entry"].shape
+        for (kind, _), node in mine.items():
+            if kind == "optimizer" and node.meta["entry"].shape == whole:
+                rewrite.shard_input(node)
+        for node in updates.get(name, ()):
+            rewrite.visit(node)
+        rewrite.settle_results(mine, results)
+        edits += rewrite.edits
+    step.set_results(results)
+    return edits
+
+
+class _RowWiseUpdate:
+    """Carries a row sharding through the update of one parameter, in program order."""
+
+    def __init__(self, step: StepGraph, name: str, sharding: Sharding) -> None:
+        self.step = step
+        self.name = name
+        self.sharding = sharding
+        self.editor = Editor(step, phase="update", param=name)
+        self.rows: set[fx.Node] = set()
+        self.gathered: dict[fx.Node, fx.Node] = {}
+        self.local: dict[fx.Node, fx.Node] = {}
+        self.edits = 0
+
+    def shard_input(self, node: fx.Node) -> None:
+        """This rank holds only its rows of an input from now on."""
+        shape = (self.sharding.padded_rows // self.sharding.num_shards, *node.meta["val"].shape[1:])
+        with self.editor.mode:
+            node.meta["val"] = torch.empty(shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
+        node.meta["sharding"] = self.sharding
+        self.rows.add(node)
+        self.edits += 1
+
+    def visit(self, node: fx.Node) -> None:
+        """Let one update node work on rows where it can."""
+        inputs = [n for n in node.all_input_nodes if yields_tensor(n) and n.meta["val"].dim() > 0]
+        whole = node.meta["val"]
+        row_wise = self._is_row_wise(node, whole)
+        if not row_wise:
+            for source in inputs:
+                if source in self.rows:
+                    node.replace_input_with(source, self._gather(source, node))
+            return
+        aligned = [n for n in inputs if n in self.rows or self._covers_rows(n, whole)]
+        if not aligned:
+            return
+        for source in aligned:
+            if source not in self.rows:
+                node.replace_input_with(source, self._take_rows(source, node))
+        node.meta["val"] = evaluate(node, self.editor.mode)
+        node.meta["sharding"] = self.sharding
+        self.rows.add(node)
+        self.edits += 1
+
+    def settle_results(self, inputs: dict[tuple[str, str], fx.Node], results: dict[tuple[str, str], fx.Node]) -> None:
+        """Return rows for inputs that are rows, whole tensors for those that are whole."""
+        for key, source in inputs.items():
+            node = results.get(key)
+            if node is None:
+                continue
+            if source in self.rows and node not in self.rows:
+                results[key] = self._take_rows(node, self.step.output)
+            elif source not in self.rows and node in self.rows:
+                results[key] = self._gather(node, self.step.output)
+
+    def _is_row_wise(self, node: fx.Node, whole: object) -> bool:
+        if not isinstance(whole, torch.Tensor) or not isinstance(node.target, torch._ops.OpOverload):
+            return False
+        if torch.Tag.pointwise not in node.target.tags and node.target not in _ROW_WISE:
+            return False
+        return all(
+            n.meta["val"].dim() == whole.dim()
+            for n in node.all_input_nodes
+            if n in self.rows
+        )
+
+    def _covers_rows(self, node: fx.Node, whole: torch.Tensor) -> bool:
+        val = node.meta["val"]
+        return val.dim() == whole.dim() and val.shape[0] == whole.shape[0] == self.sharding.rows
+
+    def _gather(self, node: fx.Node, reader: fx.Node) -> fx.Node:
+        if node not in self.gathered:
+            with self.editor.before(reader):
+                _, self.gathered[node] = self.editor.all_gather(node, self.sharding, stem=f"{identifier(self.name)}_new")
+            self.edits += 1
+        return self.gathered[node]
+
+    def _take_rows(self, node: fx.Node, reader: fx.Node) -> fx.Node:
+        if node not in self.local:
+            with self.editor.before(reader):
+                self.local[node] = self.editor.local_shard(node, self.sharding, stem=identifier(self.name))
+            self.edits += 1
+        return self.local[node]
+
+
+def is_rows_of(node: fx.Node) -> bool:
+    """Whether a node takes this rank's rows of a replicated value."""
+    return node.op == "call_function" and node.target is ops.local_shard

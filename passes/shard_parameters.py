@@ -1,0 +1,127 @@
+"""ZeRO-3: parameters rest as rows; they are gathered before use, released after, and gathered again in backward.
+
+Source: ZeRO (Rajbhandari et al., 2020), section 5; FSDP (Zhao et al., 2023). As graph rewrites: SimpleFSDP (Zhang et
+al., 2024) and DeepCompile (Tanaka et al., 2025).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxzero.graph import PHASES, Sharding, StepGraph
+from fxzero.graph import collectives as c10d
+from fxzero.graph import ops
+from fxzero.graph.contract import graph_pass
+from fxzero.graph.edit import Editor
+from fxzero.graph.step_graph import identifier, is_view, iter_views, sharding_of
+from fxzero.passes.shard_optimizer_state import is_rows_of
+
+aten = torch.ops.aten
+
+# cheap ops on a parameter alone, done again in backward rather than kept as an activation
+_REPEATED = {aten._to_copy.default, aten.clone.default}
+
+
+@graph_pass(requires=("gradients-sharded",), provides=("parameters-sharded",))
+def shard_parameters(step: StepGraph, *, axis: str, persist_below: int = 0) -> int:
+    """Keep parameters as rows of `axis`; gather, wait, use and release them in forward and again in backward.
+
+    Args:
+        step: the graph.
+        axis: the mesh axis to shard over.
+        persist_below: parameters with fewer elements stay whole on every rank.
+    """
+    edits = 0
+    position: dict[fx.Node, float] = dict(step.positions())
+    results = step.results
+    for node in step.inputs("parameter"):
+        sharding = sharding_of(node, axis, step.mesh[axis], persist_below)
+        if sharding is not None:
+            edits += _repeat_views(node, position)
+            edits += _shard(step, node, sharding, position, results)
+    step.set_results(results)
+    return edits
+
+
+def _repeat_views(parameter: fx.Node, position: dict[fx.Node, float]) -> int:
+    """Give each later phase its own copy of the views of a parameter, so that none outlives its phase."""
+    edits = 0
+    for view in [n for n in parameter.users if _repeats(n)]:
+        by_phase: dict[str, list[fx.Node]] = {}
+        for user in view.users:
+            phase = user.meta.get("phase", view.meta["phase"])
+            if phase != view.meta["phase"]:
+                by_phase.setdefault(phase, []).append(user)
+        for phase, users in by_phase.items():
+            first = min(users, key=lambda n: position.get(n, 0))
+            with view.graph.inserting_before(first):
+                twin = view.graph.node_copy(view)
+            twin.meta = {**view.meta, "phase": phase}
+            position[twin] = position.get(first, 0) - 0.5
+            for user in users:
+                user.replace_input_with(view, twin)
+            edits += 1 + _repeat_views(twin, position)
+        edits += _repeat_views(view, position)
+    return edits
+
+
+def _repeats(node: fx.Node) -> bool:
+    return (is_view(node) or node.target in _REPEATED) and len(node.all_input_nodes) == 1 and node.op == "call_function"
+
+
+def _shard(
+    step: StepGraph,
+    parameter: fx.Node,
+    sharding: Sharding,
+    position: dict[fx.Node, float],
+    results: dict[tuple[str, str], fx.Node],
+) -> int:
+    name = parameter.meta["entry"].name
+    _use_rows_in_update(step, parameter, results)
+    users = {
+        phase: [u for u in parameter.users if u.op == "call_function" and u.meta["phase"] == phase] for phase in PHASES
+    }
+    users["update"] = [u for u in users["update"] if "sharding" not in u.meta]
+    whole = parameter.meta["val"]
+    shape = (sharding.padded_rows // sharding.num_shards, *whole.shape[1:])
+    editor = Editor(step, phase="forward", module=name.rpartition(".")[0], param=name)
+    with editor.mode:
+        parameter.meta["val"] = torch.empty(shape, dtype=whole.dtype, device=whole.device)
+    parameter.meta["sharding"] = sharding
+    for phase in PHASES:
+        if users[phase]:
+            editor.meta = {**editor.meta, "phase": phase}
+            _gather_for(parameter, sharding, users[phase], editor, position)
+    return 1 + sum(bool(u) for u in users.values())
+
+
+def _use_rows_in_update(
+    step: StepGraph, parameter: fx.Node, results: dict[tuple[str, str], fx.Node]
+) -> None:
+    """The update reads and returns rows: no taking of rows before it, no gather after it."""
+    for rows in [u for u in parameter.users if is_rows_of(u)]:
+        rows.replace_all_uses_with(parameter)
+        step.graph.erase_node(rows)
+    key = parameter.meta["entry"].key
+    node = results.get(key)
+    while node is not None and node.target in (aten.slice.Tensor, c10d.wait, c10d.all_gather):
+        node = node.args[0]  # type: ignore[assignment]
+    if node is not None and "sharding" in node.meta:
+        results[key] = node  # the gather behind it is dead now
+
+
+def _gather_for(
+    parameter: fx.Node, sharding: Sharding, users: list[fx.Node], editor: Editor, position: dict[fx.Node, float]
+) -> None:
+    """Gather before the first of `users`, release after the last that reads the parameter or a view of it."""
+    first = min(users, key=position.__getitem__)
+    stem = identifier(parameter.meta["entry"].name)
+    with editor.before(first):
+        waited, full = editor.all_gather(parameter, sharding, stem=stem)
+    for user in users:
+        user.replace_input_with(parameter, full)
+    readers = [u for source in (waited, *iter_views(waited)) for u in source.users]
+    last = max(readers, key=lambda n: position.get(n, position[first] - 0.5))
+    with editor.after(last):
+        editor.call(ops.release, [waited], name=f"{stem}_release")

@@ -1,0 +1,577 @@
+"""The plan: defaults, every error path by its message, immutability, round trips through dict, TOML, JSON."""
+
+import copy
+import dataclasses
+import importlib
+import inspect
+import json
+import pickle
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fxzero.errors import FxzeroError, PlanError
+from fxzero.plan import AXES, RESERVED_AXES, Mesh, Plan
+
+DOC = Path(__file__).resolve().parent.parent / "docs" / "plan.md"
+RESERVED = [f for f in dataclasses.fields(Plan) if f.metadata.get("reserved")]
+ACTIVE = [f for f in dataclasses.fields(Plan) if not f.metadata.get("reserved")]
+
+SIZES = st.integers(1, 2**20)
+MESHES = st.none() | st.permutations(AXES + RESERVED_AXES).flatmap(
+    lambda order: st.lists(st.sampled_from(order), min_size=1, unique=True).flatmap(
+        lambda axes: st.fixed_dictionaries({a: SIZES if a in AXES else st.just(1) for a in axes})
+    )
+)
+NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,15}", fullmatch=True)
+KEYS = {
+    "mesh": MESHES,
+    "zero": st.integers(0, 3),
+    "bucket_bytes": st.integers(0, 2**63 - 1),
+    "persist_below": st.integers(0, 2**63 - 1),
+    "prefetch": st.integers(0, 2**63 - 1),
+    "reduce_scatter": st.sampled_from(["auto", "native", "all_to_all"]),
+    "bucket_form": st.sampled_from(["auto", "coalesced", "separate"]),
+    "lowering": st.just("eager"),
+    "disable": st.lists(NAMES, max_size=5),
+    "timeout_s": st.floats(0, 86_400, exclude_min=True) | st.integers(1, 86_400),
+}
+PLANS = st.fixed_dictionaries({}, optional=KEYS).map(Plan.from_dict)
+quick = settings(deadline=None)
+
+
+def message(make: Callable[[], object]) -> str:
+    """The one line of the PlanError that `make` raises."""
+    with pytest.raises(PlanError) as info:
+        make()
+    text = str(info.value)
+    assert "\n" not in text and isinstance(info.value, FxzeroError)
+    assert re.fullmatch(r".+: expected .+, got .+; .+", text)
+    return text
+
+
+# Defaults, and what a plan is
+
+
+def test_defaults() -> None:
+    assert Plan().to_dict() == {
+        "mesh": None,
+        "zero": 3,
+        "bucket_bytes": 4 * 2**20,
+        "persist_below": 0,
+        "prefetch": 1,
+        "reduce_scatter": "auto",
+        "bucket_form": "auto",
+        "lowering": "eager",
+        "disable": [],
+        "timeout_s": 60.0,
+    }
+    assert {f.name: f.default for f in RESERVED} == {
+        "precision": "fp32",
+        "loss_scale": None,
+        "accumulate": 1,
+        "clip_grad_norm": None,
+        "clip_grad_value": None,
+        "recompute": "none",
+        "offload": "none",
+        "memory_budget": None,
+    }
+
+
+def test_hypothesis_builds_every_active_key() -> None:
+    assert set(KEYS) == {f.name for f in ACTIVE}
+
+
+def test_docs_list_every_key_with_its_default_and_whether_it_is_built() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| .+? \| `(.+?)` \| .+ \| (.+?) \|$", DOC.read_text("utf-8"), re.MULTILINE
+    )
+    defaults = {name: default.replace('"', "'") for name, default, _ in rows}
+    assert defaults == {f.name: repr(f.default) for f in dataclasses.fields(Plan)}
+    assert [name for name, _, built in rows if built == "reserved"] == [f.name for f in RESERVED]
+
+
+def test_docs_example_is_the_same_plan_in_python_and_toml() -> None:
+    text = DOC.read_text("utf-8")
+    toml = re.search(r"```toml\n(.+?)```", text, re.DOTALL)
+    assert toml is not None
+    assert Plan.from_toml(toml[1]) == Plan(mesh={"dp_replicate": 2, "dp": 4}, bucket_bytes=8 * 2**20)
+
+
+def test_the_signature_shows_keys_and_defaults() -> None:
+    parameters = inspect.signature(Plan).parameters
+    assert list(parameters) == [f.name for f in dataclasses.fields(Plan)]
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
+    assert parameters["zero"].default == 3
+
+
+def test_a_plan_is_frozen() -> None:
+    plan = Plan(mesh={"dp": 2})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.zero = 1  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        plan.mesh["dp"] = 3  # type: ignore[index]
+
+
+def test_the_plan_does_not_share_the_callers_objects() -> None:
+    mesh, disable = {"dp": 2}, ["b", "a"]
+    plan = Plan(mesh=mesh, disable=disable)  # type: ignore[arg-type]
+    mesh["dp"] = 3
+    disable.append("c")
+    assert plan.axes == {"dp": 2} and plan.disable == ("a", "b")
+    plan.axes["dp"] = 5
+    assert plan.axes == {"dp": 2}
+
+
+@given(PLANS, PLANS)
+@quick
+def test_equal_plans_and_only_they_have_equal_hash_and_fingerprint(a: Plan, b: Plan) -> None:
+    twin = Plan.from_dict(a.to_dict())
+    assert twin == a and hash(twin) == hash(a) and twin.fingerprint() == a.fingerprint()
+    assert (a == b) == (a.fingerprint() == b.fingerprint())
+
+
+def test_mesh_order_is_part_of_plan_and_fingerprint() -> None:
+    a, b = Plan(mesh={"dp_replicate": 2, "dp": 4}), Plan(mesh={"dp": 4, "dp_replicate": 2})
+    assert a != b and a.fingerprint() != b.fingerprint()
+    assert list(a.axes) == ["dp_replicate", "dp"]
+
+
+def test_the_order_and_doubles_of_disabled_passes_do_not_count() -> None:
+    twins = [Plan(disable=("a", "b")), Plan(disable=("b", "a", "b")), Plan(disable={"a", "b"})]  # type: ignore[arg-type]
+    assert twins[0] == twins[1] == twins[2] and len({p.fingerprint() for p in twins}) == 1
+
+
+@given(PLANS)
+@quick
+def test_a_fingerprint_is_one_line_of_json(plan: Plan) -> None:
+    assert "\n" not in plan.fingerprint()
+    assert set(json.loads(plan.fingerprint())) == {f.name for f in ACTIVE}
+
+
+@given(PLANS)
+@quick
+def test_a_plan_survives_pickle_copy_and_asdict(plan: Plan) -> None:
+    assert pickle.loads(pickle.dumps(plan)) == copy.deepcopy(plan) == copy.copy(plan) == plan
+    assert dataclasses.asdict(plan)["mesh"] == plan.mesh
+
+
+def test_repr_shows_what_is_built_and_reads_back() -> None:
+    plan = Plan(mesh={"dp_replicate": 2, "dp": 4}, disable=("a",))
+    assert "mesh=Mesh(dp_replicate=2, dp=4)" in repr(plan) and "precision" not in repr(plan)
+    assert eval(repr(plan), {"Plan": Plan, "Mesh": Mesh}) == plan
+
+
+# Mesh
+
+
+def test_a_mesh_is_a_mapping() -> None:
+    mesh = Mesh(dp_replicate=2, dp=4)
+    assert isinstance(mesh, Mapping) and dict(mesh) == {"dp_replicate": 2, "dp": 4} and len(mesh) == 2
+    assert mesh == {"dp_replicate": 2, "dp": 4} and {"dp_replicate": 2, "dp": 4} == mesh
+    assert mesh != Mesh(dp=4, dp_replicate=2) and mesh != {"dp": 4, "dp_replicate": 2} and mesh != 8
+    assert hash(mesh) == hash(Mesh(dp_replicate=2, dp=4))
+    assert Plan(mesh=mesh) == Plan(mesh={"dp_replicate": 2, "dp": 4})
+
+
+def test_a_reserved_axis_may_have_size_one() -> None:
+    assert Plan(mesh={"dp": 4, "tp": 1}).resolve(4).axes == {"dp": 4, "tp": 1}
+
+
+def test_resolve_puts_all_ranks_on_dp() -> None:
+    assert Plan(zero=1).resolve(8) == Plan(zero=1, mesh={"dp": 8})
+    assert Plan().resolve(1).axes == {"dp": 1}
+
+
+def test_resolve_keeps_the_order_and_is_idempotent() -> None:
+    for mesh in ({"dp_replicate": 2, "dp": 4}, {"dp": 4, "dp_replicate": 2}):
+        plan = Plan(mesh=mesh).resolve(8)
+        assert list(plan.axes.items()) == list(mesh.items())
+        assert plan.resolve(8) == plan == Plan(mesh=mesh)
+
+
+def test_resolve_appends_a_missing_dp_axis() -> None:
+    assert list(Plan(mesh={"dp_replicate": 4}).resolve(4).axes.items()) == [("dp_replicate", 4), ("dp", 1)]
+
+
+@given(PLANS, st.integers(1, 64))
+@quick
+def test_a_resolved_mesh_has_exactly_the_ranks_or_is_refused(plan: Plan, world_size: int) -> None:
+    product = 1
+    for size in (plan.mesh or {"dp": world_size}).values():
+        product *= size
+    if product != world_size:
+        assert f"world size {world_size}" in message(lambda: plan.resolve(world_size))
+        return
+    resolved = plan.resolve(world_size)
+    assert "dp" in resolved.axes and resolved.replace(mesh=plan.mesh) == plan
+
+
+@pytest.mark.parametrize(
+    ("mesh", "world_size", "got", "fix"),
+    [
+        ({"dp": 4}, 8, "got dp=4 = 4;", "run with world size 4 or set dp=8"),
+        (
+            {"dp_replicate": 2, "dp": 2},
+            8,
+            "got dp_replicate=2 x dp=2 = 4;",
+            "run with world size 4 or set dp=4",
+        ),
+        (
+            {"dp_replicate": 3},
+            8,
+            "got dp_replicate=3 x dp=1 = 3;",
+            "run with world size 3 or change the sizes",
+        ),
+        ({"dp": 4}, 1, "got dp=4 = 4;", "run with world size 4 or set dp=1"),
+    ],
+)
+def test_a_mesh_of_another_size_is_refused(mesh: dict[str, int], world_size: int, got: str, fix: str) -> None:
+    text = message(lambda: Plan(mesh=mesh).resolve(world_size))
+    assert text.startswith(f"Plan.mesh: expected axis sizes that multiply to the world size {world_size}, ")
+    assert got in text and text.endswith(fix)
+
+
+@pytest.mark.parametrize("world_size", [0, -1, True, 2.0, "2", None])
+def test_a_world_size_is_a_positive_integer(world_size: Any) -> None:
+    text = message(lambda: Plan().resolve(world_size))
+    assert text.startswith("Plan.resolve(world_size): expected an integer of at least 1, got ")
+
+
+def test_axes_need_a_mesh() -> None:
+    assert message(lambda: Plan().axes) == "Plan.axes: expected a mesh, got None; call plan.resolve first"
+
+
+# Bad values
+
+
+@pytest.mark.parametrize(
+    ("keys", "parts"),
+    [
+        ({"zero": True}, ["Plan.zero: expected an integer from 0 to 3, got True;", "state (1)"]),
+        ({"zero": "3"}, ["Plan.zero: expected an integer from 0 to 3, got '3';"]),
+        ({"zero": 4}, ["Plan.zero:", "got 4;"]),
+        ({"zero": -1}, ["Plan.zero:", "got -1;"]),
+        ({"zero": 3.0}, ["Plan.zero:", "got 3.0;"]),
+        ({"zero": None}, ["Plan.zero:", "got None;"]),
+        ({"bucket_bytes": -1}, ["Plan.bucket_bytes: expected an integer of at least 0, got -1;", "'4 MiB'"]),
+        ({"bucket_bytes": 4e6}, ["Plan.bucket_bytes: expected an integer", "got 4000000.0;"]),
+        ({"bucket_bytes": True}, ["Plan.bucket_bytes: expected an integer", "got True;"]),
+        ({"bucket_bytes": 2**63}, ["Plan.bucket_bytes: expected an integer", f"got {2**63};"]),
+        (
+            {"bucket_bytes": "4 Mib"},
+            ["Plan.bucket_bytes: expected a number of bytes, got '4 Mib';", "KiB, MiB"],
+        ),
+        ({"bucket_bytes": "-4 MiB"}, ["got '-4 MiB';"]),
+        ({"bucket_bytes": "MiB"}, ["got 'MiB';"]),
+        ({"bucket_bytes": ""}, ["got '';"]),
+        (
+            {"bucket_bytes": "1.5 B"},
+            ["expected a whole number of bytes below 2**63, got '1.5 B' = 1.5 bytes;"],
+        ),
+        ({"bucket_bytes": "99999999999 TiB"}, ["expected a whole number of bytes below 2**63"]),
+        ({"bucket_bytes": "9" * 5000}, ["got '999", "...;"]),
+        (
+            {"persist_below": -1},
+            ["Plan.persist_below: expected an integer of at least 0, got -1;", "elements"],
+        ),
+        ({"persist_below": "1 MiB"}, ["Plan.persist_below:", "got '1 MiB';"]),
+        ({"prefetch": -1}, ["Plan.prefetch: expected an integer of at least 0, got -1;", "buckets"]),
+        ({"prefetch": True}, ["Plan.prefetch:", "got True;"]),
+        (
+            {"reduce_scatter": "all-to-all"},
+            [
+                "Plan.reduce_scatter: expected 'auto' or 'native' or 'all_to_all', got",
+                "did you mean 'all_to_all'?",
+            ],
+        ),
+        ({"reduce_scatter": "ring"}, ["got 'ring'; choose from: auto, native, all_to_all"]),
+        ({"reduce_scatter": ["auto"]}, ["got ['auto'];"]),
+        (
+            {"bucket_form": "packed"},
+            ["Plan.bucket_form: expected 'auto' or 'coalesced' or 'separate', got 'packed';"],
+        ),
+        (
+            {"lowering": "inductor"},
+            ["Plan.lowering: expected 'eager', got 'inductor'; reserved, not built yet"],
+        ),
+        ({"lowering": "triton"}, ["Plan.lowering: expected 'eager', got 'triton'; reserved, not built yet"]),
+        ({"lowering": "jit"}, ["Plan.lowering: expected 'eager', got 'jit'; choose from: eager"]),
+        ({"lowering": "Eager"}, ["got 'Eager'; did you mean 'eager'?"]),
+        ({"lowering": None}, ["got None; choose from: eager"]),
+        (
+            {"disable": "shard_parameters"},
+            ["Plan.disable: expected a list of pass names, got 'shard_parameters';"],
+        ),
+        (
+            {"disable": ["a b"]},
+            ["Plan.disable: expected a list of pass names, got ['a b'];", "fxzero passes"],
+        ),
+        ({"disable": [1]}, ["Plan.disable:", "got [1];"]),
+        ({"disable": None}, ["Plan.disable:", "got None;"]),
+        ({"disable": ["caf\u00e9"]}, ["Plan.disable:"]),
+        ({"timeout_s": 0}, ["Plan.timeout_s: expected seconds, more than 0 and at most 86400, got 0;"]),
+        ({"timeout_s": -1.0}, ["Plan.timeout_s:", "got -1.0;"]),
+        ({"timeout_s": float("nan")}, ["Plan.timeout_s:", "got nan;"]),
+        ({"timeout_s": float("inf")}, ["Plan.timeout_s:", "got inf;"]),
+        ({"timeout_s": 10**400}, ["Plan.timeout_s:", "got 1000", "...;"]),
+        ({"timeout_s": True}, ["Plan.timeout_s:", "got True;"]),
+        ({"timeout_s": "60"}, ["Plan.timeout_s:", "got '60';", "60.0"]),
+        ({"mesh": {"dp": 0}}, ["Plan.mesh['dp']: expected an integer of at least 1, got 0;"]),
+        ({"mesh": {"dp": -2}}, ["Plan.mesh['dp']:", "got -2;"]),
+        ({"mesh": {"dp": "4"}}, ["Plan.mesh['dp']:", "got '4';"]),
+        ({"mesh": {"dp": True}}, ["Plan.mesh['dp']:", "got True;"]),
+        ({"mesh": {"dp": 2.0}}, ["Plan.mesh['dp']:", "got 2.0;"]),
+        ({"mesh": {}}, ["Plan.mesh: expected at least one axis, got none;"]),
+        ({"mesh": {"ddp": 2}}, ["Plan.mesh: expected a mesh axis, got 'ddp'; did you mean 'dp'?"]),
+        ({"mesh": {"dp": 2, "replicate": 2}}, ["got 'replicate'; did you mean 'dp_replicate'?"]),
+        ({"mesh": {"data": 2}}, ["got 'data'; choose from: dp, dp_replicate"]),
+        ({"mesh": {"self": 2}}, ["got 'self';"]),
+        ({"mesh": {1: 2}}, ["Plan.mesh: expected axis names with their sizes, got {1: 2};"]),
+        ({"mesh": 4}, ["Plan.mesh: expected axis names with their sizes, got 4;", "{'dp': 4}"]),
+        ({"mesh": [("dp", 4)]}, ["Plan.mesh:", "got [('dp', 4)];"]),
+        ({"mesh": "dp=4"}, ["Plan.mesh:", "got 'dp=4';"]),
+    ]
+    + [
+        ({"mesh": {"dp": 2, axis: 2}}, [f"Plan.mesh['{axis}']:", "reserved, not built yet"])
+        for axis in RESERVED_AXES
+    ],
+    ids=repr,
+)
+def test_a_bad_value_is_refused(keys: dict[str, Any], parts: list[str]) -> None:
+    text = message(lambda: Plan(**keys))
+    assert all(part in text for part in parts), text
+    assert message(lambda: Plan.from_dict(keys)) == message(lambda: Plan().replace(**keys)) == text
+    assert len(text) < 400
+
+
+def test_a_foreign_value_shows_its_type() -> None:
+    class Four:
+        def __repr__(self) -> str:
+            return "4\n"
+
+    assert "got 4 (Four);" in re.sub(r"\s+", " ", message(lambda: Plan(zero=Four())))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("field", RESERVED, ids=lambda f: f.name)
+def test_a_reserved_key_takes_only_its_default(field: "dataclasses.Field[Any]") -> None:
+    assert Plan(**{field.name: field.default}) == Plan()
+    for value in ["bf16", 2, 1.0, True, False, [], {"x": 1}]:
+        text = message(lambda value=value: Plan(**{field.name: value}))
+        assert text.startswith(f"Plan.{field.name}: expected {field.default!r}, got {value!r}; ")
+        assert "reserved, not built yet" in text
+
+
+def test_reserved_keys_are_not_written() -> None:
+    names = {f.name for f in RESERVED}
+    assert not names & set(Plan().to_dict())
+    assert not any(name in Plan().to_toml() + Plan().to_json() + Plan().fingerprint() for name in names)
+
+
+# Unknown keys
+
+
+@pytest.mark.parametrize(
+    ("key", "fix"),
+    [
+        ("zeros", "did you mean 'zero'?"),
+        ("bucket-bytes", "did you mean 'bucket_bytes'?"),
+        ("Prefetch", "did you mean 'prefetch'?"),
+        ("precison", "did you mean 'precision'?"),
+        ("dp", "axes go into the mesh: mesh={'dp': ..}"),
+        ("tp", "axes go into the mesh: mesh={'tp': ..}"),
+        ("qqq", "choose from: mesh, zero, bucket_bytes"),
+        ("self", "choose from: mesh, zero, bucket_bytes"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(key: str, fix: str) -> None:
+    text = message(lambda: Plan(**{key: 3}))
+    assert text.startswith(f"Plan: expected a plan key, got {key!r}; {fix}")
+    assert message(lambda: Plan.from_dict({key: 3})) == message(lambda: Plan().replace(**{key: 3})) == text
+    assert message(lambda: Plan.from_json(json.dumps({key: 3}))) == f"JSON text: {text}"
+    assert message(lambda: Plan.from_toml(f"{key} = 3")) == f"TOML text: {text}"
+
+
+def test_keys_must_be_named() -> None:
+    assert message(lambda: Plan(3)) == "Plan: expected named keys, got 3; write Plan(zero=3)"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("values", [None, [1], "zero", {1: 2}, [("zero", 3)]])
+def test_from_dict_takes_a_table_of_names(values: Any) -> None:
+    assert message(lambda: Plan.from_dict(values)).startswith("Plan: expected a table of keys, got ")
+
+
+# Bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("25 MiB", 25 * 2**20),
+        ("4MB", 4_000_000),
+        ("0", 0),
+        ("12", 12),
+        ("12 B", 12),
+        (" 1.5 GiB ", 3 * 2**29),
+        ("0.3 MB", 300_000),
+        ("64 KiB", 65536),
+        ("1 kB", 1000),
+        ("1 KB", 1000),
+        ("2 TiB", 2**41),
+        ("1 GB", 10**9),
+        ("1 TB", 10**12),
+        (4096, 4096),
+        (0, 0),
+    ],
+)
+def test_bytes_are_read_exactly(text: Any, num_bytes: int) -> None:
+    plan = Plan(bucket_bytes=text)
+    assert plan.bucket_bytes == num_bytes and type(plan.bucket_bytes) is int
+    assert plan == Plan(bucket_bytes=num_bytes)
+
+
+@given(st.integers(0, 2**30), st.sampled_from(["KiB", "MiB", "GiB"]), st.sampled_from(["", " ", "  "]))
+@quick
+def test_any_whole_number_of_units_is_that_many_bytes(count: int, unit: str, space: str) -> None:
+    power = {"KiB": 10, "MiB": 20, "GiB": 30}[unit]
+    assert Plan(bucket_bytes=f"{count}{space}{unit}").bucket_bytes == count << power  # type: ignore[arg-type]
+
+
+@given(st.text(max_size=12))
+@quick
+def test_any_text_as_bytes_is_a_number_or_a_plan_error(text: str) -> None:
+    try:
+        assert Plan(bucket_bytes=text).bucket_bytes >= 0  # type: ignore[arg-type]
+    except PlanError as error:
+        assert "\n" not in str(error)
+
+
+# Dict, TOML, JSON
+
+
+@given(PLANS)
+@quick
+def test_round_trips(plan: Plan) -> None:
+    for again in (
+        Plan.from_dict(plan.to_dict()),
+        Plan.from_toml(plan.to_toml()),
+        Plan.from_json(plan.to_json()),
+        Plan(**plan.to_dict()),
+    ):
+        assert again == plan and again.fingerprint() == plan.fingerprint() and hash(again) == hash(plan)
+        assert list((again.mesh or {}).items()) == list((plan.mesh or {}).items())
+        assert type(again.timeout_s) is float
+
+
+def test_to_toml_as_people_read_it() -> None:
+    plan = Plan(zero=1, mesh={"dp_replicate": 2, "dp": 4}, disable=("bucket_all_gathers",), timeout_s=30)
+    assert plan.to_toml() == (
+        "zero = 1\n"
+        "bucket_bytes = 4194304\n"
+        "persist_below = 0\n"
+        "prefetch = 1\n"
+        'reduce_scatter = "auto"\n'
+        'bucket_form = "auto"\n'
+        'lowering = "eager"\n'
+        'disable = ["bucket_all_gathers"]\n'
+        "timeout_s = 30.0\n"
+        "\n"
+        "[mesh]\n"
+        "dp_replicate = 2\n"
+        "dp = 4\n"
+    )
+
+
+def test_the_empty_text_is_the_default_plan() -> None:
+    assert Plan.from_toml("") == Plan.from_json("{}") == Plan.from_dict({}) == Plan()
+
+
+@pytest.mark.parametrize("suffix", ["toml", "json"])
+def test_files_by_path_string_and_suffix(tmp_path: Path, suffix: str) -> None:
+    plan = Plan(zero=2, mesh={"dp": 2}, bucket_bytes=0)
+    text = {"toml": plan.to_toml, "json": plan.to_json}[suffix]()
+    read = {"toml": Plan.from_toml, "json": Plan.from_json}[suffix]
+    path = tmp_path / f"lr=0.1 plan.{suffix}"
+    path.write_text(text, encoding="utf-8")
+    assert read(path) == read(str(path)) == Plan.load(path) == Plan.load(str(path)) == read(text) == plan
+    path.write_text("\ufeff" + text, encoding="utf-8")  # as some editors on Windows save it
+    assert Plan.load(path) == plan
+    other = tmp_path / "plan.txt"
+    other.write_text(text, encoding="utf-8")
+    assert read(other) == plan
+
+
+def test_load_goes_by_suffix(tmp_path: Path) -> None:
+    for name in ("plan.yaml", "plan", "plan.TOML"):
+        text = message(lambda name=name: Plan.load(tmp_path / name))
+        assert text.startswith("Plan.load: expected .toml or .json, got ")
+
+
+@pytest.mark.parametrize("suffix", ["toml", "json"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"plan.{suffix}"
+    assert message(lambda: Plan.load(path)).startswith(
+        f"{path}: expected a plan in {suffix.upper()}, got [Errno"
+    )
+    path.write_text("zero 3", encoding="utf-8")
+    assert message(lambda: Plan.load(path)).endswith("; correct the file or its path")
+    path.write_bytes(b'"\xff"')
+    assert "codec can't decode" in message(lambda: Plan.load(path))
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(PlanError) as info:
+        Plan.load(path)
+    assert isinstance(info.value.__cause__, OSError)
+
+
+def test_a_bad_value_in_a_file_names_file_and_key(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text("zero = 7\n", encoding="utf-8")
+    with pytest.raises(PlanError) as info:
+        Plan.load(path)
+    assert str(info.value).startswith(f"{path}: Plan.zero: expected an integer from 0 to 3, got 7; ")
+    assert isinstance(info.value.__cause__, PlanError) and info.value.where == f"{path}: Plan.zero"
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "part"),
+    [
+        (Plan.from_toml, "zero = 3 3", "TOML text: expected a plan in TOML, got"),
+        (Plan.from_toml, "zero = 3\nzero = 2\n", "TOML text: expected a plan in TOML, got"),
+        (Plan.from_toml, "plan.cfg", "pass a path to a .toml"),
+        (Plan.from_toml, "zero = 2024-01-01", "TOML text: Plan.zero: expected an integer"),
+        (Plan.from_toml, "mesh = 4", "TOML text: Plan.mesh: expected axis names"),
+        (Plan.from_toml, "timeout_s = inf", "TOML text: Plan.timeout_s:"),
+        (Plan.from_json, "", "JSON text: expected a plan in JSON, got"),
+        (Plan.from_json, "[1]", "JSON text: Plan: expected a table of keys, got [1];"),
+        (Plan.from_json, '{"zero": 1, "zero": 2}', "got key 'zero' twice;"),
+        (Plan.from_json, '{"mesh": {"dp": 1, "dp": 2}}', "got key 'dp' twice;"),
+        (Plan.from_json, '{"timeout_s": NaN}', "JSON text: Plan.timeout_s:"),
+        (Plan.from_json, "[" * 100_000, "JSON text: expected a plan in JSON, got"),
+    ],
+    ids=lambda v: v[:20] if isinstance(v, str) else v.__name__,
+)
+def test_bad_texts(read: Callable[[str], Plan], text: str, part: str) -> None:
+    assert part in message(lambda: read(text))
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 11), reason="reads TOML with tomllib itself")
+def test_python_310_reads_toml_with_tomli() -> None:
+    pytest.importorskip("tomli")
+    assert Plan.from_toml("zero = 1").zero == 1
+
+
+def test_toml_without_a_reader_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(sys, "version_info", (3, 10, 0))
+    monkeypatch.setattr(importlib, "import_module", missing)
+    text = message(lambda: Plan.from_toml("zero = 1"))
+    assert text == "TOML: expected the package tomli, got none; pip install tomli, or write the plan as JSON"
