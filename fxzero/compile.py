@@ -116,6 +116,7 @@ class TrainStep:
         self._state = StepState(model, optimizer, self._topology, init=init)
         self._compiled: dict[Signature, list[Compiled]] = {}
         self._agreed: set[str] = set()
+        self._agreement = Agreement(timeout_s=self.plan.timeout_s)
         self._last: Compiled | None = None
 
     # ---- running
@@ -187,24 +188,30 @@ class TrainStep:
                 return compiled
         if self._last is not None:
             log.info("fxzero: capturing again: the signature or a guard has changed")
-        known.append(self._compile(inventory, args, kwargs))
+        capture = self._capture(inventory, args, kwargs)
+        for compiled in known:
+            if compiled.capture.same_as(capture):
+                compiled.capture.guards.relax(self._state.lookup)
+                return compiled
+        known.append(self._compile(capture))
         return known[-1]
 
     def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
         """Capture before anything is sharded, so that a failure leaves model and optimizer as they were."""
-        compiled = self._compile(self._state.rehearsal(), args, kwargs)
+        compiled = self._compile(self._capture(self._state.rehearsal(), args, kwargs))
         self._state.bind()
         inventory = Inventory.of(self.model, self.optimizer)
         signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
         self._compiled.setdefault(signature, []).append(compiled)
         return compiled
 
-    def _compile(self, inventory: Inventory, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
-        agreement = Agreement(timeout_s=self.plan.timeout_s)
-        seconds: dict[str, float] = {}
-        try:
-            with _timed(seconds, "capture"):
-                capture = capture_step(inventory, self.loss, args, kwargs, fresh=self._state.fresh)
+    def _capture(self, inventory: Inventory, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+        with self._telling_other_ranks():
+            return capture_step(inventory, self.loss, args, kwargs, fresh=self._state.fresh)
+
+    def _compile(self, capture: Capture) -> Compiled:
+        seconds = {"capture": capture.seconds}
+        with self._telling_other_ranks():
             capture.step.mesh = dict(self.plan.axes)
             pipeline = recipe(self.plan, backend=self._topology.backend)
             with _timed(seconds, "passes"):
@@ -212,14 +219,20 @@ class TrainStep:
             with _timed(seconds, "lower"):
                 program = Program(step, groups=self._topology.groups)
             text = agreed_text(step, plan=self.plan.fingerprint(), passes=pipeline.describe())
-        except Exception as error:
-            agreement.fail(str(error) if isinstance(error, FxzeroError) else repr(error))
-            raise
         if text not in self._agreed:
             with _timed(seconds, "agree"):
-                agreement.settle(text)
+                self._agreement.settle(text)
             self._agreed.add(text)
         return Compiled(capture.step, step, program, capture, list(pipeline.records), seconds)
+
+    @contextlib.contextmanager
+    def _telling_other_ranks(self) -> Iterator[None]:
+        """If this rank cannot compile, the others learn of it at once rather than by a timeout."""
+        try:
+            yield
+        except Exception as error:
+            self._agreement.fail(str(error) if isinstance(error, FxzeroError) else repr(error))
+            raise
 
     # ---- looking at it
 

@@ -140,10 +140,12 @@ class Guards:
         conditions: (text, compiled condition, names of the scalars that it takes).
         readers: scalar name -> function of the current inputs that yields it (hyperparameters and state scalars by
             name, reads of 0-dim tensors by a small program cut from the graph).
+        frozen: hyperparameters that left no node in the graph, with the value that they had: they may have shaped it.
     """
 
     conditions: list[tuple[str, Callable[..., Any], tuple[str, ...]]] = field(default_factory=list)
     readers: dict[str, Callable[[Callable[[str, str], Any]], Any]] = field(default_factory=dict)
+    frozen: dict[str, Any] = field(default_factory=dict)
     _seen: dict[tuple[Any, ...], bool] = field(default_factory=dict)
 
     def hold(self, lookup: Callable[[str, str], Any]) -> bool:
@@ -152,6 +154,8 @@ class Guards:
         Args:
             lookup: (kind, name) of a state entry -> its current value.
         """
+        if any(lookup("hyperparameter", name) != value for name, value in self.frozen.items()):
+            return False
         if not self.conditions:
             return True
         values = {name: read(lookup) for name, read in self.readers.items()}
@@ -161,6 +165,10 @@ class Guards:
                 self._seen.clear()
             self._seen[key] = all(test(*(values[n] for n in names)) for _, test, names in self.conditions)
         return self._seen[key]
+
+    def relax(self, lookup: Callable[[str, str], Any]) -> None:
+        """Forget frozen hyperparameters that have changed since: capturing again gave the same graph."""
+        self.frozen = {k: v for k, v in self.frozen.items() if lookup("hyperparameter", k) == v}
 
     def __str__(self) -> str:
         return "; ".join(text for text, _, _ in self.conditions) or "none"

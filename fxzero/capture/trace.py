@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -44,11 +45,19 @@ class Capture:
         step: the graph, with single-device meaning.
         guards: the conditions on scalars under which it holds.
         constants: real tensors that the model kept outside parameters and buffers, by entry name.
+        seconds: how long the trace took.
     """
 
     step: StepGraph
     guards: Guards
     constants: dict[str, torch.Tensor]
+    seconds: float
+
+    def same_as(self, other: Capture) -> bool:
+        """Whether two captures of one signature are the same program."""
+        a, b = self.constants, other.constants
+        same = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        return same and str(self.step.graph) == str(other.step.graph)
 
 
 @dataclass
@@ -288,6 +297,7 @@ def capture_step(
     Raises:
         CaptureError: naming module, op and source line.
     """
+    start = time.perf_counter()
     tracer = _StepTracer(inventory, loss, args, kwargs)
     tracer.declare(fresh=fresh)
     with _untouched(inventory.model), contextlib.ExitStack() as stack:
@@ -312,7 +322,7 @@ def capture_step(
         mode=tracer.mode,
     )
     _freeze_unused(tracer, step, guards)
-    return Capture(step, guards, constants)
+    return Capture(step, guards, constants, time.perf_counter() - start)
 
 
 def clone_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -419,8 +429,7 @@ def _freeze_unused(tracer: _StepTracer, step: StepGraph, guards: Guards) -> None
     for entry, value in zip(tracer.inputs.entries, tracer.inputs.values, strict=True):
         if entry.kind == "hyperparameter" and step.input(*entry.key) is None and not isinstance(value, torch.Tensor):
             now = value.node.hint if isinstance(value, (torch.SymFloat, torch.SymInt)) else value
-            guards.readers[entry.name] = lambda lookup, key=entry.key: lookup(*key)
-            guards.conditions.append((f"{entry.name} == {now!r}", lambda got, now=now: got == now, (entry.name,)))
+            guards.frozen[entry.name] = now
 
 
 def _reader_program(node: fx.Node, placeholders: dict[fx.Node, StateEntry]) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.step_graph import num_bytes
 
-_rounds = itertools.count()
+_steps = itertools.count()
 
 
 def agreed_text(step: StepGraph, *, plan: str, passes: str) -> str:
@@ -51,11 +51,12 @@ def _shapes(val: Any) -> str:
 
 
 class Agreement:
-    """One round of agreement; made on every rank, in the same order."""
+    """Rounds of agreement for one step; made on every rank, in the same order."""
 
     def __init__(self, *, timeout_s: float) -> None:
         self.timeout_s = timeout_s
-        self.prefix = f"fxzero/{next(_rounds)}"
+        self.number = next(_steps)
+        self.round = 0
         self.store = compat.default_store() if dist.is_available() and dist.is_initialized() else None
         self.rank = dist.get_rank() if self.store is not None else 0
         self.world_size = dist.get_world_size() if self.store is not None else 1
@@ -68,6 +69,7 @@ class Agreement:
         """
         if self.store is None or self.world_size == 1:
             return
+        self.round += 1
         digest = hashlib.sha256(text.encode()).hexdigest()
         self._put(f"digest/{self.rank}", digest.encode())
         verdict = self._judge() if self.rank == 0 else self._wait_for("verdict", self.timeout_s + 5)
@@ -81,6 +83,7 @@ class Agreement:
     def fail(self, reason: str) -> None:
         """Tell the other ranks that this one cannot go on, so that they need not wait for it."""
         if self.store is not None and self.world_size > 1:
+            self.round += 1
             self._put(f"digest/{self.rank}", f"failed: {reason}".encode())
             if self.rank == 0:
                 self._put("verdict", f"rank 0 failed before the first collective: {reason}".encode())
@@ -115,10 +118,10 @@ class Agreement:
         return report
 
     def _put(self, key: str, value: bytes) -> None:
-        self.store.set(f"{self.prefix}/{key}", value)  # type: ignore[union-attr]
+        self.store.set(f"fxzero/{self.number}/{self.round}/{key}", value)  # type: ignore[union-attr]
 
     def _wait_for(self, key: str, timeout_s: float) -> bytes:
-        name = f"{self.prefix}/{key}"
+        name = f"fxzero/{self.number}/{self.round}/{key}"
         try:
             self.store.wait([name], timedelta(seconds=timeout_s))  # type: ignore[union-attr]
         except Exception as error:
