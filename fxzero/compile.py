@@ -248,7 +248,7 @@ class TrainStep:
 
     def report(self) -> str:
         """Tables: state on this rank, communication per step, predicted peak, passes, time to compile."""
-        from fxzero.report import report
+        from fxzero.runtime.report import report
 
         last = self._require_last()
         return report(last.step, self.plan, last.records, last.seconds)
@@ -303,9 +303,16 @@ def _check_model(model: nn.Module) -> None:
     where = f"model {type(model).__name__}"
     if hasattr(model, "_orig_mod"):
         raise CaptureError.of(
-            where, expected="a plain module", got="one from torch.compile", fix="pass the module that was compiled"
+            where,
+            expected="a plain module",
+            got="one from torch.compile",
+            fix="pass the module that was compiled",
         )
-    wrapped = [type(m).__name__ for m in model.modules() if type(m).__module__.startswith(("torch.nn.parallel", "torch.distributed"))]
+    wrapped = [
+        type(m).__name__
+        for m in model.modules()
+        if type(m).__module__.startswith(("torch.nn.parallel", "torch.distributed"))
+    ]
     if wrapped:
         raise CaptureError.of(
             where, expected="a plain module", got=f"one wrapped by {wrapped[0]}", fix="pass the module inside"

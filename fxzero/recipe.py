@@ -8,8 +8,10 @@ from fxzero.pass_manager import Pipeline
 from fxzero.passes.bucket_all_gathers import bucket_all_gathers
 from fxzero.passes.bucket_reduce_scatters import bucket_reduce_scatters
 from fxzero.passes.choose_collective_algorithms import choose_collective_algorithms
+from fxzero.passes.delay_weight_gradients import delay_weight_gradients
 from fxzero.passes.place_updates import place_updates
 from fxzero.passes.prefetch_all_gathers import prefetch_all_gathers
+from fxzero.passes.recompute_pointwise import recompute_pointwise
 from fxzero.passes.reduce_gradients import reduce_gradients
 from fxzero.passes.remove_dead_nodes import remove_dead_nodes
 from fxzero.passes.shard_gradients import shard_gradients
@@ -18,10 +20,12 @@ from fxzero.passes.shard_parameters import shard_parameters
 from fxzero.plan import Plan
 
 ALL_PASSES: tuple[Pass, ...] = (
+    recompute_pointwise,
     reduce_gradients,
     shard_optimizer_state,
     shard_gradients,
     shard_parameters,
+    delay_weight_gradients,
     remove_dead_nodes,
     choose_collective_algorithms,
     bucket_all_gathers,
@@ -49,7 +53,7 @@ def recipe(plan: Plan, *, backend: str) -> Pipeline:
     shards = "dp" in axes
     rows = {"axis": "dp", "persist_below": plan.persist_below}
 
-    passes: list[Pass] = []
+    passes: list[Pass] = [recompute_pointwise]
     if axes:
         order = tuple(axis for axis in ("dp", "dp_replicate") if axis in axes)
         passes.append(reduce_gradients.using(axes=order))
@@ -58,7 +62,7 @@ def recipe(plan: Plan, *, backend: str) -> Pipeline:
     if shards and plan.zero >= 2:
         passes.append(shard_gradients)
     if shards and plan.zero >= 3:
-        passes.append(shard_parameters.using(**rows))
+        passes += [shard_parameters.using(**rows), delay_weight_gradients]
     passes.append(remove_dead_nodes)
     if axes:
         passes.append(choose_collective_algorithms.using(reduce_scatter=algorithm))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 from torch import fx
 
@@ -10,7 +11,7 @@ from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor
-from fxzero.graph.step_graph import num_bytes
+from fxzero.graph.step_graph import first_argument, num_bytes
 
 
 @graph_pass(requires=("parameters-sharded",), provides=("gathers-bucketed",))
@@ -32,8 +33,8 @@ def bucket_all_gathers(step: StepGraph, *, bucket_bytes: int, form: str = "coale
     return sum(len(bucket) for bucket in buckets)
 
 
-def make_buckets(nodes: list[fx.Node], limit: int, *, size_of) -> list[list[fx.Node]]:  # type: ignore[no-untyped-def]
-    """Cut collectives, in order, into runs of one kind, axis, phase and dtype within `limit` bytes; runs of two or more."""
+def make_buckets(nodes: list[fx.Node], limit: int, *, size_of: Callable[[fx.Node], int]) -> list[list[fx.Node]]:
+    """Cut collectives, in order, into runs of two or more of one kind, axis, phase and dtype, within `limit` bytes."""
     buckets: list[list[fx.Node]] = []
     total = 0
     for node in nodes:
@@ -49,7 +50,7 @@ def make_buckets(nodes: list[fx.Node], limit: int, *, size_of) -> list[list[fx.N
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:
     def kind(node: fx.Node) -> tuple[object, ...]:
-        return (node.target, node.args[1:], node.meta["phase"], node.args[0].meta["val"].dtype)  # type: ignore[union-attr]
+        return (node.target, node.args[1:], node.meta["phase"], first_argument(node).meta["val"].dtype)
 
     return kind(a) == kind(b)
 
@@ -65,7 +66,8 @@ def launch_together(step: StepGraph, bucket: list[fx.Node], *, at: fx.Node, form
     editor = Editor(step, phase=at.meta["phase"], module=at.meta["module"])
     with editor.before(at):
         sources = [node.args[0] for node in bucket]
-        joint = editor.call(c10d.COALESCED[first.target], sources, *first.args[1:], name=f"{first.name}_bucket")
+        coalesced = c10d.COALESCED[first.target]  # type: ignore[index]
+        joint = editor.call(coalesced, sources, *first.args[1:], name=f"{first.name}_bucket")
         for index, node in enumerate(bucket):
             part = editor.call(operator.getitem, joint, index)
             part.meta = {**node.meta}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from torch import fx
+
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
-from fxzero.graph.step_graph import num_bytes
+from fxzero.graph.step_graph import first_argument, num_bytes
 from fxzero.passes.bucket_all_gathers import launch_together, make_buckets
 
 
@@ -23,14 +25,14 @@ def bucket_reduce_scatters(step: StepGraph, *, bucket_bytes: int, form: str = "c
     edits = 0
     for target in (c10d.reduce_scatter, c10d.all_reduce):
         nodes = [n for n in step.calls(target) if n.meta["phase"] == "backward"]
-        for bucket in make_buckets(nodes, bucket_bytes, size_of=lambda n: num_bytes(n.args[0].meta["val"])):
+        for bucket in make_buckets(nodes, bucket_bytes, size_of=lambda n: num_bytes(first_argument(n).meta["val"])):
             _delay_waits(bucket)
             launch_together(step, bucket, at=bucket[-1], form=form)
             edits += len(bucket)
     return edits
 
 
-def _delay_waits(bucket: list) -> None:  # type: ignore[type-arg]
+def _delay_waits(bucket: list[fx.Node]) -> None:
     """Waits of a bucket, and what hangs on them in backward, move behind its launch."""
     anchor = bucket[-1]
     for node in bucket:

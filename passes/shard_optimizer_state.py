@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxzero.graph import Sharding, StepGraph
-from fxzero.graph import ops
+from fxzero.graph import Sharding, StepGraph, ops
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor, evaluate
 from fxzero.graph.step_graph import identifier, sharding_of, yields_tensor
@@ -132,11 +131,7 @@ class _RowWiseUpdate:
             return False
         if torch.Tag.pointwise not in node.target.tags and node.target not in _ROW_WISE:
             return False
-        return all(
-            n.meta["val"].dim() == whole.dim()
-            for n in node.all_input_nodes
-            if n in self.rows
-        )
+        return all(n.meta["val"].dim() == whole.dim() for n in node.all_input_nodes if n in self.rows)
 
     def _covers_rows(self, node: fx.Node, whole: torch.Tensor) -> bool:
         val = node.meta["val"]
@@ -145,7 +140,9 @@ class _RowWiseUpdate:
     def _gather(self, node: fx.Node, reader: fx.Node) -> fx.Node:
         if node not in self.gathered:
             with self.editor.before(reader):
-                _, self.gathered[node] = self.editor.all_gather(node, self.sharding, stem=f"{identifier(self.name)}_new")
+                _, self.gathered[node] = self.editor.all_gather(
+                    node, self.sharding, stem=f"{identifier(self.name)}_new"
+                )
             self.edits += 1
         return self.gathered[node]
 

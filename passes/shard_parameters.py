@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxzero.graph import PHASES, Sharding, StepGraph
+from fxzero.graph import PHASES, Sharding, StepGraph, ops
 from fxzero.graph import collectives as c10d
-from fxzero.graph import ops
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor
 from fxzero.graph.step_graph import identifier, is_view, iter_views, sharding_of
@@ -96,9 +95,7 @@ def _shard(
     return 1 + sum(bool(u) for u in users.values())
 
 
-def _use_rows_in_update(
-    step: StepGraph, parameter: fx.Node, results: dict[tuple[str, str], fx.Node]
-) -> None:
+def _use_rows_in_update(step: StepGraph, parameter: fx.Node, results: dict[tuple[str, str], fx.Node]) -> None:
     """The update reads and returns rows: no taking of rows before it, no gather after it."""
     for rows in [u for u in parameter.users if is_rows_of(u)]:
         rows.replace_all_uses_with(parameter)
@@ -112,7 +109,11 @@ def _use_rows_in_update(
 
 
 def _gather_for(
-    parameter: fx.Node, sharding: Sharding, users: list[fx.Node], editor: Editor, position: dict[fx.Node, float]
+    parameter: fx.Node,
+    sharding: Sharding,
+    users: list[fx.Node],
+    editor: Editor,
+    position: dict[fx.Node, float],
 ) -> None:
     """Gather before the first of `users`, release after the last that reads the parameter or a view of it."""
     first = min(users, key=position.__getitem__)

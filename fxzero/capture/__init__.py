@@ -1,7 +1,7 @@
 """Capture: model, optimizer, loss and one batch in, one StepGraph with single-device meaning out."""
 
+from fxzero.capture.guards import Guards
 from fxzero.capture.inventory import Inventory
-from fxzero.capture.scalars import Guards
 from fxzero.capture.signature import Signature
 from fxzero.capture.trace import Capture, capture_step
 

@@ -85,7 +85,12 @@ class _Rebuild:
 
     def _placeholder(self, raw: fx.Node, entry: StateEntry) -> fx.Node:
         node = self.graph.placeholder(identifier(entry.name))
-        node.meta = {"entry": entry, "val": _representative(raw.meta["val"]), "phase": "forward", "module": ""}
+        node.meta = {
+            "entry": entry,
+            "val": _representative(raw.meta["val"]),
+            "phase": "forward",
+            "module": "",
+        }
         return node
 
     def _constant(self, raw: fx.Node) -> fx.Node:
@@ -126,7 +131,7 @@ class _Rebuild:
         node = self.graph.node_copy(raw, lambda n: self.mapping[n])
         module = raw.meta.get("custom", {}).get("module")
         if phase == "backward":
-            module = self.paths.get(raw.meta.get("seq_nr"), module)
+            module = self.paths.get(raw.meta.get("seq_nr", -1), module)
         node.meta = {"val": _representative(raw.meta.get("val")), "phase": phase, "module": module or ""}
         return node
 
@@ -201,4 +206,3 @@ def _representative(val: Any) -> Any:
     if isinstance(val, torch.SymBool):
         return True
     return val
-

@@ -11,13 +11,8 @@ while all its guards hold; a scheduler that merely changes values never recaptur
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,27 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxzero import compat
 
 aten = torch.ops.aten
-
-# how sympy functions that torch puts into guards are computed on Python numbers
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "FloatPow": operator.pow,
-    "PowByNatural": operator.pow,
-    "FloatTrueDiv": operator.truediv,
-    "IntTrueDiv": operator.truediv,
-    "FloorDiv": operator.floordiv,
-    "PythonMod": operator.mod,
-    "Mod": operator.mod,
-    "ToFloat": float,
-    "TruncToInt": math.trunc,
-    "FloorToInt": math.floor,
-    "CeilToInt": math.ceil,
-    "RoundToInt": round,
-    "Max": max,
-    "Min": min,
-    "OpaqueUnaryFn_sqrt": math.sqrt,
-    "OpaqueUnaryFn_exp": math.exp,
-    "OpaqueUnaryFn_log": math.log,
-}
 
 
 class ScalarReader(TorchDispatchMode):
@@ -121,7 +95,7 @@ class SymbolicTensors(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (torch.tensor, torch.as_tensor) and args and isinstance(args[0], (torch.SymFloat, torch.SymInt)):
             dtype = torch.get_default_dtype() if isinstance(args[0], torch.SymFloat) else torch.int64
-            return torch.scalar_tensor(args[0], **{"dtype": dtype, **kwargs})
+            return torch.scalar_tensor(args[0], **{"dtype": dtype, **kwargs})  # type: ignore[arg-type]
         if func is torch.Tensor.__setitem__ and isinstance(args[2], _NUMBERS) and _is_mask_of(args[0], args[1]):
             args[0].masked_fill_(args[1], args[2])
             return None
@@ -130,55 +104,3 @@ class SymbolicTensors(TorchFunctionMode):
 
 def _is_mask_of(tensor: torch.Tensor, index: Any) -> bool:
     return isinstance(index, torch.Tensor) and index.dtype is torch.bool and index.shape == tensor.shape
-
-
-@dataclass
-class Guards:
-    """The conditions on scalars under which a captured graph is the right one.
-
-    Args:
-        conditions: (text, compiled condition, names of the scalars that it takes).
-        readers: scalar name -> function of the current inputs that yields it (hyperparameters and state scalars by
-            name, reads of 0-dim tensors by a small program cut from the graph).
-        frozen: hyperparameters that left no node in the graph, with the value that they had: they may have shaped it.
-    """
-
-    conditions: list[tuple[str, Callable[..., Any], tuple[str, ...]]] = field(default_factory=list)
-    readers: dict[str, Callable[[Callable[[str, str], Any]], Any]] = field(default_factory=dict)
-    frozen: dict[str, Any] = field(default_factory=dict)
-    _seen: dict[tuple[Any, ...], bool] = field(default_factory=dict)
-
-    def hold(self, lookup: Callable[[str, str], Any]) -> bool:
-        """Whether every condition is true now.
-
-        Args:
-            lookup: (kind, name) of a state entry -> its current value.
-        """
-        if any(lookup("hyperparameter", name) != value for name, value in self.frozen.items()):
-            return False
-        if not self.conditions:
-            return True
-        values = {name: read(lookup) for name, read in self.readers.items()}
-        key = tuple(values.values())
-        if key not in self._seen:
-            if len(self._seen) > 4096:
-                self._seen.clear()
-            self._seen[key] = all(test(*(values[n] for n in names)) for _, test, names in self.conditions)
-        return self._seen[key]
-
-    def relax(self, lookup: Callable[[str, str], Any]) -> None:
-        """Forget frozen hyperparameters that have changed since: capturing again gave the same graph."""
-        self.frozen = {k: v for k, v in self.frozen.items() if lookup("hyperparameter", k) == v}
-
-    def __str__(self) -> str:
-        return "; ".join(text for text, _, _ in self.conditions) or "none"
-
-
-def compile_condition(expr: Any, names: dict[Any, str]) -> tuple[str, Callable[..., Any], tuple[str, ...]]:
-    """A guard expression as text, as a Python function of its scalars, and the names of those."""
-    symbols = sorted(expr.free_symbols, key=str)
-    test = sympy.lambdify(symbols, expr, modules=[_FUNCTIONS, "math"])
-    text = str(expr)
-    for symbol in symbols:
-        text = text.replace(str(symbol), names[symbol])
-    return text, test, tuple(names[symbol] for symbol in symbols)

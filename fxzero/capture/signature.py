@@ -77,7 +77,10 @@ def _leaf(path: str, leaf: Any) -> Any:
         return (tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype, str(leaf.device), leaf.requires_grad)
     if isinstance(leaf, nn.Module):
         raise CaptureError.of(
-            where=path, expected="tensors and plain values", got="a module", fix="let the loss function hold it"
+            where=path,
+            expected="tensors and plain values",
+            got="a module",
+            fix="let the loss function hold it",
         )
     try:
         hash(leaf)
@@ -92,7 +95,7 @@ def _leaf(path: str, leaf: Any) -> Any:
 
 
 def _constants(group: dict[str, Any]) -> tuple[Any, ...]:
-    out = []
+    out: list[tuple[Any, ...]] = []
     for path, value in hyperparameters(group):
         if isinstance(value, torch.Tensor):
             out.append((path, "tensor", tuple(value.shape), value.dtype, str(value.device)))

@@ -12,27 +12,28 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import annotate, preserve_node_meta
 from torch.nn.modules import module as nn_module
 from torch.utils import _pytree as pytree
 
 from fxzero import compat
+from fxzero.capture.checks import capture_error, check_hyperparameters_unchanged, check_loss
 from fxzero.capture.clean import clean
+from fxzero.capture.guards import Guards, collect_guards, freeze_unused
 from fxzero.capture.inventory import Inventory, hyperparameters, state_name, with_hyperparameters
-from fxzero.capture.scalars import Guards, ScalarReader, SymbolicTensors, compile_condition
+from fxzero.capture.scalars import ScalarReader, SymbolicTensors
 from fxzero.capture.signature import flatten_batch
+from fxzero.capture.twin import clone_optimizer, for_loop_form
 from fxzero.errors import CaptureError, FxzeroError
 from fxzero.graph import StateEntry, StepGraph
-from fxzero.graph.step_graph import ancestors
 
 LossFn = Callable[..., Any]
 
@@ -173,7 +174,7 @@ class _StepTracer:
             out, metrics = out
         if not isinstance(out, torch.Tensor):
             out = out.get("loss") if isinstance(out, dict) else getattr(out, "loss", out)
-        _check_loss(out)
+        check_loss(out)
         for name, value in metrics.items():
             if not isinstance(value, torch.Tensor):
                 raise CaptureError.of(
@@ -188,9 +189,7 @@ class _StepTracer:
         owner, _, attribute = name.rpartition(".")
         return getattr(self.inventory.model.get_submodule(owner), attribute)
 
-    def _backward(
-        self, loss: torch.Tensor, parameters: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor | None]:
+    def _backward(self, loss: torch.Tensor, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
         compat.tag_backward_nodes(loss)
         names = self.inventory.optimized
         gradients = torch.autograd.grad(loss, [parameters[n] for n in names], allow_unused=True)
@@ -228,13 +227,13 @@ class _StepTracer:
         before = [dict(hyperparameters(group)) for group in optimizer.param_groups]
         optimizer.state = defaultdict(dict)
         for param, key, value in self.inventory.optimizer_state():
-            name = ("optimizer", state_name(param, key))
-            if name in table or not _is_tensor_or_number(value):
-                optimizer.state[parameters[param]][key] = table.get(name, value)
+            entry = ("optimizer", state_name(param, key))
+            if entry in table or not _is_tensor_or_number(value):
+                optimizer.state[parameters[param]][key] = table.get(entry, value)
         for name, gradient in gradients.items():
             parameters[name].grad = gradient
         type(optimizer).step(optimizer)  # type: ignore[call-arg]
-        _check_hyperparameters_unchanged(optimizer, before)
+        check_hyperparameters_unchanged(optimizer, before)
         out: dict[tuple[str, str], Any] = {("parameter", name): value for name, value in parameters.items()}
         for name, value in parameters.items():
             value.grad = None
@@ -242,6 +241,18 @@ class _StepTracer:
                 if _is_tensor_or_number(item):
                     out[("optimizer", state_name(name, key))] = item
         return out
+
+    def explain(self, error: Exception) -> CaptureError:
+        """A trace's failure in the user's terms."""
+        phase = next((name for name in ("update", "backward") if name in self.boundaries), "forward")
+        return capture_error(
+            error,
+            phase=phase,
+            model=self.inventory.model,
+            optimizer=self.inventory.optimizer,
+            path=self.path[-1] if self.path else "",
+            op=self.reader.last_op,
+        )
 
     # ---- provenance
 
@@ -311,47 +322,30 @@ def capture_step(
         except FxzeroError:
             raise
         except Exception as error:
-            raise _capture_error(tracer, error) from error
-    guards = _collect_guards(tracer, module.graph)
+            raise tracer.explain(error) from error
+    entries = tracer.inputs.entries
+    guards = collect_guards(
+        tracer.env, module.graph, entries=entries, symbols=tracer.symbols, reads=tracer.reader.reads
+    )
     step, constants = clean(
         module,
-        entries=tracer.inputs.entries,
+        entries=entries,
         results=tracer.results,
         boundaries=tracer.boundaries,
         optimized=inventory.optimized,
         mode=tracer.mode,
     )
-    _freeze_unused(tracer, step, guards)
+    freeze_unused(guards, step, entries, tracer.inputs.values)
     return Capture(step, guards, constants, time.perf_counter() - start)
-
-
-def clone_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """A shallow twin that steps in the for-loop form, per parameter, whatever the original's `foreach` / `fused`."""
-    twin = object.__new__(type(optimizer))
-    twin.__dict__.update(optimizer.__dict__)
-    twin.__dict__.pop("step", None)  # LR schedulers put a wrapper there that is bound to the original
-    twin.param_groups = [dict(group) for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        if group.get("differentiable"):
-            raise CaptureError.of(
-                where=f"{type(optimizer).__name__}.param_groups",
-                expected="differentiable=False",
-                got="differentiable=True",
-                fix="fxzero does not differentiate through updates",
-            )
-    return twin
-
-
-def for_loop_form(optimizer: torch.optim.Optimizer) -> None:
-    """Let a twin update one parameter at a time: the form that can run bucket by bucket."""
-    for group in optimizer.param_groups:
-        group.update({key: False for key in ("foreach", "fused") if key in group})
 
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Undo what a forward leaves on modules (cached tables, counters), and restore the random state."""
-    saved = [(module, {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()}) for module in model.modules()]
+    saved = [
+        (module, {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
+        for module in model.modules()
+    ]
     with torch.random.fork_rng(enabled=True):
         try:
             yield
@@ -372,97 +366,3 @@ def _is_tensor_or_number(value: Any) -> bool:
 
 def _is_host_scalar(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == 0 and value.device.type == "cpu"
-
-
-def _check_loss(loss: Any) -> None:
-    def refuse(got: str, fix: str) -> None:
-        raise CaptureError.of(where="loss", expected="a differentiable scalar tensor", got=got, fix=fix)
-
-    if not isinstance(loss, torch.Tensor):
-        refuse(
-            type(loss).__name__,
-            "pass loss=fn with fn(model, *args, **kwargs) -> scalar, or let the model return .loss",
-        )
-    if loss.numel() != 1:
-        refuse(f"a tensor of shape {tuple(loss.shape)}", "reduce it, e.g. with .mean()")
-    if not loss.dtype.is_floating_point:
-        refuse(f"dtype {loss.dtype}", "return a floating-point loss")
-    if not loss.requires_grad:
-        refuse("a tensor that needs no gradient", "check that the loss depends on trainable parameters, outside no_grad")
-
-
-def _check_hyperparameters_unchanged(optimizer: torch.optim.Optimizer, before: list[dict[str, Any]]) -> None:
-    for index, group in enumerate(optimizer.param_groups):
-        for path, value in hyperparameters(group):
-            if value is not before[index].get(path, value) and not isinstance(value, (bool, str)):
-                raise CaptureError.of(
-                    where=f"{type(optimizer).__name__}.param_groups[{index}][{path!r}]",
-                    expected="hyperparameters that step() only reads",
-                    got="one that step() changes",
-                    fix="keep what changes each step in optimizer.state[parameter]",
-                )
-
-
-def _collect_guards(tracer: _StepTracer, graph: fx.Graph) -> Guards:
-    guards = Guards()
-    conditions = [guard.expr for guard in tracer.env.guards]
-    used = set().union(*(expr.free_symbols for expr in conditions)) if conditions else set()
-    names: dict[Any, str] = {}
-    for symbol in used:
-        if symbol in tracer.symbols:
-            kind, name = tracer.symbols[symbol]
-            names[symbol] = name
-            guards.readers[name] = lambda lookup, kind=kind, name=name: lookup(kind, name)
-    placeholders = {n: e for n, e in zip(graph.find_nodes(op="placeholder"), tracer.inputs.entries, strict=True)}
-    for symbol, node in tracer.reader.reads:
-        if symbol in used:
-            names[symbol] = node.name
-            guards.readers[node.name] = _reader_program(node, placeholders)
-    for expr in conditions:
-        if expr.free_symbols <= set(names):
-            guards.conditions.append(compile_condition(expr, names))
-    return guards
-
-
-def _freeze_unused(tracer: _StepTracer, step: StepGraph, guards: Guards) -> None:
-    """A number that left no trace in the graph may still have shaped it: its value becomes a condition."""
-    for entry, value in zip(tracer.inputs.entries, tracer.inputs.values, strict=True):
-        if entry.kind == "hyperparameter" and step.input(*entry.key) is None and not isinstance(value, torch.Tensor):
-            now = value.node.hint if isinstance(value, (torch.SymFloat, torch.SymInt)) else value
-            guards.frozen[entry.name] = now
-
-
-def _reader_program(node: fx.Node, placeholders: dict[fx.Node, StateEntry]) -> Callable[..., Any]:
-    """The few ops that lead from state to one number, cut from the graph."""
-    needed = ancestors([node])
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    entries = []
-    for old in node.graph.nodes:
-        if old in needed:
-            mapping[old] = graph.node_copy(old, lambda n: mapping[n])
-            if old.op == "placeholder":
-                entries.append(placeholders[old])
-    graph.output(mapping[node])
-    program = fx.GraphModule(nn.Module(), graph)
-    return lambda lookup: program(*(lookup(e.kind, e.name) for e in entries))
-
-
-def _capture_error(tracer: _StepTracer, error: Exception) -> CaptureError:
-    frames = traceback.extract_tb(error.__traceback__)
-    inside = ("/torch/", "/fxzero/capture/", "/fxzero/compat.py", "/sympy/")
-    own = [frame for frame in frames if not any(part in frame.filename for part in inside)]
-    in_optimizer = [frame for frame in frames if "/torch/optim/" in frame.filename]
-    frame = (own or in_optimizer or list(frames))[-1]
-    phase = "update" if "update" in tracer.boundaries else "backward" if "backward" in tracer.boundaries else "forward"
-    module = tracer.path[-1] if tracer.path else ""
-    model = type(tracer.inventory.model).__name__
-    where = f"module {module!r} of {model}" if phase == "forward" else phase
-    if phase == "update":
-        where = f"{type(tracer.inventory.optimizer).__name__}.step"
-    return CaptureError.of(
-        where=f"{where}, op {tracer.reader.last_op}, {frame.filename}:{frame.lineno} ({(frame.line or '').strip()})",
-        expected="code whose control flow does not depend on tensor values, on ops that have a fake kernel",
-        got=f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}",
-        fix="replace the branch by torch.where, or move it out of the step",
-    )

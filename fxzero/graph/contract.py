@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fxzero.graph.step_graph import StepGraph
-
 
 @dataclass(frozen=True)
 class Pass:
@@ -33,7 +31,13 @@ class Pass:
     def using(self, **options: Any) -> Pass:
         """The same pass with these options."""
         return Pass(
-            self.name, self.run, self.requires, self.provides, self.numerics, self.summary, {**self.options, **options}
+            self.name,
+            self.run,
+            self.requires,
+            self.provides,
+            self.numerics,
+            self.summary,
+            {**self.options, **options},
         )
 
     def __str__(self) -> str:

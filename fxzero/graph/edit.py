@@ -90,9 +90,7 @@ class Editor:
         Returns:
             The wait node (what must be released) and the node with exactly the rows of the single-device tensor.
         """
-        gathered = self.call(
-            c10d.all_gather, shard, sharding.num_shards, sharding.axis, name=f"{stem}_gather"
-        )
+        gathered = self.call(c10d.all_gather, shard, sharding.num_shards, sharding.axis, name=f"{stem}_gather")
         waited = self.call(c10d.wait, gathered, name=f"{stem}_full")
         if sharding.padded_rows == sharding.rows:
             return waited, waited
@@ -102,23 +100,25 @@ class Editor:
         """Reduce over an axis and keep this rank's rows; pads where the rows do not divide."""
         full = self.contiguous(self.pad_rows(full, sharding))
         reduced = self.call(
-            c10d.reduce_scatter, full, op, sharding.num_shards, sharding.axis, name=f"{stem}_reduce", sharding=sharding
+            c10d.reduce_scatter,
+            full,
+            op,
+            sharding.num_shards,
+            sharding.axis,
+            name=f"{stem}_reduce",
+            sharding=sharding,
         )
         return self.call(c10d.wait, reduced, name=f"{stem}_shard", sharding=sharding)
 
     def all_reduce(self, full: fx.Node, axis: str, *, op: str, stem: str, sharding: Sharding | None = None) -> fx.Node:
         """Reduce over an axis; every rank of it has the result."""
-        reduced = self.call(
-            c10d.all_reduce, self.contiguous(full), op, axis, name=f"{stem}_reduce", sharding=sharding
-        )
+        reduced = self.call(c10d.all_reduce, self.contiguous(full), op, axis, name=f"{stem}_reduce", sharding=sharding)
         return self.call(c10d.wait, reduced, name=f"{stem}_mean", sharding=sharding)
 
     def local_shard(self, full: fx.Node, sharding: Sharding, *, stem: str) -> fx.Node:
         """This rank's rows of a replicated value."""
         index = coordinate(self.step, sharding.axis)
-        return self.call(
-            ops.local_shard, full, sharding.num_shards, index, name=f"{stem}_local", sharding=sharding
-        )
+        return self.call(ops.local_shard, full, sharding.num_shards, index, name=f"{stem}_local", sharding=sharding)
 
     def pad_rows(self, full: fx.Node, sharding: Sharding) -> fx.Node:
         """Append zero rows until every shard has as many."""

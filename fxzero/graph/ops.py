@@ -1,8 +1,8 @@
 """The ops that fxzero adds to ATen: what a step graph needs and torch has no word for.
 
-    release(tensors)                            the end of an unsharded parameter's life; returns nothing
-    local_shard(x, num_shards, index) -> shard  rows of `x` (dim 0) that rank `index` of an axis owns, padded with
-                                                zeros to ceil(rows / num_shards) so that all ranks agree on shapes
+release(tensors)                            the end of an unsharded parameter's life; returns nothing
+local_shard(x, num_shards, index) -> shard  rows of `x` (dim 0) that rank `index` of an axis owns, padded with
+                                            zeros to ceil(rows / num_shards) so that all ranks agree on shapes
 """
 
 from __future__ import annotations

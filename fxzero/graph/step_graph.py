@@ -241,3 +241,10 @@ def sharding_of(node: fx.Node, axis: str, num_shards: int, persist_below: int) -
 def is_getitem(node: fx.Node) -> bool:
     """Whether a node picks one of several values."""
     return node.op == "call_function" and node.target is operator.getitem
+
+
+def first_argument(node: fx.Node) -> fx.Node:
+    """The node that a call takes first."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node), f"{node} takes {source!r} first"
+    return source

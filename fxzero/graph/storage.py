@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxzero.graph.step_graph import STATE_KINDS, StepGraph, is_getitem, is_view, yields_tensor
 from fxzero.graph import collectives as c10d
+from fxzero.graph.step_graph import STATE_KINDS, StepGraph, is_getitem, is_view, yields_tensor
 
 aten = torch.ops.aten
 
@@ -45,7 +45,7 @@ class InPlace:
             root = self._root(node)
             form = self._form(node)
             if form is not None:
-                root = self.storage[node.args[0]]
+                root = self.storage[node.args[0]]  # type: ignore[index]
                 self.forms[node] = form
             self.storage[node] = root
             self.members.setdefault(root, []).append(node)
@@ -75,6 +75,7 @@ class InPlace:
         if form is None:
             return None
         first = node.args[0]
+        assert isinstance(first, fx.Node)
         if not _same_layout(first, node) or _aliased(first) is not None:
             return None
         root = self.storage[first]

@@ -28,9 +28,11 @@ Ranks compare this text, so it holds nothing that differs between them: a device
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -64,14 +66,8 @@ OpOverload = type(ops.release)
 def dtype_names() -> dict[torch.dtype, str]:
     """dtype -> its name in the text: f32, bf16, i64, bool."""
     short = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
-    found: dict[torch.dtype, str] = {}
-    for dtype in vars(torch).values():
-        if isinstance(dtype, torch.dtype):
-            name = str(dtype).removeprefix("torch.")
-            kind = re.match(r"[a-z]+", name)
-            assert kind is not None
-            found[dtype] = short.get(kind[0], kind[0]) + name[kind.end() :]
-    return found
+    dtypes = [item for item in vars(torch).values() if isinstance(item, torch.dtype)]
+    return {d: re.sub(r"^torch\.([a-z]+)", lambda kind: short.get(kind[1], kind[1]), str(d)) for d in dtypes}
 
 
 @functools.cache
@@ -84,7 +80,7 @@ def op_name(target: Any) -> str:
     module, name = getattr(target, "__module__", None), getattr(target, "__name__", None)
     if module == "_operator":
         return f"py.{name}"
-    if module in ("math", "builtins", "torch"):
+    if module == "math" or (module == "torch" and "sym_" in str(name)):
         return f"py.{module}.{name}"
     return f"<{name or type(target).__name__}>"
 
@@ -109,11 +105,9 @@ def contiguous_strides(shape: Collection[int]) -> tuple[int, ...]:
 
 def fits(sharding: Sharding, val: Any) -> bool:
     """Whether `val` has as many rows as a shard must have."""
-    return (
-        isinstance(val, torch.Tensor)
-        and val.dim() > 0
-        and val.shape[0] == ops.shard_rows(sharding.rows, sharding.num_shards)
-    )
+    if not isinstance(val, torch.Tensor) or val.dim() == 0:
+        return False
+    return val.shape[0] == ops.shard_rows(sharding.rows, sharding.num_shards)
 
 
 def sharding_text(sharding: Sharding, mesh: dict[str, int]) -> str:
@@ -134,22 +128,16 @@ def type_text(val: Any, step: StepGraph, *, device: str, sharding: Sharding | No
         place = "" if val.device.type == device else f"@{val.device.type}"
         return f"{dtype_names()[val.dtype]}[{', '.join(sizes)}]{strides}{place}"
     if isinstance(val, (list, tuple)):
-        runs: list[list[Any]] = []
-        for item in (type_text(item, step, device=device) for item in val):
-            if runs and runs[-1][0] == item:
-                runs[-1][1] += 1
-            else:
-                runs.append([item, 1])
+        items = itertools.groupby(type_text(item, step, device=device) for item in val)
+        runs = [(item, len(list(same))) for item, same in items]
         return f"({', '.join(item if count == 1 else f'{item} x{count}' for item, count in runs)})"
     return "None" if val is None else type(val).__name__
 
 
 def default_device(step: StepGraph) -> str:
     """The kind of device that the header names: that of the first tensor among the inputs."""
-    for node in step.placeholders:
-        if isinstance(node.meta["val"], torch.Tensor):
-            return str(node.meta["val"].device.type)
-    return "cpu"
+    vals = (node.meta["val"] for node in step.placeholders)
+    return next((val.device.type for val in vals if isinstance(val, torch.Tensor)), "cpu")
 
 
 def value_text(value: Any) -> str:
@@ -196,9 +184,8 @@ def args_text(node: fx.Node, mesh: dict[str, int]) -> str:
 
 def _collective_args_text(node: fx.Node, mesh: dict[str, int]) -> str:
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    first, *rest = [*zip(names, node.args, strict=False), *node.kwargs.items()]
-    parts = [value_text(first[1])]
-    for name, value in rest:
+    parts = []
+    for name, value in [*zip(names, node.args, strict=False), *node.kwargs.items()]:
         if name == "group_size" and value == mesh.get(c10d.axis_of(node)):
             continue
         shown = _word(value) if isinstance(value, str) else value_text(value)
@@ -230,9 +217,7 @@ def comment_text(node: fx.Node, mesh: dict[str, int]) -> str:
 
 def whole_shape(val: Any, sharding: Sharding | None) -> tuple[int, ...]:
     """The single-device shape of an input, as far as its value and sharding tell."""
-    if not isinstance(val, torch.Tensor):
-        return ()
-    shape = tuple(val.shape)
+    shape = tuple(val.shape) if isinstance(val, torch.Tensor) else ()
     return (sharding.rows, *shape[1:]) if sharding is not None and fits(sharding, val) else shape
 
 
@@ -263,15 +248,13 @@ def to_text(
     wanted = SECTIONS if phases is None else phases
     sections: dict[str, list[_Line]] = {name: [] for name in SECTIONS}
     if "inputs" in wanted:
-        sections["inputs"] = [_input_line(node, step, device) for node in step.placeholders]
+        sections["inputs"] = [_line(node, step, device, "inputs") for node in step.placeholders]
     for section, node in _sectioned(step.calls()):
         if phases is None or node.meta.get("phase") in phases:
-            sections[section].append(_call_line(node, step, device, section))
+            sections[section].append(_line(node, step, device, section))
     if "results" in wanted:
-        returned = step.results.items()
-        sections["results"] = [
-            _Line(" ", (f"%{n.name}", f"-> {k}", _word(name))) for (k, name), n in returned
-        ]
+        for (kind, name), node in step.results.items():
+            sections["results"].append(_Line(" ", (f"%{node.name}", f"-> {kind}", _word(name))))
     lines = list(_header(step, device, phases=phases, width=width))
     if any(line.mark != " " for found in sections.values() for line in found):
         lines.append("# first column: f, b, u = a node of forward, backward, update under another heading")
@@ -283,20 +266,17 @@ def to_text(
     return "\n".join(lines) + "\n"
 
 
-def _input_line(node: fx.Node, step: StepGraph, device: str) -> _Line:
-    entry, val = node.meta["entry"], node.meta["val"]
-    shown = type_text(val, step, device=device, sharding=node.meta.get("sharding"))
-    cells = (f"%{node.name}", shown, entry.kind, _word(entry.name))
-    return _Line(" ", cells, comment_text(node, step.mesh))
-
-
-def _call_line(node: fx.Node, step: StepGraph, device: str, section: str) -> _Line:
-    phase, sharding = node.meta.get("phase", "?"), node.meta.get("sharding")
-    op = op_name(node.target) if node.op == "call_function" else f"<{node.op}>"
-    cells = ["", "", op, args_text(node, step.mesh)]
-    if node.users or not returns_nothing(node.target):
-        cells[:2] = f"%{node.name}", type_text(node.meta.get("val"), step, device=device, sharding=sharding)
-    mark = " " if phase == section else phase[0]
+def _line(node: fx.Node, step: StepGraph, device: str, section: str) -> _Line:
+    phase, val = node.meta.get("phase", "?"), node.meta.get("val")
+    cells = [f"%{node.name}", type_text(val, step, device=device, sharding=node.meta.get("sharding"))]
+    if returns_nothing(node.target) and not node.users:
+        cells = ["", ""]
+    if node.op == "placeholder":
+        cells += [node.meta["entry"].kind, _word(node.meta["entry"].name)]
+    else:
+        name = op_name(node.target) if node.op == "call_function" else f"<{node.op}>"
+        cells += [name, args_text(node, step.mesh)]
+    mark = " " if section in (phase, "inputs") else phase[0]
     return _Line(mark, tuple(cells), comment_text(node, step.mesh))
 
 
@@ -315,22 +295,19 @@ def _sectioned(calls: list[fx.Node]) -> Iterator[tuple[str, fx.Node]]:
         yield PHASES[(index >= end_of_forward) + (index >= end_of_backward)], node
 
 
-def _header(
-    step: StepGraph, device: str, *, phases: Collection[str] | None, width: int | None
-) -> Iterator[str]:
+def _header(step: StepGraph, device: str, *, phases: Collection[str] | None, width: int | None) -> Iterator[str]:
     title, calls = step.title, step.calls()
     if not title.isprintable() or title != title.strip() or title[:1] in ("", "'", '"'):
         title = repr(title)
     mesh = " ".join(["mesh", *(f"{axis}={size}" for axis, size in step.mesh.items())])
     sizes = {"input": len(step.placeholders), "node": len(calls), "result": len(step.results)}
     counts = [f"{number:,} {noun}{'s' * (number != 1)}" for noun, number in sizes.items()]
-    launched = [node.meta.get("phase") for node in calls if c10d.is_collective(node)]
-    by_phase = [f"{launched.count(phase):,} {phase}" for phase in PHASES if phase in launched]
-    if by_phase:
-        by_phase[0] = by_phase[0].replace(
-            " ", " collective " if by_phase[0].startswith("1 ") else " collectives "
-        )
-    counts += by_phase or ["no collectives"]
+    launched = Counter(node.meta.get("phase") for node in calls if c10d.is_collective(node))
+    for phase in filter(launched.get, PHASES):
+        noun = f"collective{'s' * (launched[phase] != 1)} " if len(counts) == len(sizes) else ""
+        counts.append(f"{launched[phase]:,} {noun}{phase}")
+    if not launched:
+        counts.append("no collectives")
     parts = [title, mesh if step.mesh else "no mesh", device, ", ".join(counts)]
     if phases is not None:
         parts.append(f"only {', '.join(section for section in SECTIONS if section in phases)}")
@@ -364,11 +341,8 @@ def _aligned(lines: list[_Line], *, color: bool, width: int | None) -> Iterator[
 
 
 def _cut(comment: str, room: int) -> str:
-    room = max(room, 14)
-    if len(comment) <= room:
-        return comment
-    head = (room - 3) // 3
-    return f"{comment[:head]}...{comment[len(comment) - (room - 3 - head) :]}"
+    kept = max(room, 14) - 3
+    return comment if len(comment) <= kept + 3 else f"{comment[: kept // 3]}...{comment[kept // 3 - kept :]}"
 
 
 def _painted(text: str, kind: str, color: bool) -> str:

@@ -127,6 +127,8 @@ def _call_signature(node: fx.Node, signatures: dict[fx.Node, Hashable]) -> Hasha
             return signatures[arg]
         if isinstance(arg, (list, tuple)):
             return tuple(freeze(item) for item in arg)
+        if isinstance(arg, dict):
+            return tuple((key, freeze(value)) for key, value in arg.items())
         if isinstance(arg, slice):
             return ("slice", freeze(arg.start), freeze(arg.stop), freeze(arg.step))
         return (type(arg), arg)  # 1, 1.0 and True are equal, yet they promote differently

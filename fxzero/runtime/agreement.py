@@ -40,7 +40,9 @@ def agreed_text(step: StepGraph, *, plan: str, passes: str) -> str:
         if c10d.is_collective(node):
             sizes = num_bytes(node.meta["val"])
             rest = ", ".join(map(str, node.args[1:]))
-            lines.append(f"{node.name} {c10d.TABLE[node.target].name} [{rest}] {_shapes(node.meta['val'])} {sizes} bytes")
+            lines.append(
+                f"{node.name} {c10d.TABLE[node.target].name} [{rest}] {_shapes(node.meta['val'])} {sizes} bytes"
+            )
     return "\n".join(lines)
 
 

@@ -49,7 +49,10 @@ def load_state_dict(state: StepState, values: Mapping[str, Any]) -> None:
                 continue
             if value.shape != target.shape:
                 raise FxzeroError.of(
-                    where=key, expected=f"shape {tuple(target.shape)}", got=f"{tuple(value.shape)}", fix="load the same model"
+                    where=key,
+                    expected=f"shape {tuple(target.shape)}",
+                    got=f"{tuple(value.shape)}",
+                    fix="load the same model",
                 )
             del owner
             target.copy_(value)

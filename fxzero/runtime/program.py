@@ -38,7 +38,12 @@ class Program:
         self.source = self._emitter.text()
         self.outputs = self._emitter.outputs
         self.file = f"<fxzero {name} {id(self):x}>"
-        linecache.cache[self.file] = (len(self.source), None, self.source.splitlines(keepends=True), self.file)
+        linecache.cache[self.file] = (
+            len(self.source),
+            None,
+            self.source.splitlines(keepends=True),
+            self.file,
+        )
         scope: dict[str, Any] = dict(self._emitter.names)
         exec(compile(self.source, self.file, "exec"), scope)
         self._function: Callable[[list[Any]], tuple[Any, ...]] = scope["run"]
@@ -162,7 +167,9 @@ class _Emitter:
         by_name = {node.name: node for node in inputs.values()}
         for lines in copies.values():
             read = {line[line.index("(") + 1 : -1] for line in lines}
-            lines.sort(key=lambda line: line[: line.index(".copy_")] in read and line[: line.index(".copy_")] in by_name)
+            lines.sort(
+                key=lambda line: line[: line.index(".copy_")] in read and line[: line.index(".copy_")] in by_name
+            )
         return copies
 
     def _last_reading(self, state: fx.Node) -> int:
@@ -177,9 +184,7 @@ class _Emitter:
     def _dying(self) -> dict[fx.Node, list[str]]:
         """Node -> names of variables that nothing needs after it."""
         kept = {
-            node.name
-            for key, node in self.step.results.items()
-            if key[0] not in STATE_KINDS or not yields_tensor(node)
+            node.name for key, node in self.step.results.items() if key[0] not in STATE_KINDS or not yields_tensor(node)
         }
         last: dict[str, fx.Node] = {}
         for node in self.step.graph.nodes:

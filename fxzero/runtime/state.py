@@ -17,10 +17,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fxzero.capture.inventory import Inventory, hyperparameters, state_name
+from fxzero.capture.priming import initial_state
+from fxzero.capture.rehearsal import rehearse
 from fxzero.errors import CaptureError, PlanError
 from fxzero.graph.ops import local_shard, shard_rows
-from fxzero.runtime.priming import initial_state
-from fxzero.runtime.rehearsal import rehearse
 from fxzero.runtime.topology import Topology
 
 Init = Callable[[nn.Module], Any]
@@ -36,7 +36,12 @@ class StepState:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, topology: Topology, *, init: Init | None = None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        topology: Topology,
+        *,
+        init: Init | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -135,9 +140,7 @@ class StepState:
         if self.topology.world_size > 1:
             dist.broadcast(tensor.detach(), src=0)
 
-    def _replace(
-        self, old: nn.Parameter, new: torch.Tensor, *, name: str, also: torch.Tensor | None = None
-    ) -> None:
+    def _replace(self, old: nn.Parameter, new: torch.Tensor, *, name: str, also: torch.Tensor | None = None) -> None:
         """Put a new parameter wherever the old one (or its filled form) was: module tree, ties, optimizer."""
         if self.topology.mesh is None and not old.is_meta:
             return
@@ -169,9 +172,7 @@ class StepState:
             memory = full.detach().contiguous()
         return self._wrap(key, memory, full.shape, sharded)
 
-    def _wrap(
-        self, key: tuple[str, str], memory: torch.Tensor, shape: torch.Size, sharded: bool
-    ) -> torch.Tensor:
+    def _wrap(self, key: tuple[str, str], memory: torch.Tensor, shape: torch.Size, sharded: bool) -> torch.Tensor:
         mesh = self.topology.mesh
         assert mesh is not None
         rows = memory

@@ -26,7 +26,7 @@ def unsharded(state: StepState, *, writeback: bool) -> Iterator[nn.Module]:
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if isinstance(parameter, DTensor):
                 if parameter not in whole:
-                    full = parameter.detach().full_tensor()
+                    full = parameter.detach().full_tensor()  # type: ignore[attr-defined]
                     whole[parameter] = nn.Parameter(full, requires_grad=parameter.requires_grad)
                 places.append((module, name, parameter))
     for module, name, parameter in places:
@@ -45,7 +45,7 @@ def unsharded(state: StepState, *, writeback: bool) -> Iterator[nn.Module]:
 
 def _write_rows(parameter: torch.Tensor, full: torch.Tensor) -> None:
     assert isinstance(parameter, DTensor)
-    local = parameter.detach().to_local()
+    local = parameter.detach().to_local()  # type: ignore[attr-defined]
     shards = [axis for axis, p in enumerate(parameter.placements) if p.is_shard()]
     if shards:
         index = parameter.device_mesh.get_local_rank(shards[0])

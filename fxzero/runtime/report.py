@@ -82,7 +82,13 @@ def _memory_lines(step: StepGraph) -> str:
 
 def _pass_table(records: Sequence[PassRecord]) -> str:
     rows = [
-        [r.name, r.edits, ", ".join(f"{op} {n:+d}" for op, n in r.op_diff.items()), f"{r.seconds:.2f}", f"{r.verify_seconds:.2f}"]
+        [
+            r.name,
+            r.edits,
+            ", ".join(f"{op} {n:+d}" for op, n in r.op_diff.items()),
+            f"{r.seconds:.2f}",
+            f"{r.verify_seconds:.2f}",
+        ]
         for r in records
     ]
     return tabulate(rows, headers=["pass", "edits", "ops", "s", "verify s"], maxcolwidths=[36, None, 60, None, None])

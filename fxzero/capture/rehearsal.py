@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from fxzero.capture import Inventory
-from fxzero.capture.trace import clone_optimizer
-from fxzero.runtime.priming import first_step_is_special, initial_state
+from fxzero.capture.inventory import Inventory
+from fxzero.capture.priming import first_step_is_special, initial_state
+from fxzero.capture.twin import clone_optimizer
 
 
 def rehearse(inventory: Inventory) -> tuple[Inventory, bool]:
@@ -27,7 +27,7 @@ def rehearse(inventory: Inventory) -> tuple[Inventory, bool]:
         parameter = inventory.parameters[name]
         existing = optimizer.state.get(parameter)
         group = optimizer.param_groups[inventory.group_of(name)]
-        started |= bool(existing) and _has_stepped(existing)
+        started |= existing is not None and bool(existing) and _has_stepped(existing)
         twin.state[parameter] = dict(existing) if existing else _initial(optimizer, group, parameter)
     special = not started and any(
         first_step_is_special(optimizer, group) for group in optimizer.param_groups if group["params"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fxzero.capture.trace import clone_optimizer, for_loop_form
+from fxzero.capture.twin import clone_optimizer, for_loop_form
 
 
 class _Recording(dict[str, Any]):
@@ -34,9 +34,7 @@ class _Table(dict[Any, _Recording]):
         return self[key]
 
 
-def initial_state(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], tensor: torch.Tensor
-) -> dict[str, Any]:
+def initial_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], tensor: torch.Tensor) -> dict[str, Any]:
     """The state that `optimizer` would keep for a parameter with these values, before its first update.
 
     Args:

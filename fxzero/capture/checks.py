@@ -1,0 +1,75 @@
+"""What capture refuses, and how it says so."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxzero.capture.inventory import hyperparameters
+from fxzero.errors import CaptureError
+
+
+def check_loss(loss: Any) -> None:
+    """Raise CaptureError unless `loss` is a scalar that can be differentiated."""
+
+    def refuse(got: str, fix: str) -> None:
+        raise CaptureError.of(where="loss", expected="a differentiable scalar tensor", got=got, fix=fix)
+
+    if not isinstance(loss, torch.Tensor):
+        refuse(
+            type(loss).__name__,
+            "pass loss=fn with fn(model, *args, **kwargs) -> scalar, or let the model return .loss",
+        )
+    if loss.numel() != 1:
+        refuse(f"a tensor of shape {tuple(loss.shape)}", "reduce it, e.g. with .mean()")
+    if not loss.dtype.is_floating_point:
+        refuse(f"dtype {loss.dtype}", "return a floating-point loss")
+    if not loss.requires_grad:
+        refuse(
+            "a tensor that needs no gradient",
+            "check that the loss depends on trainable parameters, outside no_grad",
+        )
+
+
+def check_hyperparameters_unchanged(optimizer: torch.optim.Optimizer, before: list[dict[str, Any]]) -> None:
+    """Raise CaptureError if a traced step() changed its parameter groups."""
+    for index, group in enumerate(optimizer.param_groups):
+        for path, value in hyperparameters(group):
+            if value is not before[index].get(path, value) and not isinstance(value, (bool, str)):
+                raise CaptureError.of(
+                    where=f"{type(optimizer).__name__}.param_groups[{index}][{path!r}]",
+                    expected="hyperparameters that step() only reads",
+                    got="one that step() changes",
+                    fix="keep what changes each step in optimizer.state[parameter]",
+                )
+
+
+def capture_error(
+    error: Exception, *, phase: str, model: nn.Module, optimizer: torch.optim.Optimizer, path: str, op: object
+) -> CaptureError:
+    """What went wrong in a trace, with the module, op and source line of the user's that it went wrong at.
+
+    Args:
+        error: what the trace raised.
+        phase: where it was.
+        model, optimizer: the user's.
+        path: the module whose forward was running.
+        op: the last op that was traced.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = ("/torch/", "/fxzero/capture/", "/fxzero/compat.py", "/sympy/")
+    own = [frame for frame in frames if not any(part in frame.filename for part in inside)]
+    in_optimizer = [frame for frame in frames if "/torch/optim/" in frame.filename]
+    frame = (own or in_optimizer or list(frames))[-1]
+    where = f"module {path!r} of {type(model).__name__}" if phase == "forward" else phase
+    if phase == "update":
+        where = f"{type(optimizer).__name__}.step"
+    return CaptureError.of(
+        where=f"{where}, op {op}, {frame.filename}:{frame.lineno} ({(frame.line or '').strip()})",
+        expected="code whose control flow does not depend on tensor values, on ops that have a fake kernel",
+        got=f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}",
+        fix="replace the branch by torch.where, or move it out of the step",
+    )

@@ -1,0 +1,1 @@
+"""Not built yet: the timeline simulator comes with the scheduler."""

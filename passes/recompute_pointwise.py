@@ -1,0 +1,98 @@
+"""Fewer activations at almost no cost: pointwise results whose inputs are kept anyway are computed again in backward.
+
+The normalized input of a layer norm, the activated half of a gated MLP, the product of the two: each is read once
+more in backward, and each follows by one cheap op from tensors that backward holds for other reasons. (What Inductor's
+min-cut partitioner finds for fused graphs; here only ops whose inputs are alive regardless, so that memory can only
+fall.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxzero.graph import StepGraph
+from fxzero.graph.contract import graph_pass
+from fxzero.graph.randomness import is_random
+from fxzero.graph.step_graph import is_view, iter_views, num_bytes, yields_scalar, yields_tensor
+
+aten = torch.ops.aten
+
+_CHEAP = {aten.clone.default, aten._to_copy.default, aten._unsafe_view.default}
+# tagged pointwise, but not cheap enough to be done twice
+_DEAR = {aten.pow.Tensor_Tensor, aten.erfinv.default, aten.lgamma.default, aten.digamma.default}
+
+
+@graph_pass(requires=("captured",), provides=("pointwise-recomputed",))
+def recompute_pointwise(step: StepGraph, *, min_bytes: int = 2**16) -> int:
+    """Compute pointwise activations again, just before their first reader in backward, where that frees memory.
+
+    Args:
+        step: the graph, not yet sharded.
+        min_bytes: tensors smaller than this stay kept.
+    """
+    position: dict[fx.Node, float] = dict(step.positions())
+    forward = step.phase("forward")
+    again = _can_be_had_again(step, forward)
+    twins: dict[fx.Node, fx.Node] = {}
+    edits = 0
+    for node in reversed(forward):  # so that a twin made for a later result serves the earlier ones too
+        readers = [user for user in node.users if user.meta.get("phase") == "backward"]
+        if node in again and readers and num_bytes(node.meta["val"]) >= min_bytes:
+            first = min(readers, key=position.__getitem__)
+            twin = _twin(node, first, again, twins, position)
+            for reader in readers:
+                reader.replace_input_with(node, twin)
+            edits += 1
+    return edits
+
+
+def _can_be_had_again(step: StepGraph, forward: list[fx.Node]) -> set[fx.Node]:
+    """Forward results that follow by cheap ops from what backward holds whatever this pass does."""
+    held = {node for node in step.placeholders if _is_read_in_backward(node) or node.meta["entry"].kind != "parameter"}
+    again: set[fx.Node] = set()
+    for node in forward:
+        if yields_scalar(node):
+            held.add(node)
+        elif _is_cheap(node) and all(source in held or source in again for source in node.all_input_nodes):
+            again.add(node)
+        elif _is_read_in_backward(node):
+            held.add(node)
+    return again
+
+
+def _is_read_in_backward(node: fx.Node) -> bool:
+    users = [*node.users, *(u for view in iter_views(node) for u in view.users)]
+    return any(user.meta.get("phase") == "backward" for user in users)
+
+
+def _is_cheap(node: fx.Node) -> bool:
+    target = node.target
+    if (
+        not isinstance(target, torch._ops.OpOverload)
+        or not yields_tensor(node)
+        or is_random(node)
+        or not node.all_input_nodes
+    ):
+        return False
+    return target not in _DEAR and (torch.Tag.pointwise in target.tags or is_view(node) or target in _CHEAP)
+
+
+def _twin(
+    node: fx.Node,
+    reader: fx.Node,
+    again: set[fx.Node],
+    twins: dict[fx.Node, fx.Node],
+    position: dict[fx.Node, float],
+) -> fx.Node:
+    """The node's copy before `reader`, with copies of whatever it follows from that backward does not hold."""
+    known = twins.get(node)
+    if known is not None and position[known] < position[reader]:
+        return known
+    sources = {s: _twin(s, reader, again, twins, position) for s in node.all_input_nodes if s in again}
+    with node.graph.inserting_before(reader):
+        twin = node.graph.node_copy(node, lambda n: sources.get(n, n))
+    twin.meta = {**node.meta, "phase": "backward"}
+    position[twin] = position[reader] - 0.5
+    twins[node] = twin
+    return twin
