@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+
+def is_op(target: object) -> TypeGuard[torch._ops.OpOverload]:
+    """Whether the target of a call is an op overload (and not a Python function)."""
+    return isinstance(target, torch._ops.OpOverload)
 
 
 def new_shape_env() -> ShapeEnv:
@@ -197,6 +202,27 @@ def symbolic_int(env: ShapeEnv, value: int, *, name: str) -> Any:
     source = ConstantSource(name)
     symbol = env.create_unspecified_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC)
     return env.create_symintnode(symbol, hint=value, source=source)
+
+
+def dispatch_mode() -> Any:
+    """The base class of modes that see every op before it is traced."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    return TorchDispatchMode
+
+
+def flatten_with_path(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    """((path, leaf) list, structure) of a pytree."""
+    from torch.utils import _pytree as pytree
+
+    return pytree.tree_flatten_with_path(tree)
+
+
+def unflatten(leaves: list[Any], structure: Any) -> Any:
+    """The pytree that `flatten_with_path` took apart."""
+    from torch.utils import _pytree as pytree
+
+    return pytree.tree_unflatten(leaves, structure)
 
 
 def no_modes() -> Any:

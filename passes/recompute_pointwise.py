@@ -8,9 +8,12 @@ fall.)
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
+from fxzero import compat
 from fxzero.graph import StepGraph
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.randomness import is_random
@@ -67,13 +70,8 @@ def _is_read_in_backward(node: fx.Node) -> bool:
 
 
 def _is_cheap(node: fx.Node) -> bool:
-    target = node.target
-    if (
-        not isinstance(target, torch._ops.OpOverload)
-        or not yields_tensor(node)
-        or is_random(node)
-        or not node.all_input_nodes
-    ):
+    target: Any = node.target
+    if not compat.is_op(target) or not yields_tensor(node) or is_random(node) or not node.all_input_nodes:
         return False
     return target not in _DEAR and (torch.Tag.pointwise in target.tags or is_view(node) or target in _CHEAP)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from fxzero import compat
 from fxzero.graph import Sharding, StepGraph, ops
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor, evaluate
@@ -127,7 +128,7 @@ class _RowWiseUpdate:
                 results[key] = self._gather(node, self.step.output)
 
     def _is_row_wise(self, node: fx.Node, whole: object) -> bool:
-        if not isinstance(whole, torch.Tensor) or not isinstance(node.target, torch._ops.OpOverload):
+        if not isinstance(whole, torch.Tensor) or not compat.is_op(node.target):
             return False
         if torch.Tag.pointwise not in node.target.tags and node.target not in _ROW_WISE:
             return False

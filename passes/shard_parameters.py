@@ -13,7 +13,7 @@ from fxzero.graph import PHASES, Sharding, StepGraph, ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor
-from fxzero.graph.step_graph import identifier, is_view, iter_views, sharding_of
+from fxzero.graph.step_graph import identifier, is_getitem, is_view, iter_views, sharding_of
 from fxzero.passes.shard_optimizer_state import is_rows_of
 
 aten = torch.ops.aten
@@ -43,10 +43,11 @@ def shard_parameters(step: StepGraph, *, axis: str, persist_below: int = 0) -> i
     return edits
 
 
-def _repeat_views(parameter: fx.Node, position: dict[fx.Node, float]) -> int:
+def _repeat_views(source: fx.Node, position: dict[fx.Node, float]) -> int:
     """Give each later phase its own copy of the views of a parameter, so that none outlives its phase."""
     edits = 0
-    for view in [n for n in parameter.users if _repeats(n)]:
+    for view in [n for n in source.users if _repeats(n, source)]:
+        edits += _repeat_views(view, position)  # first, so that a copy of a view's view asks for a copy of the view
         by_phase: dict[str, list[fx.Node]] = {}
         for user in view.users:
             phase = user.meta.get("phase", view.meta["phase"])
@@ -60,13 +61,14 @@ def _repeat_views(parameter: fx.Node, position: dict[fx.Node, float]) -> int:
             position[twin] = position.get(first, 0) - 0.5
             for user in users:
                 user.replace_input_with(view, twin)
-            edits += 1 + _repeat_views(twin, position)
-        edits += _repeat_views(view, position)
+            edits += 1
     return edits
 
 
-def _repeats(node: fx.Node) -> bool:
-    return (is_view(node) or node.target in _REPEATED) and len(node.all_input_nodes) == 1 and node.op == "call_function"
+def _repeats(node: fx.Node, source: fx.Node) -> bool:
+    if is_getitem(node):
+        return is_view(source)
+    return (is_view(node) or node.target in _REPEATED) and len(node.all_input_nodes) == 1
 
 
 def _shard(

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxzero import compat
 
 aten = torch.ops.aten
 
 
-class ScalarReader(TorchDispatchMode):
+class ScalarReader(compat.dispatch_mode()):  # type: ignore[misc]
     """While tracing, gives every host scalar that is read by `.item()` its present value as a hint.
 
     It keeps a real twin of each 0-dim host tensor among the state (and of what is computed from twins alone).

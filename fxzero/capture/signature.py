@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from fxzero import compat
 from fxzero.capture.inventory import Inventory, hyperparameters
 from fxzero.errors import CaptureError
 
@@ -60,7 +60,7 @@ class Signature:
 
 def flatten_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[tuple[str, Any]], Any]:
     """((path, leaf) list, pytree structure) of the arguments of a step; paths read "args.0", "kwargs.labels"."""
-    with_paths, structure = pytree.tree_flatten_with_path((args, kwargs))
+    with_paths, structure = compat.flatten_with_path((args, kwargs))
     return [(_path_text(path), leaf) for path, leaf in with_paths], structure
 
 

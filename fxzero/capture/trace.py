@@ -22,7 +22,6 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import annotate, preserve_node_meta
 from torch.nn.modules import module as nn_module
-from torch.utils import _pytree as pytree
 
 from fxzero import compat
 from fxzero.capture.checks import capture_error, check_hyperparameters_unchanged, check_loss
@@ -166,7 +165,7 @@ class _StepTracer:
 
     def _forward(self, table: dict[tuple[str, str], Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         leaves = [table.get(("batch", path), leaf) for path, leaf in self.batch_leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self.batch_structure)
+        args, kwargs = compat.unflatten(leaves, self.batch_structure)
         model = self.inventory.model
         out = model(*args, **kwargs) if self.loss is None else self.loss(model, *args, **kwargs)
         metrics: dict[str, torch.Tensor] = {}

@@ -12,7 +12,7 @@ from torch import fx
 from fxzero.graph import collectives as c10d
 from fxzero.graph import ops
 from fxzero.graph.rules import Context, Violation, equation, schema_of
-from fxzero.graph.step_graph import STATE_KINDS, Sharding, is_view
+from fxzero.graph.step_graph import STATE_KINDS, Sharding, iter_views
 
 aten = torch.ops.aten
 
@@ -118,22 +118,12 @@ def check_release(context: Context) -> Iterator[Violation]:
 
 
 def _check_use_after(context: Context, wait: fx.Node, end: fx.Node) -> Iterator[Violation]:
-    for alias in (wait, *aliases(wait)):
+    for alias in (wait, *iter_views(wait)):
         for reader in alias.users:
             if context.positions[reader] > context.positions[end]:
                 got = f"a read of %{alias.name} by {equation(reader)} after %{end.name}"
                 fix = "release after the last reader of it and of its views, or gather again"
                 yield Violation(wait, "no use after release", got, fix)
-
-
-def aliases(node: fx.Node) -> Iterator[fx.Node]:
-    """What shares the storage of a node: its views and theirs, also out of a list of views (split)."""
-    for user in node.users:
-        picks = user.target is operator.getitem and is_view(node)
-        # _unsafe_view aliases too, though its schema does not say so
-        if is_view(user) or picks or user.target is aten._unsafe_view.default:
-            yield user
-            yield from aliases(user)
 
 
 def _gathered_by(value: fx.Node) -> fx.Node | None:

@@ -198,6 +198,6 @@ def erase_dead(step: StepGraph) -> int:
 
 def keeps_effect(node: fx.Node) -> bool:
     """Whether a call matters beyond its value: it draws random numbers, or has no value at all (release)."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not compat.is_op(node.target):
         return False
     return is_random(node) or (not node.target._schema.returns and node.target.namespace != "profiler")

@@ -46,8 +46,9 @@ _ROWS = re.compile(r"(?P<rows>\d+)/(?P<axis>\w+)(?::(?P<count>\d+))?")
 _SCALARS: dict[str, Any] = {"float": 0.5, "int": 1, "bool": True}
 # Whose functions a text may call, besides ops; `op_name` keeps it to those that a trace can hold.
 _PYTHON: dict[str, Any] = {"": operator, "math": math, "torch": torch}
-# Stands for % where Python reads the arguments: a letter that no text has.
+# Python reads the arguments; for that, a letter that no name has stands for each % that is in no quotes.
 _PERCENT = "\u01c2"
+_PERCENTS = re.compile(rf"({_QUOTED})|%")
 
 
 def from_text(source: str) -> StepGraph:
@@ -274,7 +275,7 @@ class _Reader:
 
     def _arguments(self, code: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         try:
-            call = ast.parse(f"f({re.sub(_REFERENCE, _PERCENT, code)})", mode="eval").body
+            call = ast.parse(f"f({_PERCENTS.sub(lambda m: m[1] or _PERCENT, code)})", mode="eval").body
         except (SyntaxError, ValueError) as error:
             fix = "complete them; a value in <> is one that a text cannot hold"
             _fail("arguments", "names, numbers, words and lists", repr(code), fix, error)
@@ -295,17 +296,16 @@ class _Reader:
             values = map(self._value, item.elts)
             return list(values) if isinstance(item, ast.List) else tuple(values)
         try:
-            value = -math.inf if ast.unparse(item) == "-inf" else ast.literal_eval(item)
+            return -math.inf if ast.unparse(item) == "-inf" else ast.literal_eval(item)
         except (ValueError, TypeError) as error:
             got = repr(ast.unparse(item).replace(_PERCENT, "%"))
             _fail("arguments", "names, numbers, words and lists", got, "write plain values", error)
-        return value
 
     def _collective(self, code: str, target: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """`%x avg dp, 3.0 MiB`: the bytes are computed, and so is the group's size where not given."""
         given = re.search(r" group_size=(\d+)", code)
         shown = re.sub(r" group_size=\d+|, [\d.]+ \w*B$", "", code)
-        words = re.findall(rf"{_QUOTED}|\[[^]]*\]|[^\s,=[\]]+", shown)
+        words = re.findall(rf"{_QUOTED}|\[[^]]*\]|[^\s,=*[\]]+", shown)
         names = [argument.name for argument in target._schema.arguments]
         wanted = [name for name in names if name != "group_size"]
         if len(words) != len(wanted):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
+
+from fxzero import compat
 
 aten = torch.ops.aten
 
 
 def is_random(node: fx.Node) -> bool:
     """Whether a call draws from the default generator."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+    target: Any = node.target
+    if not compat.is_op(target) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
     if "attention" in target.name():  # tagged, but draws nothing at dropout 0
         named = dict(zip((a.name for a in target._schema.arguments), node.args, strict=False))

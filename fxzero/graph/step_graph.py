@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxzero import compat
+
 PHASES = ("forward", "backward", "update")
 STATE_KINDS = ("parameter", "buffer", "optimizer")
 INPUT_KINDS = (*STATE_KINDS, "hyperparameter", "batch", "constant", "coordinate")
@@ -206,19 +208,21 @@ def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def iter_views(node: fx.Node) -> Iterator[fx.Node]:
-    """The users of `node` that alias it, and theirs."""
+    """What shares the memory of `node`: its views and theirs, also out of a list of views (split)."""
     for user in node.users:
-        if is_view(user):
+        if is_view(user) or (is_getitem(user) and is_view(node)):
             yield user
             yield from iter_views(user)
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether a call's output aliases its first input, by the op's schema."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    """Whether a call's output (or each of its outputs) aliases its first input."""
+    target: Any = node.target
+    if node.op != "call_function" or not compat.is_op(target):
         return False
-    returns = node.target._schema.returns
-    return bool(returns) and any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    returns = target._schema.returns
+    aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return aliases or target is torch.ops.aten._unsafe_view.default  # whose schema does not say so
 
 
 def identifier(name: str) -> str:

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxzero import compat
 from fxzero.graph import collectives as c10d
 from fxzero.graph.step_graph import STATE_KINDS, StepGraph, is_getitem, is_view, yields_tensor
 
 aten = torch.ops.aten
 
-# aliases of their input that the schema does not declare
-_HIDDEN_VIEWS = {aten._unsafe_view.default, c10d.wait}
 # outputs of these are memory of their own (pointwise ops aside, which the tag tells)
 _FRESH = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.mean.dim, aten.sum.dim_IntList}
 
@@ -99,21 +98,21 @@ def _aliased(node: fx.Node) -> fx.Node | None:
     """The input whose memory a node's value lives in, if it is a view (or a part of one)."""
     if node.op != "call_function" or not node.all_input_nodes:
         return None
-    if is_view(node) or node.target in _HIDDEN_VIEWS or is_getitem(node):
+    if is_view(node) or c10d.is_wait(node) or is_getitem(node):
         return node.all_input_nodes[0]
     return None
 
 
 def _is_fresh(node: fx.Node) -> bool:
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    target: Any = node.target
+    if not compat.is_op(target):
         return False
     return not is_view(node) and (torch.Tag.pointwise in target.tags or target in _FRESH)
 
 
 def _in_place_form(node: fx.Node) -> Any:
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or not node.args:
+    target: Any = node.target
+    if not compat.is_op(target) or target.namespace != "aten" or not node.args:
         return None
     if torch.Tag.pointwise not in target.tags or not isinstance(node.args[0], fx.Node) or is_view(node):
         return None

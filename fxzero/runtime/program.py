@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxzero import compat
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.step_graph import STATE_KINDS, yields_tensor
@@ -120,7 +121,7 @@ class _Emitter:
         self.line_nodes[len(self.lines)] = node
 
     def _op(self, target: Any) -> str:
-        if isinstance(target, torch._ops.OpOverload):
+        if compat.is_op(target):
             name = target.name().replace("::", "_").replace(".", "_")
         else:
             name = f"py_{getattr(target, '__name__', 'call')}"

@@ -14,7 +14,7 @@ from fxzero.errors import VerifyError
 from fxzero.graph import Sharding, StateEntry, StepGraph, ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph import verify as verifier
-from fxzero.graph.collective_rules import aliases
+from fxzero.graph.step_graph import iter_views
 from fxzero.graph.edit import Editor, replace_uses, retype
 from fxzero.graph.randomness import is_random
 from fxzero.graph.verify import RULES, verify
@@ -64,7 +64,7 @@ def shard(step: StepGraph, name: str) -> None:
             waited, full = editor.all_gather(parameter, sharding, stem=stem)
         replace_uses(parameter, full, users)
         position = step.positions()
-        readers = [reader for alias in (waited, *aliases(waited)) for reader in alias.users]
+        readers = [reader for alias in (waited, *iter_views(waited)) for reader in alias.users]
         with editor.after(max(readers, key=position.__getitem__)):
             editor.call(ops.release, [waited], name=f"{stem}_release")
     gradient = step.gradients()[name]
@@ -566,7 +566,7 @@ def coordinate_on_no_axis(step: StepGraph) -> None:
 
 
 def readers_in_order(step: StepGraph, wait: fx.Node) -> list[fx.Node]:
-    readers = {reader for alias in (wait, *aliases(wait)) for reader in alias.users}
+    readers = {reader for alias in (wait, *iter_views(wait)) for reader in alias.users}
     return sorted(readers, key=step.positions().__getitem__)
 
 
@@ -580,7 +580,7 @@ def use_after_release(step: StepGraph) -> None:
 @fault("release", "no use after release")
 def use_of_a_view_after_release(step: StepGraph) -> None:
     release = the(step, ops.release)
-    view = next(n for n in aliases(release.args[0][0]) if n.target is aten.t.default)
+    view = next(n for n in iter_views(release.args[0][0]) if n.target is aten.t.default)
     with Editor(step, phase="update").before(step.output) as editor:
         editor.call(aten.neg.default, view)
 

@@ -1,0 +1,74 @@
+"""Fixtures of all tests: golden texts, and the step graph of a model and its optimizer."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from fxzero.capture import Inventory, capture_step
+from fxzero.graph import StepGraph
+
+GOLDEN = Path(__file__).parent / "golden"
+
+Capture = Callable[..., StepGraph]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--accept", action="store_true", help="write golden texts instead of comparing with them")
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Compares a text with `folder/name.txt`, or writes that file where `accept` is set."""
+
+    folder: Path
+    accept: bool
+    test: str = ""
+
+    def __call__(self, name: str, text: str) -> None:
+        path = self.folder / f"{name}.txt"
+        if self.accept:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            return
+        how = f"to accept what it is now: pytest --accept '{self.test}', then read `git diff -w`"
+        if not path.exists():
+            pytest.fail(f"golden/{name}.txt does not exist; {how}", pytrace=False)
+        if path.read_text() != text:
+            pytest.fail(f"{how}\n{difference(path.read_text(), text, name=f'golden/{name}.txt')}", pytrace=False)
+
+
+def difference(old: str, new: str, *, name: str) -> str:
+    """A unified diff that leaves out lines of which only the alignment changed, unless that is all there is."""
+
+    def diff(squeeze: Callable[[str], str]) -> str:
+        sides = [[squeeze(line) for line in side.splitlines()] for side in (old, new)]
+        return "\n".join(difflib.unified_diff(*sides, name, "now", lineterm="", n=2))
+
+    return diff(lambda line: re.sub(r"(?<=\S) {2,}", "  ", line)) or diff(str)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """`golden(name, text)` fails, with a diff, where tests/golden/name.txt is another text."""
+    return Golden(GOLDEN, request.config.getoption("--accept"), request.node.nodeid)
+
+
+@pytest.fixture
+def capture() -> Capture:
+    """`capture(model, optimizer, *batch)` is the graph of a step that is not the optimizer's first."""
+
+    def run(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *batch: torch.Tensor) -> StepGraph:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        return capture_step(Inventory.of(model, optimizer), None, batch, {}).step
+
+    return run
