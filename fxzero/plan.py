@@ -198,8 +198,8 @@ class Plan:
             alone. Files and untyped callers may write "4 MiB".
         persist_below: number of elements below which a parameter stays replicated.
         prefetch: how many buckets ahead of its use a gather is launched.
-        reduce_scatter: "native", "all_to_all" (with a local sum: half the bytes over gloo), or "auto":
-            all_to_all over gloo, native elsewhere.
+        all_gather: "native", "send_recv" (a message to each peer), or "auto": send_recv over gloo, native elsewhere.
+        reduce_scatter: as all_gather; also "all_to_all" (with a local mean that stands in the graph).
         bucket_form: "coalesced" (one collective over several tensors), "separate" (one launch a tensor, back
             to back), or "auto": separate over gloo, where that is faster, coalesced elsewhere.
         lowering: what runs the compute: "eager".
@@ -218,7 +218,8 @@ class Plan:
     bucket_bytes: int = _key(4 * 2**20, _bytes)
     persist_below: int = _key(0, _integer(0, fix="write a number of elements; 0 shards every parameter"))
     prefetch: int = _key(1, _integer(0, fix="write how many buckets ahead; 0 gathers at the use"))
-    reduce_scatter: str = _key("auto", _choice("auto", "native", "all_to_all"))
+    all_gather: str = _key("auto", _choice("auto", "native", "send_recv"))
+    reduce_scatter: str = _key("auto", _choice("auto", "native", "send_recv", "all_to_all"))
     bucket_form: str = _key("auto", _choice("auto", "coalesced", "separate"))
     lowering: str = _key("eager", _choice("eager", reserved=("inductor", "triton")))
     disable: tuple[str, ...] = _key((), _pass_names)

@@ -48,8 +48,13 @@ def recipe(plan: Plan, *, backend: str) -> Pipeline:
     _check_disabled(plan)
     axes = {axis: size for axis, size in plan.axes.items() if size > 1}
     on_gloo = backend == "gloo"
-    algorithm = plan.reduce_scatter if plan.reduce_scatter != "auto" else ("all_to_all" if on_gloo else "native")
     form = plan.bucket_form if plan.bucket_form != "auto" else ("separate" if on_gloo else "coalesced")
+    best = "send_recv" if on_gloo and form == "separate" else "native"
+    algorithms = {
+        "all_gather": best if plan.all_gather == "auto" else plan.all_gather,
+        "reduce_scatter": best if plan.reduce_scatter == "auto" else plan.reduce_scatter,
+    }
+    _check_coalescing(plan, form, algorithms)
     shards = "dp" in axes
     rows = {"axis": "dp", "persist_below": plan.persist_below}
 
@@ -65,7 +70,7 @@ def recipe(plan: Plan, *, backend: str) -> Pipeline:
         passes += [shard_parameters.using(**rows), delay_weight_gradients]
     passes.append(remove_dead_nodes)
     if axes:
-        passes.append(choose_collective_algorithms.using(reduce_scatter=algorithm))
+        passes.append(choose_collective_algorithms.using(**algorithms))
     if shards and plan.zero >= 3:
         passes.append(bucket_all_gathers.using(bucket_bytes=plan.bucket_bytes, form=form))
     if axes:
@@ -74,6 +79,16 @@ def recipe(plan: Plan, *, backend: str) -> Pipeline:
         passes.append(prefetch_all_gathers.using(distance=plan.prefetch))
     passes.append(place_updates.using(bucket_bytes=plan.bucket_bytes))
     return Pipeline(passes, disable=plan.disable)
+
+
+def _check_coalescing(plan: Plan, form: str, algorithms: dict[str, str]) -> None:
+    if form == "coalesced" and plan.bucket_bytes and "send_recv" in algorithms.values():
+        raise PlanError.of(
+            where="bucket_form",
+            expected="'separate' where a collective is carried by send_recv",
+            got="'coalesced'",
+            fix="set bucket_form='separate' or bucket_bytes=0, or leave the algorithms at 'native'",
+        )
 
 
 def _check_disabled(plan: Plan) -> None:

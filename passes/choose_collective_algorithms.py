@@ -17,21 +17,26 @@ aten = torch.ops.aten
     provides=("algorithms-chosen",),
     numerics="bitwise for 2 ranks; for more the order of the sum may differ from the backend's: 1e-6 relative",
 )
-def choose_collective_algorithms(step: StepGraph, *, reduce_scatter: str) -> int:
-    """Carry each reduce-scatter by an all-to-all and a local mean, where that is asked for.
+def choose_collective_algorithms(step: StepGraph, *, all_gather: str, reduce_scatter: str) -> int:
+    """Say how each all-gather and reduce-scatter is carried.
 
-    gloo's reduce-scatter sends as much as an all-reduce; an all-to-all sends half of it.
+    gloo's all-gather copies its data twice more than it must, and its reduce-scatter sends as much as an all-reduce;
+    messages straight from and to the tensors do neither.
 
     Args:
         step: the graph.
-        reduce_scatter: "native" or "all_to_all".
+        all_gather: "native", or "send_recv" (a message to each peer).
+        reduce_scatter: "native", "send_recv", or "all_to_all" (followed by a local mean: visible in the graph).
     """
-    if reduce_scatter == "native":
-        return 0
-    nodes = step.calls(c10d.reduce_scatter)
-    for node in nodes:
-        _as_all_to_all(step, node)
-    return len(nodes)
+    edits = 0
+    for target, algorithm in ((c10d.all_gather, all_gather), (c10d.reduce_scatter, reduce_scatter)):
+        for node in step.calls(target):
+            if algorithm == "all_to_all":
+                _as_all_to_all(step, node)
+            elif algorithm == "send_recv":
+                node.meta["algorithm"] = "send_recv"
+            edits += algorithm != "native"
+    return edits
 
 
 def _as_all_to_all(step: StepGraph, node: torch.fx.Node) -> None:

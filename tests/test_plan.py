@@ -36,7 +36,8 @@ KEYS = {
     "bucket_bytes": st.integers(0, 2**63 - 1),
     "persist_below": st.integers(0, 2**63 - 1),
     "prefetch": st.integers(0, 2**63 - 1),
-    "reduce_scatter": st.sampled_from(["auto", "native", "all_to_all"]),
+    "all_gather": st.sampled_from(["auto", "native", "send_recv"]),
+    "reduce_scatter": st.sampled_from(["auto", "native", "send_recv", "all_to_all"]),
     "bucket_form": st.sampled_from(["auto", "coalesced", "separate"]),
     "lowering": st.just("eager"),
     "disable": st.lists(NAMES, max_size=5),
@@ -66,6 +67,7 @@ def test_defaults() -> None:
         "bucket_bytes": 4 * 2**20,
         "persist_below": 0,
         "prefetch": 1,
+        "all_gather": "auto",
         "reduce_scatter": "auto",
         "bucket_form": "auto",
         "lowering": "eager",
@@ -287,11 +289,11 @@ def test_axes_need_a_mesh() -> None:
         (
             {"reduce_scatter": "all-to-all"},
             [
-                "Plan.reduce_scatter: expected 'auto' or 'native' or 'all_to_all', got",
+                "Plan.reduce_scatter: expected 'auto' or 'native' or 'send_recv' or 'all_to_all', got",
                 "did you mean 'all_to_all'?",
             ],
         ),
-        ({"reduce_scatter": "ring"}, ["got 'ring'; choose from: auto, native, all_to_all"]),
+        ({"reduce_scatter": "ring"}, ["got 'ring'; choose from: auto, native, send_recv, all_to_all"]),
         ({"reduce_scatter": ["auto"]}, ["got ['auto'];"]),
         (
             {"bucket_form": "packed"},
@@ -476,6 +478,7 @@ def test_to_toml_as_people_read_it() -> None:
         "bucket_bytes = 4194304\n"
         "persist_below = 0\n"
         "prefetch = 1\n"
+        'all_gather = "auto"\n'
         'reduce_scatter = "auto"\n'
         'bucket_form = "auto"\n'
         'lowering = "eager"\n'

@@ -43,7 +43,7 @@ def memory_profile(step: StepGraph) -> MemoryProfile:
     for root, members in storage.members.items():
         if root.op != "call_function":
             continue
-        sizes[root] = num_bytes(root.meta.get("val"))
+        sizes[root] = num_bytes(root.meta.get("val")) * (_parts_received(root, step.mesh))
         readers = [u for member in members for u in member.users]
         waits = [w for u in readers if c10d.is_collective(u) for w in _waits(u)]
         last = max((position[n] for n in (*readers, *waits, *members) if n.op != "output"), default=position[root])
@@ -62,6 +62,12 @@ def memory_profile(step: StepGraph) -> MemoryProfile:
             current -= sizes[dead]
     largest = sorted(((n.name, sizes[n]) for n in at_peak), key=lambda item: -item[1])
     return MemoryProfile(state, peak, peak_node, tuple(largest))
+
+
+def _parts_received(node: fx.Node, mesh: dict[str, int]) -> int:
+    """A reduce-scatter by messages receives the rows of every peer before it sums them."""
+    by_messages = node.meta.get("algorithm") == "send_recv" and node.target is c10d.reduce_scatter
+    return mesh[c10d.axis_of(node)] if by_messages else 1
 
 
 def _waits(launch: fx.Node) -> list[fx.Node]:

@@ -336,12 +336,14 @@ class _Reader:
                     node.meta["param"] = _unquoted(name)
                 case ["shard", rows] if _ROWS.fullmatch(rows):
                     node.meta["sharding"] = self._sharding(rows)
+                case ["by", name]:
+                    node.meta["algorithm"] = _unquoted(name)
                 case ["whole", *sizes] if re.fullmatch(r"\[[\d, ]*\]", ", ".join(sizes)):
                     stated["whole"] = tuple(ast.literal_eval(", ".join(sizes)))
                 case ["state", "of", name]:
                     stated["state of"] = _unquoted(name)
                 case _:
-                    expected = "a module, grad of, update of, for, shard, whole or state of"
+                    expected = "a module, grad of, update of, for, shard, by, whole or state of"
                     _fail("comment", expected, repr(part.strip()), "correct it; quote names that have spaces")
         return stated
 

@@ -13,8 +13,8 @@ Types: dtype, shape, strides where not the contiguous ones, device where not the
 is this rank's part of 62 rows that are sharded over the axis dp. ATen ops go by their own name, without
 `.default`; Python's operators as `py.mul`; other namespaces in front, `prims::copy_to`. A collective names
 the mesh axis and the bytes of the whole tensors. After `#` come the module (`d module` for what
-differentiates it), the parameters whose gradient the node is, and the parameter whose update (or gather, or
-reduction) it belongs to.
+differentiates it), the parameters whose gradient the node is, the parameter whose update (or gather, or reduction)
+it belongs to, and the algorithm of a collective.
 
 [Note: sections and phases]
 Each section comes once, in program order: `backward` goes from the first to the last backward node, `update`
@@ -184,9 +184,10 @@ def args_text(node: fx.Node, mesh: dict[str, int]) -> str:
 
 def _collective_args_text(node: fx.Node, mesh: dict[str, int]) -> str:
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    named: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     parts = []
-    for name, value in [*zip(names, node.args, strict=False), *node.kwargs.items()]:
-        if name == "group_size" and value == mesh.get(c10d.axis_of(node)):
+    for name, value in named.items():
+        if name == "group_size" and value == mesh.get(named["group_name"]):
             continue
         shown = _word(value) if isinstance(value, str) else value_text(value)
         parts.append(f"group_size={shown}" if name == "group_size" else shown)
@@ -212,6 +213,8 @@ def comment_text(node: fx.Node, mesh: dict[str, int]) -> str:
         parts.append(f"{'update of' if meta.get('phase') == 'update' else 'for'} {_word(meta['param'])}")
     if meta.get("sharding") is not None and not fits(meta["sharding"], meta.get("val")):
         parts.append(f"shard {sharding_text(meta['sharding'], mesh)}")
+    if meta.get("algorithm") is not None:
+        parts.append(f"by {_word(meta['algorithm'])}")
     return "; ".join(parts)
 
 

@@ -15,6 +15,7 @@ from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.step_graph import STATE_KINDS, yields_tensor
 from fxzero.graph.storage import InPlace
+from fxzero.runtime import send_recv
 
 
 class Program:
@@ -22,7 +23,7 @@ class Program:
 
     Args:
         step: the final graph.
-        groups: mesh axis -> name of the process group that carries it.
+        groups: mesh axis -> the process group that carries it.
         name: where tracebacks say that they are.
 
     Attributes:
@@ -31,7 +32,7 @@ class Program:
         source: the Python text; ops in place end with an underscore.
     """
 
-    def __init__(self, step: StepGraph, *, groups: Mapping[str, str], name: str = "step") -> None:
+    def __init__(self, step: StepGraph, *, groups: Mapping[str, Any], name: str = "step") -> None:
         self.step = step
         self.entries = [node.meta["entry"] for node in step.placeholders]
         self.groups = dict(groups)
@@ -74,10 +75,15 @@ class Program:
             frame = frame.tb_next
 
 
+def runs_by_messages(node: fx.Node) -> bool:
+    """Whether a collective is carried by point-to-point messages, which a pass has decided."""
+    return node.meta.get("algorithm") == "send_recv"
+
+
 class _Emitter:
     """Writes the source, line by line."""
 
-    def __init__(self, step: StepGraph, groups: Mapping[str, str]) -> None:
+    def __init__(self, step: StepGraph, groups: Mapping[str, Any]) -> None:
         self.step = step
         self.groups = groups
         self.names: dict[str, Any] = {}
@@ -88,6 +94,7 @@ class _Emitter:
         self.outputs: list[tuple[str, str]] = []
         self.position = self.in_place.position
         self.copies = self._copies()
+        self.messages = 0
 
     def text(self) -> str:
         inputs = "".join(f"{node.name}, " for node in self.step.placeholders)
@@ -111,14 +118,31 @@ class _Emitter:
     def _call(self, node: fx.Node) -> None:
         if c10d.is_release(node):
             return  # the memory goes with the last reference, which this node has
-        target = self.in_place.forms.get(node, node.target)
+        target: Any = self.in_place.forms.get(node, node.target)
         args = [self._argument(a) for a in node.args]
         if c10d.is_collective(node):
-            position = c10d.TABLE[node.target].axis_arg
-            args[position] = repr(self.groups[c10d.axis_of(node)])
+            target, args = self._collective(node, args)
+        elif c10d.is_wait(node) and runs_by_messages(c10d.launched_by(node)):
+            target = send_recv.wait
         args += [f"{key}={self._argument(value)}" for key, value in node.kwargs.items()]
         self.lines.append(f"    {node.name} = {self._op(target)}({', '.join(args)})")
         self.line_nodes[len(self.lines)] = node
+
+    def _collective(self, node: fx.Node, args: list[str]) -> tuple[Any, list[str]]:
+        """The call that launches a collective on this rank's groups."""
+        position = c10d.TABLE[node.target].axis_arg
+        group = self.groups[c10d.axis_of(node)]
+        if not runs_by_messages(node):
+            args[position] = repr(str(group.group_name))
+            return node.target, args
+        self.messages += 1
+        args[position] = self._bind(f"group_{c10d.axis_of(node)}", group)
+        launch = send_recv.launch_all_gather if node.target is c10d.all_gather else send_recv.launch_reduce_scatter
+        return launch, [*args, str(self.messages)]
+
+    def _bind(self, name: str, value: Any) -> str:
+        self.names[name] = value
+        return name
 
     def _op(self, target: Any) -> str:
         if compat.is_op(target):

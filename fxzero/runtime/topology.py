@@ -24,7 +24,7 @@ class Topology:
     plan: Plan
     mesh: DeviceMesh | None
     backend: str
-    groups: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan, device_type: str) -> Topology:
@@ -38,7 +38,7 @@ class Topology:
         plan = plan.resolve(dist.get_world_size())
         axes = plan.axes
         mesh = init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-        groups = {axis: str(mesh.get_group(axis).group_name) for axis in axes}
+        groups = {axis: mesh.get_group(axis) for axis in axes}
         backend = dist.get_backend(mesh.get_group(next(iter(axes))))
         return cls(plan, mesh, backend, groups)
 

@@ -12,7 +12,6 @@ import collections
 import ctypes
 import dataclasses
 import json
-import os
 import statistics
 import sysconfig
 import time
@@ -197,6 +196,7 @@ def deepspeed3_step(model, _plan):
     """DeepSpeed ZeRO-3 with its thresholds scaled from billions of parameters down to this model's."""
     import deepspeed
 
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     zero = {
         "stage": 3,
         "reduce_bucket_size": 6_500_000,
@@ -233,16 +233,6 @@ VARIANTS = {
     "fsdp2+compile": fsdp2_step(compiled=True),
     "deepspeed3": deepspeed3_step,
 }
-
-
-def init_ranks(variant):
-    """The gloo process group exists, made as the variant wants it made."""
-    if variant != "deepspeed3":
-        dist.init_process_group("gloo")
-        return
-    import deepspeed
-
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
 
 class MemoryCounter:
@@ -323,12 +313,8 @@ def measure(args):
     }
     ranks = [None] * world_size
     dist.all_gather_object(ranks, own)
-    return {
-        "parameter_bytes": parameter_bytes,
-        "sent_bytes_per_step": sent,
-        "collectives": dict(collectives),
-        "ranks": ranks,
-    }
+    counts = {"parameter_bytes": parameter_bytes, "sent_bytes_per_step": sent, "collectives": dict(collectives)}
+    return counts | {"ranks": ranks}
 
 
 def parse_arguments():
@@ -337,18 +323,21 @@ def parse_arguments():
     parser.add_argument("--variant", choices=VARIANTS, required=True)
     parser.add_argument("--job", choices=JOBS, default="llama")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--warmup", type=int, default=5, help="first steps, which time, memory and wire leave out")
+    parser.add_argument("--warmup", type=int, default=5, help="first steps, not in times, memory and wire")
     parser.add_argument("--plan", default="{}", help="JSON: further keys of fxzero's plan")
     parser.add_argument("--memory-counter", help="the built memory_counter.cpp; without it no memory figures")
     parser.add_argument("--interface", default="lo", help="network interface whose sent bytes are counted")
     parser.add_argument("--out", type=Path, required=True, help="JSON file that rank 0 writes")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not 0 < args.warmup < args.steps:
+        parser.error(f"--warmup {args.warmup}: expected at least 1 and fewer than --steps {args.steps}")
+    return args
 
 
 def main():
-    """Runs one rank; rank 0 writes the result."""
+    """Rank 0 has written what all ranks measured."""
     args = parse_arguments()
-    init_ranks(args.variant)
+    dist.init_process_group("gloo")
     result = measure(args)
     if dist.get_rank() == 0:
         args.out.write_text(json.dumps(result))
@@ -357,5 +346,4 @@ def main():
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

@@ -22,6 +22,8 @@ from fxzero.graph.edit import Editor, coordinate, describe, replace_uses, retype
 from fxzero.graph.parse import find_op, from_text
 from fxzero.graph.text import dtype_names, op_name, size_text, to_text
 from fxzero.graph.verify import verify
+from fxzero.plan import Plan
+from fxzero.recipe import recipe
 
 aten = torch.ops.aten
 
@@ -104,7 +106,7 @@ def shard(step: StepGraph, name: str) -> StepGraph:
         node.meta["val"] = node.meta["val"].new_empty(16, *node.meta["entry"].shape[1:])
     retype(step, (parameter, *state))
     for node in step.phase("update"):
-        if node.meta.get("param") == name and isinstance(node.meta["val"], torch.Tensor):
+        if node.meta.get("param") == name and getattr(node.meta["val"], "shape", ()):
             node.meta["sharding"] = sharding
     return step
 
@@ -165,6 +167,17 @@ def test_a_captured_step_reads_back(model, optimizer, capture) -> None:
     verify(from_text(to_text(step)))
 
 
+@pytest.mark.parametrize("backend", ["fake", "gloo"])
+def test_a_rewritten_step_reads_back(backend, capture) -> None:
+    """What passes put into meta must stand in the text, or ranks would not agree on it."""
+    model = Attention()
+    step = capture(model, torch.optim.AdamW(model.parameters()), *batch_of(model))
+    step.mesh = {"dp": 4}
+    step = recipe(Plan(zero=3, mesh={"dp": 4}, bucket_bytes=2000), backend=backend).run(step)
+    check_round_trip(step)
+    verify(from_text(to_text(step)))
+
+
 def test_two_captures_have_one_text(capture) -> None:
     texts = set()
     for seed in range(2):
@@ -194,9 +207,6 @@ def test_two_processes_have_one_text() -> None:
         texts.add(done.stdout)
     assert len(texts) == 1
     check_round_trip(from_text(texts.pop()))
-
-
-# ---- golden texts
 
 
 def test_golden_captured_step(capture, golden) -> None:
@@ -244,9 +254,6 @@ def test_an_update_placed_under_backward_is_marked_there(capture) -> None:
     assert to_text(step).index(f"%{late.name} ") < to_text(step).index("\nupdate\n")
 
 
-# ---- what a line says
-
-
 def test_the_parts_of_a_line(capture) -> None:
     text = to_text(sharded(capture))
     squeezed = [" ".join(line.split()) for line in text.splitlines()]
@@ -261,7 +268,8 @@ def test_the_parts_of_a_line(capture) -> None:
         "%embed_weight_rows f32[62, 16] slice.Tensor %embed_weight_full, 0, 0, 62 # embed; for embed.weight",
         "release %embed_weight_full # embed; for embed.weight",
         "%t f32[16, 4]{1,16} t %head_weight # head",
-        "%embed_weight_grad_reduce f32[62/dp, 16] reduce_scatter %constant_pad_nd avg dp, 4.0 KiB # for embed.weight",
+        "%embed_weight_grad_reduce f32[62/dp, 16] reduce_scatter %constant_pad_nd_default avg dp, 4.0 KiB"
+        " # for embed.weight",
         "# facts: captured, parameters-sharded",
     ):
         assert line in squeezed
@@ -327,9 +335,6 @@ def test_a_text_cannot_name_any_function_it_likes(name) -> None:
         find_op(name)
 
 
-# ---- everything that a line may hold reads back
-
-
 def test_arguments_of_every_kind_read_back() -> None:
     at = blank(x=torch.ones(2, 3), mask=torch.ones(2, 3) > 0, image=torch.ones(1, 3, 4, 4), i=torch.zeros(2).long())
     x, mask, image, i = at.step.placeholders
@@ -386,7 +391,7 @@ def test_arguments_at_their_default_are_left_out() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.text(max_size=12), st.text(max_size=12), st.floats(), st.lists(st.integers(), max_size=3))
+@given(st.text(max_size=12), st.text(max_size=12), st.floats(), st.lists(st.integers(min_value=0), max_size=3))
 def test_any_string_name_and_number_reads_back(message, module, number, shape) -> None:
     at = blank(x=torch.ones(2))
     (x,) = at.step.placeholders
@@ -395,7 +400,7 @@ def test_any_string_name_and_number_reads_back(message, module, number, shape) -
     with at.before(at.step.output):
         at.call(aten._assert_async.msg, x, message)
         full = at.call(aten.mul.Tensor, x, number)
-    full.meta["grad_of"] = (message, module)
+    full.meta |= {"grad_of": (message, module), "algorithm": message}
     step = end(at)
     step.set_results({("metric", message): full})
     step.title, step.facts = message, frozenset({module, "a"})
@@ -436,12 +441,12 @@ def test_collectives_of_every_kind_read_back() -> None:
         " [%y, %z] tp, 64 B\n",
         " [%y, %z] avg dp, 32 B  # shard 7/dp\n",
         "release  ",
-        " %wait_tensor, %wait_tensor_1\n",
+        " %wait_tensor_default, %wait_tensor_default_1\n",
         "f32[15/tp, 2]",
         "# shard 15/tp\n",
         "  %tp_index  int  ",
         "mesh dp=4 tp=2",
-        "5 collectives forward" if False else "6 collectives forward",
+        "6 collectives forward",
     ):
         assert re.sub(" +", " ", part) in re.sub(" +", " ", text), part
     back = from_text(text)
@@ -511,11 +516,8 @@ def test_no_name_of_a_line_is_taken_by_one_that_has_none() -> None:
     (x,) = at.step.placeholders
     with at.before(at.step.output):
         at.call(ops.release, [x])
-        later = [at.call(aten.neg.default, x, name=f"release_{index}") for index in range(1, 9)]
+        later = [at.call(aten.neg.default, x, name=f"release_{index}") for index in range(8)]
     check_round_trip(end(at, **{node.name: node for node in later}))
-
-
-# ---- views of the text
 
 
 def test_colors_change_nothing_but_colors(capture) -> None:
@@ -547,8 +549,6 @@ def test_width_cuts_comments_only(capture) -> None:
     with pytest.raises(RewriteError, match="got one marked 'cut at 120'"):
         from_text(text)
 
-
-# ---- planted faults
 
 TEXT = """\
 # by hand | mesh dp=4 | cpu | 3 inputs, 5 nodes, 2 results, 1 collective forward
@@ -590,7 +590,6 @@ FAULTS = {
     "a result lost": (("  %w   -> parameter  a.w\n", ""), "expected 2 results, as the header says, got 1; restore"),
     "a node lost": (("  %neg  float      py.neg      %lr\n", ""), "expected 5 nodes, as the header says, got 4"),
     "no heading": (("inputs\n", ""), "line 2 '%w f32.*': line: expected .*, got the heading ''; headings: inputs"),
-    "inputs late": (("forward\n", "inputs\n"), None),
     "inputs after calls": (
         ("update\n", "inputs\n"),
         "heading: expected the order inputs, .* got 'inputs' after 'forward'",
@@ -657,16 +656,11 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_a_text_is_named_with_its_line(fault) -> None:
     (old, new), message = FAULTS[fault]
-    assert TEXT.count(old) == 1 or fault == "inputs late"
-    if message is None:
-        message = "expected"
+    assert TEXT.count(old) == 1
     with pytest.raises(RewriteError, match=message) as caught:
         from_text(TEXT.replace(old, new))
     assert "\n" not in str(caught.value)
     assert None not in (caught.value.expected, caught.value.got, caught.value.fix)
-
-
-# ---- the golden fixture
 
 
 def test_a_golden_text_that_differs_fails_with_a_diff(golden, capture) -> None:

@@ -1,0 +1,283 @@
+"""Small models, a hand-written optimizer and the jobs made of them: between them what makes a step hard to shard."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.optim.optimizer import Optimizer
+
+VOCAB = 51
+WIDTH = 17
+BATCH = 8
+
+Batch = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Block(nn.Module):
+    """BatchNorm, dropout, an in-place op, a scalar, a single row, a parameter that no loss depends on.
+
+    No bias stands before the norm: its gradient would be nothing but rounding noise, which Adam blows up to a whole
+    step, so that ranks that sum in another order could not agree on it to any tolerance.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(width, width, bias=False)
+        self.norm = nn.BatchNorm1d(width)
+        self.drop = nn.Dropout(0.1)
+        self.unused = nn.Parameter(torch.randn(5, 3))
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.row = nn.Parameter(torch.zeros(1, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.scale * self.drop(F.relu(self.norm(self.mix(x)), inplace=True)) + self.row
+
+
+class Network(nn.Module):
+    """An embedding tied to the head around one block; 51 and 17 rows divide by no number of ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.block = Block(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.head.weight = self.embed.weight
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(self.embed(x)))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.logits(x), y)
+
+
+class Logits(Network):
+    """The network for jobs that bring a loss function."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.logits(x)
+
+
+class Matrices(nn.Module):
+    """Nothing but matrices: Muon takes no other parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, VOCAB, bias=False)
+        self.down = nn.Linear(VOCAB, 16, bias=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.down(F.relu(self.up(F.one_hot(x % 16, 16).float()))), y % 16)
+
+
+class PartlyFrozen(nn.Module):
+    """One frozen layer that the optimizer holds, one that it does not (see `trainable`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.held = nn.Linear(WIDTH, WIDTH)
+        self.left_out = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB)
+        self.held.requires_grad_(False)
+        self.left_out.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        hidden = F.gelu(self.left_out(F.gelu(self.held(self.embed(x)))))
+        return F.cross_entropy(self.head(hidden), y)
+
+
+class TwoPaths(nn.Module):
+    """On steps with `side=False` the parameters of one branch have no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.side = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, *, side: bool) -> torch.Tensor:
+        hidden = self.embed(x)
+        if side:
+            hidden = hidden + torch.tanh(self.side(hidden))
+        return F.cross_entropy(self.head(hidden), y)
+
+
+class Lion(Optimizer):
+    """As people write optimizers: state made at the first step, a step counter that is a Python int.
+
+    Source: Chen et al., 2023, algorithm 2; the bias correction is added so that the counter matters.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99)) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if len(state) == 0:
+                    state["step"] = 0
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                state["step"] += 1
+                correction = 1 - beta2 ** state["step"]
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                direction = (state["exp_avg"] * beta1).add_(parameter.grad, alpha=1 - beta1)
+                parameter.add_(torch.sign(direction), alpha=-group["lr"] * correction)
+                state["exp_avg"].mul_(beta2).add_(parameter.grad, alpha=1 - beta2)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """All parameters but those of a module called `left_out`."""
+    return [p for name, p in model.named_parameters() if not name.startswith("left_out")]
+
+
+def two_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Matrices decay, all else learns faster and does not."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    return [{"params": matrices, "lr": 2e-3, "weight_decay": 0.1}, {"params": others, "lr": 5e-3, "weight_decay": 0.0}]
+
+
+def loss_with_metrics(
+    model: nn.Module, x: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A loss function that reports what it sees on the way."""
+    logits = model(x)
+    accuracy = (logits.argmax(-1) == labels).float().mean()
+    return F.cross_entropy(logits, labels), {"accuracy": accuracy, "largest": logits.amax(-1)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training job, to be run by the reference and by fxzero.
+
+    Args:
+        name: how tests and reports call it.
+        model, optimizer: make them anew.
+        batch: (step, rank, generator) -> args and kwargs of one call.
+        loss: as for `fxzero.compile`.
+        scheduler: made on the optimizer and stepped after each step.
+        prepare: (model, step), called before each step.
+        steps: how many.
+        captures: programs that fxzero may compile for it.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    optimizer: Callable[[nn.Module], Optimizer]
+    batch: Callable[[int, int, torch.Generator], Batch]
+    loss: Callable[..., Any] | None = None
+    scheduler: Callable[[Optimizer], lr_scheduler.LRScheduler] | None = None
+    prepare: Callable[[nn.Module, int], None] | None = None
+    steps: int = 20
+    captures: int = 1
+
+    def but(self, **changes: Any) -> "Case":
+        """The same job with some parts changed."""
+        return replace(self, **changes)
+
+
+def tokens(generator: torch.Generator, rows: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets."""
+    return tuple(torch.randint(0, VOCAB, (rows,), generator=generator) for _ in range(2))  # type: ignore[return-value]
+
+
+def plain_batch(step: int, rank: int, generator: torch.Generator) -> Batch:
+    """Equal shapes at every step."""
+    return tokens(generator), {}
+
+
+def keyword_batch(step: int, rank: int, generator: torch.Generator) -> Batch:
+    """Targets as a keyword."""
+    x, labels = tokens(generator)
+    return (x,), {"labels": labels}
+
+
+def changing_batch(step: int, rank: int, generator: torch.Generator) -> Batch:
+    """Every third batch is shorter."""
+    return tokens(generator, BATCH - 3 if step % 3 == 2 else BATCH), {}
+
+
+def batch_by_rank(step: int, rank: int, generator: torch.Generator) -> Batch:
+    """Each rank has its own number of rows."""
+    return tokens(generator, BATCH - 2 * rank), {}
+
+
+def branching_batch(step: int, rank: int, generator: torch.Generator) -> Batch:
+    """The branch is not taken at first, then now and then."""
+    return tokens(generator), {"side": step % 4 in (1, 2)}
+
+
+def evaluating_sometimes(model: nn.Module, step: int) -> None:
+    """Every fourth step runs in eval mode: no dropout, running statistics."""
+    model.train(step % 4 != 3)
+
+
+def _of(kind: type[Optimizer], **options: Any) -> Callable[[nn.Module], Optimizer]:
+    return lambda model: kind(model.parameters(), **options)
+
+
+# SGD counts once; the variants take other paths through its code
+OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
+    "sgd_nesterov": _of(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "sgd_dampening": _of(torch.optim.SGD, lr=0.05, momentum=0.9, dampening=0.3),
+    "adam": _of(torch.optim.Adam, lr=1e-2),
+    "adamw": _of(torch.optim.AdamW, lr=1e-2, weight_decay=0.1),
+    "adamw_amsgrad": _of(torch.optim.AdamW, lr=1e-2, amsgrad=True),
+    "nadam": _of(torch.optim.NAdam, lr=1e-2),
+    "radam": _of(torch.optim.RAdam, lr=1e-2),
+    "adamax": _of(torch.optim.Adamax, lr=1e-2),
+    "adagrad": _of(torch.optim.Adagrad, lr=1e-2, lr_decay=0.01),
+    "adadelta": _of(torch.optim.Adadelta, lr=1.0),
+    "rmsprop": _of(torch.optim.RMSprop, lr=1e-3, momentum=0.5, centered=True),
+    "asgd": _of(torch.optim.ASGD, lr=1e-2, t0=5.0, weight_decay=0.01),
+    "rprop": _of(torch.optim.Rprop, lr=1e-3),
+    "muon": _of(torch.optim.Muon, lr=1e-2),
+}
+
+# first steps that are unlike later ones, and branches on the step count, are programs of their own
+_CAPTURES = {"sgd_dampening": 2, "radam": 2, "asgd": 2}
+
+
+def _one_cycle(optimizer: Optimizer) -> lr_scheduler.LRScheduler:
+    return lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=21)
+
+
+def all_cases() -> dict[str, Case]:
+    """Every job by name: one for each optimizer, then one for each thing that a step may have."""
+    cases = [
+        Case(
+            name,
+            Matrices if name == "muon" else Network,
+            optimizer,
+            plain_batch,
+            scheduler=lambda opt: lr_scheduler.ExponentialLR(opt, 0.95),
+            captures=_CAPTURES.get(name, 1),
+        )
+        for name, optimizer in OPTIMIZERS.items()
+    ]
+    plain = Case("plain", Network, OPTIMIZERS["adamw"], plain_batch)
+    cases += [
+        plain.but(name="groups", optimizer=lambda model: torch.optim.AdamW(two_groups(model))),
+        plain.but(name="one_cycle_sgd", optimizer=_of(torch.optim.SGD, lr=0.01, momentum=0.9), scheduler=_one_cycle),
+        plain.but(name="one_cycle_adamw", scheduler=_one_cycle),
+        plain.but(name="metrics", model=Logits, loss=loss_with_metrics, batch=keyword_batch),
+        plain.but(name="third_party", optimizer=_of(Lion, lr=1e-2)),
+        plain.but(
+            name="frozen",
+            model=PartlyFrozen,
+            optimizer=lambda model: torch.optim.AdamW(trainable(model), lr=1e-2),
+        ),
+        plain.but(name="batch_size", batch=changing_batch, captures=2),
+        plain.but(name="train_and_eval", prepare=evaluating_sometimes, captures=2),
+        plain.but(name="two_paths", model=TwoPaths, batch=branching_batch, captures=2),
+    ]
+    return {case.name: case for case in cases}
