@@ -248,7 +248,7 @@ class TrainStep:
 
     def report(self) -> str:
         """Tables: state on this rank, communication per step, predicted peak, passes, time to compile."""
-        from fxzero.runtime.report import report
+        from fxzero.report import report
 
         last = self._require_last()
         return report(last.step, self.plan, last.records, last.seconds)

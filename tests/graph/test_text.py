@@ -2,6 +2,7 @@
 
 import dataclasses
 import operator
+import os
 import re
 import subprocess
 import sys
@@ -199,7 +200,7 @@ def test_two_processes_have_one_text() -> None:
     for seed in "12":
         done = subprocess.run(
             [sys.executable, "-c", program],
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2])},
             capture_output=True,
             text=True,
             check=True,

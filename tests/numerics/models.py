@@ -244,7 +244,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
 }
 
 # first steps that are unlike later ones, and branches on the step count, are programs of their own
-_CAPTURES = {"sgd_dampening": 2, "radam": 2, "asgd": 2}
+_CAPTURES = {"sgd_nesterov": 2, "sgd_dampening": 2, "radam": 2, "asgd": 3}
 
 
 def _one_cycle(optimizer: Optimizer) -> lr_scheduler.LRScheduler:

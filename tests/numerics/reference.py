@@ -334,8 +334,8 @@ def take_rows_of_first(step: StepGraph) -> int:
     return len(nodes)
 
 
-def gather_twice_less(step: StepGraph) -> int:
-    """A parameter is released after forward and read again in backward."""
+def read_released(step: StepGraph) -> int:
+    """Backward reads what was gathered for forward and released since."""
     for wait in step.calls(c10d.wait):
         name = wait.meta.get("param")
         if wait.meta["phase"] != "backward" or c10d.launched_by(wait).target is not c10d.all_gather:
@@ -345,5 +345,16 @@ def gather_twice_less(step: StepGraph) -> int:
         for release in releases:
             step.graph.erase_node(release)
         wait.replace_all_uses_with(first)
-        return 1 + len(releases)
+        return 1 + len(releases) + erase_dead(step)
     return 0
+
+
+def skip_replicas(step: StepGraph) -> int:
+    """Gradients are reduced over the shards of one replica, not over the replicas."""
+    edits = 0
+    for wait in step.calls(c10d.wait):
+        launch = c10d.launched_by(wait)
+        if launch.target is c10d.all_reduce and c10d.axis_of(launch) == "dp_replicate":
+            wait.replace_all_uses_with(launch.args[0])
+            edits += 1
+    return edits + erase_dead(step)

@@ -1,0 +1,178 @@
+"""What each rank of a multi-rank numerics test runs, and how a test starts the ranks.
+
+One start serves many jobs (it takes seconds): a table of jobs is run in a loop, and rank 0 writes one JSON object a
+job. A job that fails on all ranks alike does not end the loop.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import fxzero
+from fxzero.errors import VerifyError
+from fxzero.graph import StepGraph
+from tests.numerics import reference
+from tests.numerics.models import Case, all_cases, batch_by_rank
+from tests.numerics.reference import Outcome, first_difference, num_programs, planted, run_compiled, run_plain
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One comparison with DDP.
+
+    Args:
+        case: name of the case.
+        plan: keys of the plan.
+        rtol: 0 for bit-equal.
+        fault: what to break in the compiled step.
+        verified: whether the verifier may find it.
+    """
+
+    case: str
+    plan: dict[str, Any] = field(default_factory=dict)
+    rtol: float = 0.0
+    fault: Callable[[StepGraph], int] | None = None
+    verified: bool = True
+
+    @property
+    def name(self) -> str:
+        """As tests and results call it."""
+        keys = [f"{key}={value}" for key, value in self.plan.items()]
+        return " ".join([self.case, *keys, *([self.fault.__name__] if self.fault else [])])
+
+
+# plan keys that say where and when things move: none of them may change a bit
+OPTIONS: list[dict[str, Any]] = [
+    {"prefetch": 0},
+    {"prefetch": 2, "bucket_bytes": 0},
+    {"bucket_bytes": 2**20},
+    {"bucket_bytes": 4096, "bucket_form": "coalesced"},
+    {"reduce_scatter": "native"},
+    {"reduce_scatter": "native", "bucket_form": "coalesced"},
+    {"persist_below": 40},
+]
+
+
+def cases() -> dict[str, Case]:
+    """All cases, and those that take more than one rank."""
+    plain = all_cases()
+    return plain | {"batch_by_rank": plain["adamw"].but(name="batch_by_rank", batch=batch_by_rank, scheduler=None)}
+
+
+def two_ranks() -> list[Job]:
+    """Bit-equal to DDP: with two ranks a sum has one order only."""
+    jobs = [Job(name, {"zero": zero}) for name in cases() for zero in range(4)]
+    jobs += [Job("adamw", {"zero": zero, **options}) for options in OPTIONS for zero in (1, 3)]
+    return jobs + [
+        Job("adam", {"zero": 0}, fault=reference.skip_ranks),
+        Job("adam", {"zero": 1}, fault=reference.skip_ranks),
+        Job("adam", {"zero": 3}, fault=reference.skip_ranks),
+        Job("one_cycle_sgd", {"zero": 0}, fault=reference.double_gradient),
+        Job("one_cycle_sgd", {"zero": 3}, fault=reference.double_gradient),
+        Job("adam", {"zero": 1}, fault=reference.take_rows_of_first),
+        Job("adam", {"zero": 0}, fault=reference.drop_wait),
+        Job("adam", {"zero": 3}, fault=reference.drop_wait),
+        Job("adam", {"zero": 3}, fault=reference.read_released),
+    ]
+
+
+def four_ranks() -> list[Job]:
+    """Within 1e-6 of DDP: ranks sum in another order, over all ranks or first over the shards of one replica."""
+    hybrid = {"mesh": {"dp_replicate": 2, "dp": 2}}
+    jobs = [Job(name, {"zero": zero}, rtol=1e-6) for name in ("one_cycle_sgd", "adam", "muon") for zero in range(4)]
+    jobs += [Job(name, {"zero": zero, **hybrid}, rtol=1e-6) for name in ("one_cycle_sgd", "adam") for zero in range(4)]
+    return jobs + [
+        Job("one_cycle_sgd", {"zero": 0}, rtol=1e-6, fault=reference.skip_ranks),
+        Job("one_cycle_sgd", {"zero": 3}, rtol=1e-6, fault=reference.skip_ranks),
+        Job("one_cycle_sgd", {"zero": 3, **hybrid}, rtol=1e-6, fault=reference.skip_replicas),
+        Job("one_cycle_sgd", {"zero": 3}, rtol=1e-6, fault=reference.double_gradient),
+    ]
+
+
+SETS: dict[str, Callable[[], list[Job]]] = {"two_ranks": two_ranks, "four_ranks": four_ranks}
+
+
+def launch(module: str, *args: str, ranks: int, timeout_s: float) -> str:
+    """Run a module under torchrun; returns its output.
+
+    Raises:
+        AssertionError: if it fails or takes too long (its processes are killed then), with the end of the output.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    process = subprocess.Popen(
+        [*command, "--module", module, *args],
+        cwd=ROOT,
+        env=rank_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"{module} {args} took more than {timeout_s} s\n{output[-4000:]}") from None
+    assert process.returncode == 0, f"{module} {args} exited {process.returncode}\n{output[-4000:]}"
+    return output
+
+
+def rank_environment() -> dict[str, str]:
+    """The environment of a rank: this checkout first, one thread (two ranks share two cores)."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def run_job(job: Job, expected: Outcome, *, rank: int) -> dict[str, Any]:
+    """What one rank finds."""
+    start = time.perf_counter()
+    case = cases()[job.case]
+    found: dict[str, Any] = {"difference": "", "error": "", "programs": 0}
+    try:
+        if job.fault is None:
+            got, step = run_compiled(case, fxzero.Plan(**job.plan), rank=rank)
+        else:
+            with planted(job.fault, verified=job.verified):
+                got, step = run_compiled(case, fxzero.Plan(**job.plan), rank=rank)
+        found["programs"] = num_programs(step)
+        found["difference"] = str(first_difference(expected, got, rtol=job.rtol) or "")
+    except VerifyError as error:
+        found["error"] = f"VerifyError: {error}"
+    except Exception:
+        found["error"] = traceback.format_exc()
+    return found | {"seconds": time.perf_counter() - start}
+
+
+def main(which: str, path: str) -> None:
+    """Run the jobs of one set on this rank; rank 0 writes the results as they come."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank, results, known = dist.get_rank(), {}, {}
+    for job in SETS[which]():
+        if job.case not in known:
+            known = {job.case: run_plain(cases()[job.case], rank=rank, distributed=True)}
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, run_job(job, known[job.case], rank=rank))
+        results[job.name] = found
+        if rank == 0:
+            Path(path).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
