@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxzero.graph import StepGraph
+from fxzero.graph import PHASES, StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
 
@@ -12,6 +12,8 @@ from fxzero.graph.contract import graph_pass
 @graph_pass(requires=("parameters-sharded",), provides=("gathers-prefetched",))
 def prefetch_all_gathers(step: StepGraph, *, distance: int) -> int:
     """Launch each bucket of gathers before the first wait of the bucket `distance` ahead of it.
+
+    Not before its own phase begins: the last weights of forward, the first of backward, would be alive twice.
 
     Source: FSDP2's implicit prefetch, which is `distance` 1.
 
@@ -23,14 +25,19 @@ def prefetch_all_gathers(step: StepGraph, *, distance: int) -> int:
         return 0
     buckets = _buckets(step)
     starts = [first_wait for first_wait, _ in buckets]
+    phase_starts = {phase: nodes[0] for phase in PHASES if (nodes := step.phase(phase))}
     edits = 0
     for index, (_, launches) in enumerate(buckets):
         if index < distance:
             continue
+        phase = launches[0].meta["phase"]
         anchor = starts[index - distance]
+        if anchor.meta["phase"] != phase:
+            anchor = phase_starts[phase]
         for launch in launches:
-            anchor.prepend(launch)
-            edits += 1
+            if launch is not anchor:
+                anchor.prepend(launch)
+                edits += 1
     return edits
 
 
