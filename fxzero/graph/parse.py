@@ -49,6 +49,7 @@ _PYTHON: dict[str, Any] = {"": operator, "math": math, "torch": torch}
 # Python reads the arguments; for that, a letter that no name has stands for each % that is in no quotes.
 _PERCENT = "\u01c2"
 _PERCENTS = re.compile(rf"({_QUOTED})|%")
+_PLAIN = "names, numbers, words and lists"
 
 
 def from_text(source: str) -> StepGraph:
@@ -169,11 +170,11 @@ class _Reader:
     def _header(self, line: str) -> None:
         self.header = _HEADER.fullmatch(line)
         if self.header is None:
-            fix = "give the whole text, from its first line on"
-            _fail("header", "one such as '# captured | mesh dp=4 | cpu'", repr(line[:40]), fix)
+            expected = "one such as '# captured | mesh dp=4 | cpu'"
+            _fail("header", expected, repr(line[:40]), "give the whole text, from its first line on")
         if self.header["partial"]:
-            got = f"one marked {self.header['partial'].strip(' |')!r}"
-            _fail("header", "a whole text", got, "print it without phases= and width=")
+            mark = self.header["partial"].strip(" |")
+            _fail("header", "a whole text", f"one marked {mark!r}", "print it without phases= and width=")
         self.device = self.header["device"]
         self.step.title = _unquoted(self.header["title"])
         self.step.mesh = {axis: int(size) for axis, size in re.findall(r"(\w+)=(\d+)", self.header["mesh"])}
@@ -278,9 +279,9 @@ class _Reader:
             call = ast.parse(f"f({_PERCENTS.sub(lambda m: m[1] or _PERCENT, code)})", mode="eval").body
         except (SyntaxError, ValueError) as error:
             fix = "complete them; a value in <> is one that a text cannot hold"
-            _fail("arguments", "names, numbers, words and lists", repr(code), fix, error)
+            _fail("arguments", _PLAIN, repr(code), fix, error)
         if not isinstance(call, ast.Call):
-            _fail("arguments", "names, numbers, words and lists", repr(code), "remove the ) too many")
+            _fail("arguments", _PLAIN, repr(code), "remove the ) too many")
         args = tuple(map(self._value, call.args))
         return args, {str(keyword.arg): self._value(keyword.value) for keyword in call.keywords}
 
@@ -299,7 +300,7 @@ class _Reader:
             return -math.inf if ast.unparse(item) == "-inf" else ast.literal_eval(item)
         except (ValueError, TypeError) as error:
             got = repr(ast.unparse(item).replace(_PERCENT, "%"))
-            _fail("arguments", "names, numbers, words and lists", got, "write plain values", error)
+            _fail("arguments", _PLAIN, got, "write plain values", error)
 
     def _collective(self, code: str, target: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """`%x avg dp, 3.0 MiB`: the bytes are computed, and so is the group's size where not given."""

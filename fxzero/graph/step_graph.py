@@ -10,6 +10,7 @@ Everything that a pass needs stands in `node.meta`:
     sharding   a Sharding, where the value is this rank's rows of a larger single-device tensor
     grad_of    names of the parameters whose unreduced gradient this node is
     param      the parameter whose update (or gather, or reduction) this node belongs to
+    algorithm  a collective that is not carried by the backend's own: "send_recv"
     results    output node only: one Result for each returned value
 """
 

@@ -9,17 +9,16 @@
                                       release     %weight_full                    # embed
 
 [Note: what a line says]
-Types: dtype, shape, strides where not the contiguous ones, device where not the header's. `62/dp` in front
-is this rank's part of 62 rows that are sharded over the axis dp. ATen ops go by their own name, without
-`.default`; Python's operators as `py.mul`; other namespaces in front, `prims::copy_to`. A collective names
-the mesh axis and the bytes of the whole tensors. After `#` come the module (`d module` for what
-differentiates it), the parameters whose gradient the node is, the parameter whose update (or gather, or reduction)
-it belongs to, and the algorithm of a collective.
+Types: dtype, shape, strides where not the contiguous ones, device where not the header's. `62/dp` in front is this
+rank's part of 62 rows that are sharded over the axis dp. ATen ops go by their own name, without `.default`; Python's
+operators as `py.mul`; other namespaces in front, `prims::copy_to`. A collective names the mesh axis and the bytes of
+the whole tensors. After `#` come the module (`d module` for what differentiates it), the parameters whose gradient the
+node is, the parameter whose update (or gather, or reduction) it belongs to, and the algorithm of a collective.
 
 [Note: sections and phases]
-Each section comes once, in program order: `backward` goes from the first to the last backward node, `update`
-is what follows. A node of another phase than its section's, such as an update placed under backward, has the
-initial of its phase in the first column. So a node that moves changes one line, not the headings around it.
+Each section comes once, in program order: `backward` goes from the first to the last backward node, `update` is what
+follows. A node of another phase than its section's, such as an update placed under backward, has the initial of its
+phase in the first column. So a node that moves changes one line, not the headings around it.
 
 [Note: one program on all ranks]
 Ranks compare this text, so it holds nothing that differs between them: a device is "cuda", never "cuda:3".

@@ -463,13 +463,14 @@ def test_inputs_of_every_kind_read_back() -> None:
         turned=torch.ones(3, 2).t(),
         expanded=torch.ones(1).expand(4),
         empty=torch.ones(0, 3),
+        one=torch.empty_strided((1, 3), (7, 1)),
         away=torch.ones(2, device="meta"),
     )
     for node, kind, name, param in zip(
         at.step.placeholders,
-        ("parameter", "buffer", "optimizer", "constant", "optimizer"),
-        ("a b.weight", "it's", "w:step", "c_0", "lonely"),
-        (None, None, "w", None, "some w"),
+        ("parameter", "buffer", "optimizer", "constant", "constant", "optimizer"),
+        ("a b.weight", "it's", "w:step", "c_0", "c_1", "lonely"),
+        (None, None, "w", None, None, "some w"),
         strict=True,
     ):
         node.meta["entry"] = dataclasses.replace(node.meta["entry"], kind=kind, name=name, param=param)
@@ -486,6 +487,7 @@ def test_inputs_of_every_kind_read_back() -> None:
         'f32[2, 3]{1,2}  buffer  "it\'s"  # whole [8, 3]\n',
         "f32[4]{0}  optimizer  w:step\n",
         "f32[0, 3]  constant  c_0\n",
+        "f32[1, 3]{7,1}  constant  c_1\n",
         "f32[2]@meta  optimizer  lonely  # state of 'some w'\n",
         "int  coordinate  tp\n",
         "%plain  -> metric  same\n",
