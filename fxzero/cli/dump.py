@@ -1,0 +1,100 @@
+"""fxzero dump: the program of a training step, at any point of its way, for people and for tools."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from fxzero.cli.options import add_target_options, plan_of
+from fxzero.cli.rewriting import CAPTURE, capture_target, progress_of, run_passes
+from fxzero.cli.usage import UsageError, check_pass
+from fxzero.graph import PHASES, StepGraph
+from fxzero.graph.export import to_dot, to_json
+from fxzero.graph.text import to_text
+from fxzero.pass_manager import Pipeline
+from fxzero.plan import Plan
+from fxzero.recipe import ALL_PASSES, recipe
+from fxzero.report import report
+
+FORMATS = ("text", "json", "dot", "report")
+
+DESCRIPTION = """\
+Print the graph of one training step, captured and rewritten for one rank of --world on fake tensors: in this process,
+without a device, a process group or memory for parameters.
+
+example:
+  fxzero dump examples/llama_meta.py:llama_8b --world 64 --zero 3 --after shard_parameters --phase backward
+"""
+
+
+def add_command(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser("dump", help="print the program of a training step", description=DESCRIPTION)
+    add_target_options(parser)
+    parser.add_argument("--after", metavar="PASS", help=f"the graph after this pass; '{CAPTURE}': before any")
+    parser.add_argument("--format", choices=FORMATS, default="text", help="default: text")
+    parser.add_argument("--phase", choices=PHASES, action="append", help="only this phase (text; may be repeated)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do it.
+
+    Raises:
+        FxzeroError: if target, plan or step are not as they must be.
+    """
+    if args.phase and args.format != "text":
+        fix = "leave --phase out: nodes carry their phase"
+        raise UsageError.of("--phase", expected="--format text", got=args.format, fix=fix)
+    plan = plan_of(args, default_world=1 if args.after == CAPTURE else None)
+    pipeline = recipe(plan, backend=args.backend)
+    names = [CAPTURE, *(p.name for p in pipeline.passes)]
+    until = names[-1] if args.after is None else args.after
+    check_pass("--after", until, known=names, all_names=[p.name for p in ALL_PASSES])
+    check_out(args.out)
+    progress = progress_of(args)
+    step = capture_target(args.target, plan, progress)
+    step = run_passes(step, pipeline, progress, until=until, check=not args.no_verify)
+    with progress.stage("write", f"write {args.format}"):
+        text = _render(step, args, plan=plan, pipeline=pipeline, seconds=progress.seconds)
+    write(text, args.out)
+
+
+def _render(
+    step: StepGraph, args: argparse.Namespace, *, plan: Plan, pipeline: Pipeline, seconds: dict[str, float]
+) -> str:
+    if args.format == "json":
+        return json.dumps(to_json(step), indent=1, ensure_ascii=False) + "\n"
+    if args.format == "dot":
+        return to_dot(step)
+    if args.format == "report":
+        return report(step, plan, pipeline.records, seconds) + "\n"
+    return to_text(step, phases=args.phase, color=wants_color(args.out))
+
+
+def wants_color(out: str | None) -> bool:
+    """Whether text goes to a terminal (and NO_COLOR does not forbid it)."""
+    return out is None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def check_out(out: str | None) -> None:
+    """Raise UsageError if --out cannot be written to: before a long capture, not after it."""
+    if out is None:
+        return
+    path = Path(out)
+    if path.is_dir() or not path.parent.is_dir():
+        got = f"the folder {out}" if path.is_dir() else f"{out}, in a folder that there is not"
+        raise UsageError.of("--out", expected="a file to write", got=got, fix="correct the path or make the folder")
+
+
+def write(text: str, out: str | None) -> None:
+    """Write the result to a file, or to stdout."""
+    if out is None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    else:
+        Path(out).write_text(text, encoding="utf-8")

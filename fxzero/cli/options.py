@@ -1,0 +1,92 @@
+"""The options that several commands share, and the plan that they make."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+from fxzero.cli.usage import UsageError
+from fxzero.plan import Plan
+
+# option of the command line -> key of the plan
+_KEYS = ("zero", "mesh", "bucket_bytes", "persist_below", "prefetch", "reduce_scatter", "bucket_form", "disable")
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """Let a command take a plan: a file, single keys, the number of ranks and what carries their collectives."""
+    group = parser.add_argument_group("plan (docs/plan.md); single keys replace those of the file")
+    group.add_argument("--plan", metavar="FILE", help="a plan in TOML or JSON")
+    group.add_argument("--world", type=int, metavar="N", help="number of ranks; default: those of the plan's mesh")
+    group.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="decides what the plan leaves open")
+    group.add_argument("--zero", type=_number, metavar="STAGE", help="0 to 3; default 3")
+    group.add_argument("--mesh", metavar="AXIS=N,..", help="ranks per axis, outermost first: dp_replicate=8,dp=8")
+    group.add_argument("--bucket-bytes", type=_number, metavar="BYTES", help="'25 MiB'; 0: no buckets")
+    group.add_argument("--persist-below", type=_number, metavar="N", help="elements below which nothing is sharded")
+    group.add_argument("--prefetch", type=_number, metavar="N", help="buckets that a gather goes ahead of its use")
+    group.add_argument("--reduce-scatter", metavar="NAME", help="native, all_to_all or auto")
+    group.add_argument("--bucket-form", metavar="NAME", help="coalesced, separate or auto")
+    group.add_argument("--disable", action="append", metavar="PASS,..", help="passes to leave out")
+
+
+def add_target_options(parser: argparse.ArgumentParser) -> None:
+    """Let a command take a step to capture."""
+    about = "a Python file and a function in it that returns (model, optimizer, example batch[, loss])"
+    parser.add_argument("target", metavar="FILE.py:FUNCTION", help=about)
+    add_plan_options(parser)
+    parser.add_argument("--no-verify", action="store_true", help="do not check the graph after each pass")
+    parser.add_argument("--out", metavar="FILE", help="write there instead of to stdout")
+    parser.add_argument("--quiet", action="store_true", help="say nothing on stderr but errors")
+
+
+def names_a_plan(args: argparse.Namespace) -> bool:
+    """Whether any option of the plan was given."""
+    return any(getattr(args, key) is not None for key in ("plan", "world", *_KEYS))
+
+
+def plan_of(args: argparse.Namespace, *, default_world: int | None = None) -> Plan:
+    """The plan that was asked for, with its mesh resolved.
+
+    Args:
+        args: parsed by a parser with `add_plan_options`.
+        default_world: number of ranks where neither --world nor the mesh says it; None: that is an error.
+
+    Raises:
+        PlanError: if the plan cannot be honoured.
+        UsageError: if the number of ranks or the mesh cannot be told.
+    """
+    plan = Plan.load(args.plan) if args.plan is not None else Plan()
+    given = {key: value for key in _KEYS if (value := getattr(args, key)) is not None}
+    if "mesh" in given:
+        given["mesh"] = _mesh(given["mesh"])
+    if "disable" in given:
+        given["disable"] = [name.strip() for names in given["disable"] for name in names.split(",") if name.strip()]
+    plan = plan.replace(**given)
+    if args.world is not None:
+        return plan.resolve(args.world)
+    if plan.mesh is not None:
+        return plan.resolve(math.prod(plan.mesh.values()))
+    if default_world is None:
+        fix = "add --world 64, or --mesh dp=64"
+        raise UsageError.of("--world", expected="the number of ranks", got="none, and a plan without mesh", fix=fix)
+    return plan.resolve(default_world)
+
+
+def _number(text: str) -> Any:
+    """A whole number, or the text as it is: the plan checks it and says what is wrong."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _mesh(text: str) -> dict[str, Any]:
+    axes: dict[str, Any] = {}
+    for part in text.split(","):
+        axis, equals, size = part.partition("=")
+        axis = axis.strip()
+        if not axis or not equals or axis in axes:
+            fix = "write each axis once, as dp_replicate=8,dp=8"
+            raise UsageError.of("--mesh", expected="axes with their sizes", got=repr(text), fix=fix)
+        axes[axis] = _number(size.strip())
+    return axes

@@ -1,0 +1,78 @@
+"""From FILE.py:FUNCTION and a plan to the graph that a rank would run: one process, fake tensors, no process group."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+
+from fxzero.capture import Inventory, capture_step
+from fxzero.capture.rehearsal import rehearse
+from fxzero.cli.progress import Progress
+from fxzero.cli.target import load_target
+from fxzero.graph import StepGraph
+from fxzero.pass_manager import Pipeline
+from fxzero.plan import Plan
+
+CAPTURE = "capture"
+
+Snapshot = Callable[[str, StepGraph], None]
+
+
+def progress_of(args: argparse.Namespace) -> Progress:
+    """Progress on stderr, unless --quiet."""
+    return Progress(None if args.quiet else sys.stderr)
+
+
+def capture_target(text: str, plan: Plan, progress: Progress) -> StepGraph:
+    """The step of FILE.py:FUNCTION before any pass.
+
+    Nothing is allocated for parameters, gradients or optimizer state, wherever the model lives.
+
+    Args:
+        text: "FILE.py:FUNCTION".
+        plan: resolved; its mesh becomes that of the graph.
+        progress: what to tell.
+    """
+    start = time.perf_counter()
+    target = load_target(text)
+    inventory = Inventory.of(target.model, target.optimizer)
+    progress.done(f"load {text}", time.perf_counter() - start)
+    count = sum(p.numel() for p in inventory.parameters.values())
+    with progress.stage("rehearse", f"optimizer state of {count:,} parameters"):
+        inventory, fresh = rehearse(inventory)
+    with progress.stage(CAPTURE, "capture forward, backward, update"):
+        capture = capture_step(inventory, target.loss, target.args, target.kwargs, fresh=fresh)
+    capture.step.mesh = dict(plan.axes)
+    return capture.step
+
+
+def run_passes(
+    step: StepGraph, pipeline: Pipeline, progress: Progress, *, until: str, check: bool, snapshot: Snapshot | None = None
+) -> StepGraph:
+    """The graph after the pass `until`.
+
+    Args:
+        step: as captured.
+        pipeline: the plan's; keeps a record of each pass.
+        progress: what to tell.
+        until: the last pass to run; "capture": none.
+        check: verify after each pass.
+        snapshot: called with (pass name, graph) after each pass, and with "capture" first.
+    """
+
+    def tell(name: str, graph: StepGraph) -> None:
+        if snapshot is not None:
+            snapshot(name, graph)
+        if name != CAPTURE:
+            record = pipeline.records[-1]
+            progress.done(f"pass {name} ({record.edits:,} edits)", record.seconds + record.verify_seconds)
+
+    if until == CAPTURE:
+        tell(CAPTURE, step)
+        return step
+    start = time.perf_counter()
+    rewritten = pipeline.run(step, until=until, check=check, snapshot=tell)
+    progress.seconds["passes"] = time.perf_counter() - start
+    return rewritten

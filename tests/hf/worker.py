@@ -1,0 +1,114 @@
+"""What each of two ranks runs: every case under DDP, then as a compiled step, in one start of the processes.
+
+A case that fails on all ranks alike does not end the loop. Rank 0 writes one JSON object a case, a list with what each
+rank found.
+"""
+
+import json
+import sys
+import time
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import fxzero
+from fxzero.errors import CaptureError
+from tests.hf.models import CASES, HFCase
+from tests.numerics.reference import double_gradient, num_programs, planted
+
+STEPS = 5
+FAULT = "llama doubled gradient"
+
+
+def build(case: HFCase, *, rank: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Model and optimizer; each rank draws other values, those of rank 0 must win.
+
+    SGD, because Adam does not see a gradient that is wrong by a factor.
+    """
+    torch.manual_seed(rank)
+    model = case.model()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return model, torch.optim.SGD(trainable, lr=0.1, momentum=0.9)
+
+
+def run_ddp(case: HFCase, *, rank: int) -> list[float]:
+    """The losses of the loop that everybody writes."""
+    model, optimizer = build(case, rank=rank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has no successor yet
+        replicated = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
+    generator = start(rank)
+    losses = []
+    for _ in range(STEPS):
+        loss = case.train(replicated, case.batch(generator))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def run_compiled(case: HFCase, *, rank: int) -> tuple[list[float], fxzero.TrainStep]:
+    """The losses of the same job under ZeRO-3."""
+    model, optimizer = build(case, rank=rank)
+    step = fxzero.compile(model, optimizer, fxzero.Plan(zero=3), loss=case.loss)
+    generator = start(rank)
+    return [step(**case.batch(generator)).item() for _ in range(STEPS)], step
+
+
+def start(rank: int) -> torch.Generator:
+    """Seed dropout; returns the source of this rank's batches."""
+    torch.manual_seed(100 + rank)
+    return torch.Generator().manual_seed(5 + 1000 * rank)
+
+
+def run(case: HFCase, *, rank: int, broken: bool) -> dict[str, Any]:
+    """What one rank finds: `difference` is the largest between two losses of one step."""
+    found: dict[str, Any] = {"error": "", "refused": ""}
+    started = time.perf_counter()
+    try:
+        if broken:
+            with planted(double_gradient):
+                losses, step = run_compiled(case, rank=rank)
+        else:
+            losses, step = run_compiled(case, rank=rank)
+    except CaptureError as error:
+        return found | {"refused": str(error)}
+    except Exception:
+        return found | {"error": traceback.format_exc()}
+    seconds = time.perf_counter() - started
+    expected = run_ddp(case, rank=rank)
+    return found | {
+        "difference": max(abs(a - b) for a, b in zip(expected, losses, strict=True)),
+        "losses": losses,
+        "nodes": len(step.captured.graph.nodes),
+        "nodes_sharded": len(step.graph.graph.nodes),
+        "capture_s": step._require_last().capture.seconds,
+        "seconds": seconds,
+        "programs": num_programs(step),
+    }
+
+
+def main(path: str, *names: str) -> None:
+    """Run the named cases, or all and one with a planted fault, on this rank."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    rank, results = dist.get_rank(), {}
+    for name in names or (*CASES, FAULT):
+        case = CASES[name.partition(" ")[0]]
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, run(case, rank=rank, broken=name == FAULT))
+        results[name] = found
+        if rank == 0:
+            Path(path).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
