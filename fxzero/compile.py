@@ -85,8 +85,7 @@ def compile(
     """
     plan = plan if isinstance(plan, Plan) else Plan.from_dict(dict(plan or {}))
     _check_model(model)
-    inventory = Inventory.of(model, optimizer)
-    _check_meta(inventory, init)
+    Inventory.of(model, optimizer)  # raises where the two do not belong together
     return TrainStep(model, optimizer, plan, loss=loss, init=init)
 
 
@@ -134,13 +133,7 @@ class TrainStep:
             CaptureError: if the step cannot be captured; model and optimizer are then as before.
             RankMismatchError: on all ranks, if they are not about to run the same step.
         """
-        if self._state.is_unsharded:
-            raise CaptureError.of(
-                where="step(...)",
-                expected="sharded parameters",
-                got="a call inside `with step.unsharded()`",
-                fix="leave the block first",
-            )
+        self._check_ready()
         compiled = self._find(args, kwargs)
         values = compiled.program.run(self._inputs(compiled, args, kwargs))
         loss = self._take_results(compiled.program, values)
@@ -148,6 +141,24 @@ class TrainStep:
         compat.mark_stepped(self.optimizer)
         self._last = compiled
         return loss
+
+    def _check_ready(self) -> None:
+        if self._state.is_unsharded:
+            raise CaptureError.of(
+                where="step(...)",
+                expected="sharded parameters",
+                got="a call inside `with step.unsharded()`",
+                fix="leave the block first",
+            )
+        meta = [] if self._state.bound else [n for n, p in self.model.named_parameters() if p.is_meta]
+        if self._state.awaits_checkpoint or (meta and self._state.init is None):
+            raise PlanError.of(
+                where=f"parameter {meta[0]}" if meta else "step(...)",
+                expected="parameters with values",
+                got="the meta device" if meta else "no checkpoint loaded yet",
+                fix="pass init=fn to compile(), or load a checkpoint: dcp.load(sd := step.state_dict(), ...); "
+                "step.load_state_dict(sd)",
+            )
 
     def _inputs(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         batch = dict(flatten_batch(args, kwargs)[0])
@@ -324,15 +335,4 @@ def _check_model(model: nn.Module) -> None:
             expected="plain parameters",
             got=f"{sharded[0]} is a DTensor already",
             fix="compile a model once, before anything shards it",
-        )
-
-
-def _check_meta(inventory: Inventory, init: Init | None) -> None:
-    meta = [name for name, p in inventory.parameters.items() if p.is_meta]
-    if meta and init is None:
-        raise PlanError.of(
-            where=f"parameter {meta[0]}",
-            expected="values, or init=fn to make them",
-            got="the meta device",
-            fix="pass init=fn: it is called for each module and fills the tensors that this module owns itself",
         )

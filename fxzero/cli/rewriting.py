@@ -49,7 +49,13 @@ def capture_target(text: str, plan: Plan, progress: Progress) -> StepGraph:
 
 
 def run_passes(
-    step: StepGraph, pipeline: Pipeline, progress: Progress, *, until: str, check: bool, snapshot: Snapshot | None = None
+    step: StepGraph,
+    pipeline: Pipeline,
+    progress: Progress,
+    *,
+    until: str,
+    check: bool,
+    snapshot: Snapshot | None = None,
 ) -> StepGraph:
     """The graph after the pass `until`.
 

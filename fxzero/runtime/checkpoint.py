@@ -59,6 +59,7 @@ def load_state_dict(state: StepState, values: Mapping[str, Any]) -> None:
     for key, old in list(_numbers(state)):
         _set_number(state, key, type(old)(values[key].item()))
     state.stepped = bool(values[_STEPPED].item())
+    state.awaits_checkpoint = False
 
 
 def _tensors(state: StepState) -> Iterator[tuple[str, torch.Tensor, str]]:

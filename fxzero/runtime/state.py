@@ -8,6 +8,7 @@ local tensor is the unpadded view of that memory, so state dicts, checkpoints an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from fxzero.capture.inventory import Inventory, hyperparameters, state_name
 from fxzero.capture.priming import initial_state
 from fxzero.capture.rehearsal import rehearse
-from fxzero.errors import CaptureError, PlanError
+from fxzero.errors import CaptureError
 from fxzero.graph.ops import local_shard, shard_rows
 from fxzero.runtime.topology import Topology
 
@@ -51,6 +52,7 @@ class StepState:
         self.special_first_step = False
         self.stepped = False
         self.is_unsharded = False
+        self.awaits_checkpoint = False
         self._local: dict[tuple[str, str], tuple[Any, torch.Tensor]] = {}  # key -> (owner's tensor, memory)
 
     # ---- layout
@@ -96,45 +98,51 @@ class StepState:
             self._send_from_first_rank(tensor)
 
     def _materialize(self, inventory: Inventory) -> None:
-        """Fill a meta model, one module's own tensors at a time; each is sharded before the next one exists."""
-        if self.init is None:
-            raise PlanError.of(
-                where="model",
-                expected="parameters with values, or init=fn to fill each module",
-                got="parameters on the meta device",
-                fix="pass init=fn to compile(), with fn(module) filling the tensors that module owns itself",
-            )
-        device = self.topology.mesh.device_type if self.topology.mesh is not None else _default_device()
+        """Fill a meta model, one module's own tensors at a time; each is sharded before the next one exists.
+
+        Without `init` there are only rows, full of NaN, for a checkpoint to be loaded into.
+        """
         names = {id(p): n for n, p in inventory.parameters.items()}
+        paths = {module: path for path, module in self.model.named_modules()}
 
         def fill(module: nn.Module) -> None:
             own = {k: p for k, p in module.named_parameters(recurse=False) if p.is_meta}
             buffers = {k: b for k, b in module.named_buffers(recurse=False) if b.is_meta}
-            if not own and not buffers:
+            for key, buffer in buffers.items():
+                setattr(module, key, self._blank(buffer.shape, buffer.dtype))
+            if self.init is None:
+                for old in own.values():
+                    self._replace(old, self._blank_rows(names[id(old)], old), name=names[id(old)])
                 return
             for key, old in own.items():
-                empty = torch.empty_like(old, device=device)
-                module.register_parameter(key, nn.Parameter(empty, requires_grad=old.requires_grad))
-            for key, buffer in buffers.items():
-                setattr(module, key, torch.empty_like(buffer, device=device))
-            self.init(module)  # type: ignore[misc]
+                blank = self._blank(old.shape, old.dtype)
+                module.register_parameter(key, nn.Parameter(blank, requires_grad=old.requires_grad))
+            if own or buffers:
+                self.init(module)
+            for key in (*own, *buffers):
+                value = getattr(module, key)
+                _check_filled(value, f"{paths[module]}.{key}".lstrip("."))
+                self._send_from_first_rank(value)
             for key, old in own.items():
-                full = getattr(module, key)
-                self._send_from_first_rank(full)
-                name = names[id(old)]
+                name, full = names[id(old)], getattr(module, key)
                 self._replace(old, self._adopt_parameter(name, full.detach()), name=name, also=full)
-            for key in buffers:
-                self._send_from_first_rank(getattr(module, key))
 
         self.model.apply(fill)
-        left = [n for n, t in (*self.model.named_parameters(), *self.model.named_buffers()) if t.is_meta]
-        if left:
-            raise CaptureError.of(
-                where=f"init(module) on {type(self.model).__name__}",
-                expected="all parameters and buffers to have values afterwards",
-                got=f"still on the meta device: {', '.join(left[:3])}",
-                fix="let init fill every tensor that a module owns itself",
-            )
+        self.awaits_checkpoint = self.init is None
+
+    def _blank(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:
+        device = self.topology.mesh.device_type if self.topology.mesh is not None else _default_device()
+        return torch.full(tuple(shape), math.nan if dtype.is_floating_point else 0, dtype=dtype, device=device)
+
+    def _blank_rows(self, name: str, old: nn.Parameter) -> torch.Tensor:
+        """Memory for a parameter that a checkpoint will fill: rows where it is sharded, never the whole."""
+        sharded = self.parameter_is_sharded(old.shape, stage=3)
+        rows = (shard_rows(old.shape[0], self.topology.plan.axes["dp"]), *old.shape[1:]) if sharded else old.shape
+        memory = self._blank(rows, old.dtype)
+        if self.topology.mesh is None:
+            self._local[("parameter", name)] = (memory, memory)
+            return memory
+        return self._wrap(("parameter", name), memory, old.shape, sharded)
 
     def _send_from_first_rank(self, tensor: torch.Tensor) -> None:
         if self.topology.world_size > 1:
@@ -303,6 +311,16 @@ class StepState:
             yield "buffer", name, buffer
         for param, key, value in inventory.optimizer_state():
             yield "optimizer", state_name(param, key), value
+
+
+def _check_filled(value: torch.Tensor, name: str) -> None:
+    if value.dtype.is_floating_point and value.isnan().any():
+        raise CaptureError.of(
+            where=f"init(module) for {name}",
+            expected="every parameter and buffer that the module owns itself to be filled",
+            got="one that was left as it was",
+            fix="let init fill it, or give it a value when the module is built",
+        )
 
 
 def _default_device() -> str:

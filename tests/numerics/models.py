@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 VOCAB = 51
 WIDTH = 17
@@ -106,6 +107,74 @@ class TwoPaths(nn.Module):
         return F.cross_entropy(self.head(hidden), y)
 
 
+class Frame(nn.Module):
+    """An embedding, something in the middle, a head; the middle is a function of the module and the hidden state."""
+
+    def __init__(self, middle: Callable[[nn.Module, torch.Tensor], torch.Tensor], *, lstm: bool = False) -> None:
+        super().__init__()
+        self.middle = middle
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.body = nn.LSTM(WIDTH, WIDTH) if lstm else nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB)
+        self.register_buffer("previous", torch.zeros(()))
+        self.register_buffer("current", torch.ones(()))
+        self.register_buffer("average", torch.zeros(()), persistent=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.head(self.middle(self, self.embed(x))), y)
+
+
+def dropped_in_checkpoint(model: Frame, hidden: torch.Tensor) -> torch.Tensor:
+    """Dropout that runs twice, with one mask."""
+    return checkpoint(lambda h: F.relu(F.dropout(model.body(h), 0.3)), hidden, use_reentrant=False)
+
+
+def dropped_transposed(model: Frame, hidden: torch.Tensor) -> torch.Tensor:
+    """Dropout of a tensor whose memory is in another order, as in `nn.MultiheadAttention`."""
+    return F.dropout(model.body(hidden).t(), 0.3).t()
+
+
+def noisy(model: Frame, hidden: torch.Tensor) -> torch.Tensor:
+    """Random numbers other than dropout's."""
+    noise = torch.randn_like(hidden) + torch.rand(WIDTH) + torch.randperm(WIDTH)
+    return model.body(hidden + 0.01 * noise)
+
+
+def shifting(model: Frame, hidden: torch.Tensor) -> torch.Tensor:
+    """A buffer whose next value is another's present one."""
+    scale = 1 + 0.1 * model.previous + 0.1 * model.current
+    with torch.no_grad():
+        model.previous.copy_(model.current)
+        model.current.copy_(hidden.mean())
+        model.average.mul_(0.9).add_(hidden.mean(), alpha=0.1)
+    return model.body(hidden) * scale
+
+
+def crossing(model: Frame, hidden: torch.Tensor) -> torch.Tensor:
+    """Two buffers, each made from the other, by assignment."""
+    scale = 1 + 0.1 * model.previous + 0.1 * model.current
+    model.previous, model.current = model.current * 0.9, model.previous + 1
+    return model.body(hidden) * scale
+
+
+def recurrent(model: Frame, hidden: torch.Tensor) -> torch.Tensor:
+    """An LSTM over the batch as one sequence."""
+    return model.body(hidden.unsqueeze(1))[0].squeeze(1)
+
+
+class Strided(nn.Module):
+    """Parameters whose memory is not in the order of their dims."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+        self.out = nn.Parameter(torch.randn(VOCAB, 8).t())
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        image = torch.linspace(0, 1, 108).view(1, 3, 6, 6) * x.view(-1, 1, 1, 1) / VOCAB
+        return F.cross_entropy(self.mix(image).mean((2, 3)) @ self.out, y)
+
+
 class Lion(Optimizer):
     """As people write optimizers: state made at the first step, a step counter that is a Python int.
 
@@ -134,6 +203,26 @@ class Lion(Optimizer):
                 state["exp_avg"].mul_(beta2).add_(parameter.grad, alpha=1 - beta2)
 
 
+class TrustRatio(Optimizer):
+    """Not elementwise: the step of a parameter is scaled by norms of the whole of it, as in LAMB and LARS."""
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-2) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if len(state) == 0:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg"].lerp_(parameter.grad, 0.1)
+                ratio = parameter.norm() / (state["exp_avg"].norm() + 1e-6)
+                parameter.add_(state["exp_avg"] * ratio, alpha=-group["lr"])
+
+
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """All parameters but those of a module called `left_out`."""
     return [p for name, p in model.named_parameters() if not name.startswith("left_out")]
@@ -153,6 +242,15 @@ def loss_with_metrics(
     logits = model(x)
     accuracy = (logits.argmax(-1) == labels).float().mean()
     return F.cross_entropy(logits, labels), {"accuracy": accuracy, "largest": logits.amax(-1)}
+
+
+def loss_with_state(
+    model: nn.Module, x: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Metrics that show a parameter and a buffer as they were during the step."""
+    loss = F.cross_entropy(model(x), labels)
+    block = model.block
+    return loss, {"scale": block.scale.detach().clone(), "seen": block.norm.num_batches_tracked.clone()}
 
 
 @dataclass(frozen=True)
@@ -221,6 +319,41 @@ def evaluating_sometimes(model: nn.Module, step: int) -> None:
     model.train(step % 4 != 3)
 
 
+def unfreezing(model: nn.Module, step: int) -> None:
+    """One weight is frozen for the first steps."""
+    model.requires_grad_(True)
+    model.block.mix.weight.requires_grad_(step >= 3)
+
+
+def freezing_norm(model: nn.Module, step: int) -> None:
+    """The norm alone is in eval mode."""
+    model.block.norm.eval()
+
+
+class ByHand:
+    """What people write instead of a scheduler; weight decay is off at times, and so steers control flow."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = 0.1 if self.steps % 5 == 0 else 0.0
+            group["lr"] = 0.0 if self.steps % 7 == 0 else 1e-2
+
+
+def stepped_before(model: nn.Module) -> Optimizer:
+    """An optimizer that has state already."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
 def _of(kind: type[Optimizer], **options: Any) -> Callable[[nn.Module], Optimizer]:
     return lambda model: kind(model.parameters(), **options)
 
@@ -252,7 +385,7 @@ def _one_cycle(optimizer: Optimizer) -> lr_scheduler.LRScheduler:
 
 
 def all_cases() -> dict[str, Case]:
-    """Every job by name: one for each optimizer, then one for each thing that a step may have."""
+    """Jobs by name: one for each optimizer, then one for each thing that every step may have."""
     cases = [
         Case(
             name,
@@ -271,6 +404,7 @@ def all_cases() -> dict[str, Case]:
         plain.but(name="one_cycle_adamw", scheduler=_one_cycle),
         plain.but(name="metrics", model=Logits, loss=loss_with_metrics, batch=keyword_batch),
         plain.but(name="third_party", optimizer=_of(Lion, lr=1e-2)),
+        plain.but(name="trust_ratio", optimizer=_of(TrustRatio)),
         plain.but(
             name="frozen",
             model=PartlyFrozen,
@@ -279,5 +413,27 @@ def all_cases() -> dict[str, Case]:
         plain.but(name="batch_size", batch=changing_batch, captures=2),
         plain.but(name="train_and_eval", prepare=evaluating_sometimes, captures=2),
         plain.but(name="two_paths", model=TwoPaths, batch=branching_batch, captures=2),
+    ]
+    return {case.name: case for case in cases}
+
+
+def rarer_cases() -> dict[str, Case]:
+    """Jobs by name: what few models do, and what a capture can get wrong without a word."""
+    plain = Case("plain", Network, OPTIMIZERS["adamw"], plain_batch)
+    middles = (dropped_in_checkpoint, dropped_transposed, noisy, shifting, crossing)
+    cases = [plain.but(name=middle.__name__, model=lambda middle=middle: Frame(middle)) for middle in middles]
+    cases += [
+        plain.but(name="recurrent", model=lambda: Frame(recurrent, lstm=True)),
+        plain.but(name="strided", model=Strided),
+        plain.but(name="bfloat16", model=lambda: Network().to(torch.bfloat16)),
+        plain.but(name="metrics_of_state", model=Logits, loss=loss_with_state, batch=keyword_batch),
+        plain.but(name="unfreezing", prepare=unfreezing, captures=2),
+        plain.but(name="freezing_norm", prepare=freezing_norm),
+        plain.but(name="by_hand", scheduler=ByHand, captures=2),
+        plain.but(name="stepped_before", optimizer=stepped_before),
+        plain.but(
+            name="tensor_lr", optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=torch.tensor(0.01))
+        ),
+        plain.but(name="maximize", optimizer=_of(torch.optim.AdamW, lr=1e-3, maximize=True)),
     ]
     return {case.name: case for case in cases}

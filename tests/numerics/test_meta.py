@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
 
@@ -56,5 +57,38 @@ def test_a_meta_model_trains_like_one_that_was_filled_whole():
 
 def test_without_init_it_is_refused():
     model = meta_model()
-    with pytest.raises(fxzero.PlanError, match="parameter embed.weight: expected values, or init=fn"):
-        fxzero.compile(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    step = fxzero.compile(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(fxzero.PlanError, match=r"parameter embed\.weight: expected parameters with values"):
+        step(torch.arange(8), torch.arange(8))
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_init_must_fill_everything():
+    model = meta_model()
+
+    def forgetful(module: nn.Module) -> None:
+        if not isinstance(module, nn.Embedding):
+            reset(module)
+
+    step = fxzero.compile(model, torch.optim.SGD(model.parameters(), lr=0.1), init=forgetful)
+    with pytest.raises(fxzero.CaptureError, match=r"init\(module\) for embed\.weight"):
+        step(torch.arange(8), torch.arange(8))
+
+
+def test_a_meta_model_is_filled_from_a_checkpoint(tmp_path):
+    x = torch.arange(8)
+    torch.manual_seed(0)
+    model = Small()
+    step = fxzero.compile(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    step(x, x)
+    dcp.save(step.state_dict(), checkpoint_id=tmp_path)
+    expected = [step(x, x) for _ in range(3)]
+
+    model = meta_model()
+    step = fxzero.compile(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    values = step.state_dict()
+    with pytest.raises(fxzero.PlanError, match="no checkpoint loaded yet"):
+        step(x, x)
+    dcp.load(values, checkpoint_id=tmp_path)
+    step.load_state_dict(values)
+    assert [step(x, x).item() for _ in range(3)] == [loss.item() for loss in expected]
