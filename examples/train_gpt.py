@@ -207,7 +207,7 @@ def start_ranks():
 def parse_arguments():
     """The command line, with the defaults that make the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=8, help="windows per rank and step")
     parser.add_argument("--context", type=int, default=128, help="bytes the model sees")
     parser.add_argument("--dim", type=int, default=128)
@@ -218,7 +218,7 @@ def parse_arguments():
     parser.add_argument("--zero", type=int, default=3, help="ZeRO stage, 0 to 3")
     parser.add_argument("--eval-every", type=int, default=100)
     parser.add_argument("--eval-windows", type=int, default=512)
-    parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")

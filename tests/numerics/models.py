@@ -162,6 +162,25 @@ def recurrent(model: Frame, hidden: torch.Tensor) -> torch.Tensor:
     return model.body(hidden.unsqueeze(1))[0].squeeze(1)
 
 
+class Smooth(nn.Module):
+    """Neither dropout nor BatchNorm: the mean loss over ranks does not depend on how a batch is split over them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.body = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.head.weight = self.embed.weight
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.seen += 1
+        hidden = self.embed(x)
+        return F.cross_entropy(self.head(hidden + self.scale * self.norm(torch.tanh(self.body(hidden)))), y)
+
+
 class Strided(nn.Module):
     """Parameters whose memory is not in the order of their dims."""
 
@@ -221,6 +240,26 @@ class TrustRatio(Optimizer):
                 state["exp_avg"].lerp_(parameter.grad, 0.1)
                 ratio = parameter.norm() / (state["exp_avg"].norm() + 1e-6)
                 parameter.add_(state["exp_avg"] * ratio, alpha=-group["lr"])
+
+
+class RowStatistics(Optimizer):
+    """State with one number a row of the parameter, as Adafactor keeps it."""
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-2) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                rows = parameter.grad.reshape(len(parameter), -1)
+                if len(state) == 0:
+                    state["row"] = torch.zeros(len(parameter))
+                state["row"].lerp_(rows.square().mean(1), 0.1)
+                parameter.sub_((rows / (state["row"].sqrt() + 1e-3).unsqueeze(1)).view_as(parameter) * group["lr"])
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

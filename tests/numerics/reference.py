@@ -18,7 +18,7 @@ import fxzero
 from fxzero.graph import StepGraph, ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
-from fxzero.graph.edit import Editor, erase_dead, replace_uses
+from fxzero.graph.edit import Editor, coordinate, erase_dead, replace_uses
 from fxzero.graph.randomness import is_random
 from fxzero.pass_manager import Pipeline
 from tests.numerics.models import Batch, Case
@@ -304,17 +304,24 @@ def skip_ranks(step: StepGraph) -> int:
     edits = 0
     for wait in step.calls(c10d.wait):
         launch = c10d.launched_by(wait)
+        editor = Editor(step, phase="backward", param=launch.meta.get("param"))
         if launch.target is c10d.all_reduce:
             wait.replace_all_uses_with(launch.args[0])
-            edits += 1
-        if launch.target is c10d.all_to_all:
+        elif launch.target is c10d.reduce_scatter:
+            sharding = wait.meta["sharding"]
+            index = coordinate(step, sharding.axis)
+            with editor.before(launch):
+                own = editor.call(ops.local_shard, launch.args[0], sharding.num_shards, index, sharding=sharding)
+            wait.replace_all_uses_with(own)
+        elif launch.target is c10d.all_to_all:
             (parts,) = wait.users
             (mean,) = parts.users
-            editor = Editor(step, phase="backward", param=mean.meta.get("param"))
             with editor.after(parts):
                 first = editor.call(aten.select.int, parts, 0, 0, sharding=mean.meta["sharding"])
             mean.replace_all_uses_with(first)
-            edits += 1
+        else:
+            continue
+        edits += 1
     return edits + erase_dead(step)
 
 

@@ -61,8 +61,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"prefetch": 2, "bucket_bytes": 0},
     {"bucket_bytes": 2**20},
     {"bucket_bytes": 4096, "bucket_form": "coalesced"},
+    {"bucket_form": "coalesced", "zero": 0},
     {"reduce_scatter": "native"},
-    {"reduce_scatter": "native", "bucket_form": "coalesced"},
+    {"reduce_scatter": "all_to_all", "all_gather": "native"},
     {"persist_below": 40},
     {"persist_below": 40, "zero": 1},
 ]
@@ -80,10 +81,11 @@ def two_ranks() -> list[Job]:
     jobs = [Job(name, {"zero": zero}) for name in every_stage for zero in range(4)]
     jobs += [Job(name, {"zero": zero}) for name in cases() if name not in every_stage for zero in (1, 3)]
     jobs += [Job("adamw", options) for options in OPTIONS]
-    return jobs + [
+    jobs += [
         Job("adam", {"zero": 0}, fault=reference.skip_ranks),
         Job("adam", {"zero": 1}, fault=reference.skip_ranks),
         Job("adam", {"zero": 3}, fault=reference.skip_ranks),
+        Job("adam", {"zero": 2, "reduce_scatter": "all_to_all"}, fault=reference.skip_ranks),
         Job("one_cycle_sgd", {"zero": 0}, fault=reference.double_gradient),
         Job("one_cycle_sgd", {"zero": 3}, fault=reference.double_gradient),
         Job("adam", {"zero": 1}, fault=reference.take_rows_of_first),
@@ -91,6 +93,7 @@ def two_ranks() -> list[Job]:
         Job("adam", {"zero": 3}, fault=reference.drop_wait),
         Job("adam", {"zero": 3}, fault=reference.read_released),
     ]
+    return jobs
 
 
 def four_ranks() -> list[Job]:
@@ -101,12 +104,13 @@ def four_ranks() -> list[Job]:
     hybrid = {"mesh": {"dp_replicate": 2, "dp": 2}}
     jobs = [Job(name, {"zero": zero}, rtol=1e-6) for name in ("one_cycle_sgd", "adam", "groups") for zero in range(4)]
     jobs += [Job(name, {"zero": zero, **hybrid}, rtol=1e-6) for name in ("one_cycle_sgd", "adam") for zero in range(4)]
-    return jobs + [
+    jobs += [
         Job("one_cycle_sgd", {"zero": 0}, rtol=1e-6, fault=reference.skip_ranks),
         Job("one_cycle_sgd", {"zero": 3}, rtol=1e-6, fault=reference.skip_ranks),
         Job("one_cycle_sgd", {"zero": 3, **hybrid}, rtol=1e-6, fault=reference.skip_replicas),
         Job("one_cycle_sgd", {"zero": 3}, rtol=1e-6, fault=reference.double_gradient),
     ]
+    return jobs
 
 
 SETS: dict[str, Callable[[], list[Job]]] = {"two_ranks": two_ranks, "four_ranks": four_ranks}
@@ -133,8 +137,8 @@ def launch(module: str, *args: str, ranks: int, timeout_s: float) -> str:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        raise AssertionError(f"{module} {args} took more than {timeout_s} s\n{output[-4000:]}") from None
-    assert process.returncode == 0, f"{module} {args} exited {process.returncode}\n{output[-4000:]}"
+        raise AssertionError(f"{module} {args} took more than {timeout_s} s\n{output[-12000:]}") from None
+    assert process.returncode == 0, f"{module} {args} exited {process.returncode}\n{output[-12000:]}"
     return output
 
 

@@ -1,0 +1,57 @@
+"""What needs a GPU. Not run where there is none; no figure in docs comes from here until it has been."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxzero
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+
+class Block(nn.Module):
+    """An embedding, attention, dropout and a tied head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 32)
+        self.qkv = nn.Linear(32, 96)
+        self.drop = nn.Dropout(0.1)
+        self.head = nn.Linear(32, 64, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.embed(x)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return F.cross_entropy(self.head(self.drop(mixed)).flatten(0, 1), x.flatten())
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_one_gpu_equals_the_plain_loop(name):
+    torch.manual_seed(0)
+    model = Block().cuda()
+    plain = copy.deepcopy(model)
+    batches = [torch.randint(64, (4, 16), device="cuda") for _ in range(10)]
+    options = {"lr": 1e-2, "foreach": False}
+    ours = getattr(torch.optim, name)(model.parameters(), **options)
+    theirs = getattr(torch.optim, name)(plain.parameters(), **options)
+    step = fxzero.compile(model, ours)
+    torch.manual_seed(1)
+    losses = [step(x) for x in batches]
+    torch.manual_seed(1)
+    for x, mine in zip(batches, losses, strict=True):
+        loss = plain(x)
+        loss.backward()
+        theirs.step()
+        theirs.zero_grad()
+        assert torch.allclose(loss.detach(), mine, rtol=1e-5)
+    for (path, mine), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(mine, other, rtol=1e-4, atol=1e-6), path
