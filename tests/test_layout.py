@@ -93,9 +93,7 @@ def import_faults(source: str, *, module: str, is_package: bool = False) -> list
     for line, name, _ in imported_names(ast.parse(source), module=module, is_package=is_package):
         top = name.split(".")[0]
         if layer == "kernels" and top not in KERNELS_MAY_IMPORT:
-            faults.append(
-                f"{module}:{line}: kernels imports {name}, expected only torch, triton and the stdlib"
-            )
+            faults.append(f"{module}:{line}: kernels imports {name}, expected only torch, triton and the stdlib")
             continue
         if top in ("passes", "kernels"):
             faults.append(f"{module}:{line}: imports {name}, expected fxzero.{name}")
@@ -152,10 +150,7 @@ def private_torch_faults(source: str, *, module: str) -> list[str]:
         name = dotted_name(node, names)
         if name and private_part(name) == node.attr:
             found.add((node.lineno, name))
-    return [
-        f"{module}:{line}: {name} is private, expected a function of fxzero.compat"
-        for line, name in sorted(found)
-    ]
+    return [f"{module}:{line}: {name} is private, expected a function of fxzero.compat" for line, name in sorted(found)]
 
 
 def size_faults(source: str, *, module: str) -> list[str]:
@@ -163,9 +158,7 @@ def size_faults(source: str, *, module: str) -> list[str]:
     faults = []
     num_lines = len(source.splitlines())
     if num_lines > MAX_MODULE_LINES:
-        faults.append(
-            f"{module}: {num_lines} lines, expected at most {MAX_MODULE_LINES}: split it by concept"
-        )
+        faults.append(f"{module}: {num_lines} lines, expected at most {MAX_MODULE_LINES}: split it by concept")
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
@@ -182,9 +175,7 @@ def name_faults(paths: list[Path]) -> list[str]:
     for path in paths:
         stems = [*path.parts[:-1], path.stem]
         if any(stem in BANNED_STEMS or stem.endswith("_v2") for stem in stems):
-            faults.append(
-                f"{path}: expected a name that says the concept, not {', '.join(BANNED_STEMS)} or *_v2"
-            )
+            faults.append(f"{path}: expected a name that says the concept, not {', '.join(BANNED_STEMS)} or *_v2")
     return faults
 
 
@@ -208,21 +199,13 @@ def test_imports_point_one_way() -> None:
         [
             fault
             for path in CHECKED
-            for fault in import_faults(
-                path.read_text(), module=module_name(path), is_package=path.stem == "__init__"
-            )
+            for fault in import_faults(path.read_text(), module=module_name(path), is_package=path.stem == "__init__")
         ]
     )
 
 
 def test_private_torch_names_live_in_compat() -> None:
-    report(
-        [
-            fault
-            for path in CHECKED
-            for fault in private_torch_faults(path.read_text(), module=module_name(path))
-        ]
-    )
+    report([fault for path in CHECKED for fault in private_torch_faults(path.read_text(), module=module_name(path))])
 
 
 def test_modules_and_functions_are_short() -> None:

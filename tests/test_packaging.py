@@ -74,9 +74,7 @@ def build_wheel(checkout: Path, *, to: Path) -> zipfile.ZipFile:
 def expected_modules() -> set[str]:
     """Every Python file of the checkout by its name in a wheel."""
     files = {
-        f"fxzero/{path.relative_to(ROOT)}"
-        for name in ("passes", "kernels")
-        for path in (ROOT / name).rglob("*.py")
+        f"fxzero/{path.relative_to(ROOT)}" for name in ("passes", "kernels") for path in (ROOT / name).rglob("*.py")
     }
     own = (path for path in (ROOT / "fxzero").rglob("*.py") if path.resolve() == path)
     return files | {str(path.relative_to(ROOT)) for path in own}
@@ -124,9 +122,7 @@ def test_editable_install(tmp_path: Path) -> None:
     script = f"import site; site.addsitedir({str(site)!r})\n{IMPORT_ALL}"
     packages = Path(torch.__file__).parents[1]
     printed = run_python("-S", "-c", script, cwd=elsewhere, path=[site, packages]).stdout.split()
-    assert {Path(place).resolve() for place in printed} == {
-        checkout / name for name in ("fxzero", "passes", "kernels")
-    }
+    assert {Path(place).resolve() for place in printed} == {checkout / name for name in ("fxzero", "passes", "kernels")}
 
 
 def test_bare_passes_is_refused() -> None:

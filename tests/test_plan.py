@@ -91,9 +91,7 @@ def test_hypothesis_builds_every_active_key() -> None:
 
 
 def test_docs_list_every_key_with_its_default_and_whether_it_is_built() -> None:
-    rows = re.findall(
-        r"^\| `(\w+)` \| .+? \| `(.+?)` \| .+ \| (.+?) \|$", DOC.read_text("utf-8"), re.MULTILINE
-    )
+    rows = re.findall(r"^\| `(\w+)` \| .+? \| `(.+?)` \| .+ \| (.+?) \|$", DOC.read_text("utf-8"), re.MULTILINE)
     defaults = {name: default.replace('"', "'") for name, default, _ in rows}
     assert defaults == {f.name: repr(f.default) for f in dataclasses.fields(Plan)}
     assert [name for name, _, built in rows if built == "reserved"] == [f.name for f in RESERVED]
@@ -340,10 +338,7 @@ def test_axes_need_a_mesh() -> None:
         ({"mesh": [("dp", 4)]}, ["Plan.mesh:", "got [('dp', 4)];"]),
         ({"mesh": "dp=4"}, ["Plan.mesh:", "got 'dp=4';"]),
     ]
-    + [
-        ({"mesh": {"dp": 2, axis: 2}}, [f"Plan.mesh['{axis}']:", "reserved, not built yet"])
-        for axis in RESERVED_AXES
-    ],
+    + [({"mesh": {"dp": 2, axis: 2}}, [f"Plan.mesh['{axis}']:", "reserved, not built yet"]) for axis in RESERVED_AXES],
     ids=repr,
 )
 def test_a_bad_value_is_refused(keys: dict[str, Any], parts: list[str]) -> None:
@@ -519,9 +514,7 @@ def test_load_goes_by_suffix(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["toml", "json"])
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"plan.{suffix}"
-    assert message(lambda: Plan.load(path)).startswith(
-        f"{path}: expected a plan in {suffix.upper()}, got [Errno"
-    )
+    assert message(lambda: Plan.load(path)).startswith(f"{path}: expected a plan in {suffix.upper()}, got [Errno")
     path.write_text("zero 3", encoding="utf-8")
     assert message(lambda: Plan.load(path)).endswith("; correct the file or its path")
     path.write_bytes(b'"\xff"')

@@ -117,7 +117,7 @@ def changed_lines(before: str, after: str, *, context: int) -> Iterator[str]:
     old, new = before.splitlines(), after.splitlines()
     # Columns are as wide as what stands in them: one long name would otherwise change every line.
     squeezed = [[re.sub(r"(?<=\S) {2,}", "  ", line) for line in side] for side in (old, new)]
-    matcher = difflib.SequenceMatcher(None, *squeezed, autojunk=False)
+    matcher = difflib.SequenceMatcher(None, squeezed[0], squeezed[1], autojunk=False)
     for group in matcher.get_grouped_opcodes(max(context, 0)):
         (_, i_1, _, j_1, _), (_, _, i_2, _, j_2) = group[0], group[-1]
         yield f"@@ -{i_1 + 1},{i_2 - i_1} +{j_1 + 1},{j_2 - j_1} @@"

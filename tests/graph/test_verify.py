@@ -14,9 +14,9 @@ from fxzero.errors import VerifyError
 from fxzero.graph import Sharding, StateEntry, StepGraph, ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph import verify as verifier
-from fxzero.graph.step_graph import iter_views
 from fxzero.graph.edit import Editor, replace_uses, retype
 from fxzero.graph.randomness import is_random
+from fxzero.graph.step_graph import iter_views
 from fxzero.graph.verify import RULES, verify
 
 aten = torch.ops.aten
@@ -71,11 +71,7 @@ def shard(step: StepGraph, name: str) -> None:
     with editor.after(gradient):
         rows = editor.reduce_scatter(gradient, sharding, op="avg", stem=f"{stem}_grad")
     replace_uses(gradient, rows, [user for user in gradient.users if user.meta["phase"] == "update"])
-    inputs = [
-        n
-        for n in step.inputs("parameter", "optimizer")
-        if name in (n.meta["entry"].name, n.meta["entry"].param)
-    ]
+    inputs = [n for n in step.inputs("parameter", "optimizer") if name in (n.meta["entry"].name, n.meta["entry"].param)]
     inputs = [node for node in inputs if node.meta["entry"].shape == parameter.meta["entry"].shape]
     for node in inputs:
         with editor.mode:
@@ -165,9 +161,7 @@ def test_the_cost_of_values_is_that_of_distinct_layers(monkeypatch: pytest.Monke
     evaluate = verifier.evaluate
     for depth in (3, 12):
         evaluated: list[fx.Node] = []
-        monkeypatch.setattr(
-            verifier, "evaluate", lambda n, m, seen=evaluated: seen.append(n) or evaluate(n, m)
-        )
+        monkeypatch.setattr(verifier, "evaluate", lambda n, m, seen=evaluated: seen.append(n) or evaluate(n, m))
         verify(capture(Deep(depth), torch.randn(5, 6)))
         counts.append(len(evaluated))
     assert counts[0] == counts[1]

@@ -128,6 +128,36 @@ def _loss_of_logits(model: nn.Module, **batch: Any) -> torch.Tensor:
     return F.cross_entropy(model(**batch).logits, labels, label_smoothing=0.1)
 
 
+def _checkpointed(build: Callable[[], nn.Module], *, reentrant: bool) -> Callable[[], nn.Module]:
+    """The same model with its layers computed again in backward."""
+
+    def checkpointed() -> nn.Module:
+        model = build()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        return model
+
+    return checkpointed
+
+
+def _waves(generator: torch.Generator) -> Batch:
+    return {
+        "input_values": torch.randn(ROWS, 400, generator=generator),
+        "labels": torch.randint(0, 5, (ROWS,), generator=generator),
+    }
+
+
+_GPT2 = _build(
+    "GPT2LMHeadModel",
+    "GPT2Config",
+    vocab_size=VOCAB,
+    n_embd=WIDTH,
+    n_layer=2,
+    n_head=4,
+    n_positions=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    use_cache=False,
+)
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
 _BERT = {
     "vocab_size": VOCAB,
@@ -167,26 +197,50 @@ _WHISPER = {
     "decoder_start_token_id": 1,
     "use_cache": False,
 }
+_BART = {
+    "vocab_size": VOCAB,
+    "d_model": WIDTH,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 2 * WIDTH,
+    "decoder_ffn_dim": 2 * WIDTH,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": 2,
+    "use_cache": False,
+}
+_WAV2VEC2 = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 2 * WIDTH,
+    "num_feat_extract_layers": 2,
+    "conv_dim": [16, 16],
+    "conv_stride": [5, 2],
+    "conv_kernel": [10, 3],
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "classifier_proj_size": 16,
+    "num_labels": 5,
+    "layerdrop": 0.0,
+    "mask_time_prob": 0.5,
+    "mask_time_length": 4,
+    "mask_time_min_masks": 1,
+}
 _MAMBA = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "use_cache": False}
 
 CASES: dict[str, HFCase] = {
     "llama": HFCase(_decoder("Llama"), _causal),
     "llama_padded": HFCase(_decoder("Llama", tie_word_embeddings=True), _padded),
     "llama_partly_frozen": HFCase(_frozen_llama, _causal),
-    "gpt2": HFCase(
-        _build(
-            "GPT2LMHeadModel",
-            "GPT2Config",
-            vocab_size=VOCAB,
-            n_embd=WIDTH,
-            n_layer=2,
-            n_head=4,
-            n_positions=64,
-            bos_token_id=1,
-            eos_token_id=2,
-        ),
-        _causal,
-    ),
+    "gpt2": HFCase(_GPT2, _causal),
+    "gpt2_checkpointed": HFCase(_checkpointed(_GPT2, reentrant=False), _causal),
     "qwen2": HFCase(_decoder("Qwen2"), _causal),
     "qwen3": HFCase(_decoder("Qwen3"), _causal),
     "gemma2": HFCase(_decoder("Gemma2", sliding_window=8), _causal),
@@ -237,5 +291,18 @@ CASES: dict[str, HFCase] = {
             **{**_MAMBA, "num_heads": 4, "head_dim": 16, "n_groups": 2, "chunk_size": 8},
         ),
         _causal,
+    ),
+    "gpt2_reentrant_checkpoint": HFCase(
+        _checkpointed(_GPT2, reentrant=True), _causal, refused=("backward", "set use_reentrant=False")
+    ),
+    "bart_layerdrop": HFCase(
+        _build("BartForConditionalGeneration", "BartConfig", **_BART, encoder_layerdrop=0.1),
+        _translation,
+        refused=("module 'model.encoder'", "if dropout_probability < self.layerdrop", "data-dependent"),
+    ),
+    "wav2vec2_spec_augment": HFCase(
+        _build("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", **_WAV2VEC2),
+        _waves,
+        refused=("module 'wav2vec2'", "a draw from `random` or `numpy.random`"),
     ),
 }

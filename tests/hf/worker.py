@@ -20,7 +20,7 @@ from torch import nn
 import fxzero
 from fxzero.errors import CaptureError
 from tests.hf.models import CASES, HFCase
-from tests.numerics.reference import double_gradient, num_programs, planted
+from tests.numerics.reference import double_gradient, num_programs, planted, tensors_of
 
 STEPS = 5
 FAULT = "llama doubled gradient"
@@ -37,8 +37,8 @@ def build(case: HFCase, *, rank: int) -> tuple[nn.Module, torch.optim.Optimizer]
     return model, torch.optim.SGD(trainable, lr=0.1, momentum=0.9)
 
 
-def run_ddp(case: HFCase, *, rank: int) -> list[float]:
-    """The losses of the loop that everybody writes."""
+def run_ddp(case: HFCase, *, rank: int) -> tuple[list[float], nn.Module]:
+    """The losses of the loop that everybody writes, and the trained model."""
     model, optimizer = build(case, rank=rank)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has no successor yet
@@ -51,7 +51,7 @@ def run_ddp(case: HFCase, *, rank: int) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses
+    return losses, model
 
 
 def run_compiled(case: HFCase, *, rank: int) -> tuple[list[float], fxzero.TrainStep]:
@@ -69,7 +69,10 @@ def start(rank: int) -> torch.Generator:
 
 
 def run(case: HFCase, *, rank: int, broken: bool) -> dict[str, Any]:
-    """What one rank finds: `difference` is the largest between two losses of one step."""
+    """What one rank finds: `difference` is the largest between two losses of one step.
+
+    After the steps the whole parameters and buffers are compared too.
+    """
     found: dict[str, Any] = {"error": "", "refused": ""}
     started = time.perf_counter()
     try:
@@ -83,15 +86,18 @@ def run(case: HFCase, *, rank: int, broken: bool) -> dict[str, Any]:
     except Exception:
         return found | {"error": traceback.format_exc()}
     seconds = time.perf_counter() - started
-    expected = run_ddp(case, rank=rank)
+    got = tensors_of(step.model)
+    expected, model = run_ddp(case, rank=rank)
     return found | {
         "difference": max(abs(a - b) for a, b in zip(expected, losses, strict=True)),
+        "parameter_difference": max((v - got[k]).abs().max().item() for k, v in tensors_of(model).items()),
         "losses": losses,
         "nodes": len(step.captured.graph.nodes),
         "nodes_sharded": len(step.graph.graph.nodes),
         "capture_s": step._require_last().capture.seconds,
         "seconds": seconds,
         "programs": num_programs(step),
+        "sharded": sum(any(place.is_shard() for place in p.placements) for p in step.model.parameters()),
     }
 
 

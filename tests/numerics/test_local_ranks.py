@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tests.numerics.local_ranks import compile_for, run_ranks
 from torch import nn
 
 from fxzero import Plan
 from fxzero.graph import collectives as c10d
+from tests.numerics.local_ranks import compile_for, run_ranks
 
 WORLD = 4
 

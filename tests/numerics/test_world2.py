@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from tests.numerics.worker import Job, cases, four_ranks, launch, two_ranks
+from tests.numerics.worker import Job, cases, features, four_ranks, launch, optimizers
 
 pytestmark = pytest.mark.multirank
 
 Results = dict[str, list[dict[str, Any]]]
 
 
-def run(which: str, folder: Path, *, ranks: int, timeout_s: float) -> tuple[Results, str]:
+def run(which: str, folder: Path, *, ranks: int, timeout_s: float = 270) -> tuple[Results, str]:
     """Results of one start by job, and why it ended early, if it did."""
     path, failure = folder / "results.json", ""
     try:
@@ -24,13 +24,18 @@ def run(which: str, folder: Path, *, ranks: int, timeout_s: float) -> tuple[Resu
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, str]:
-    return run("two_ranks", tmp_path_factory.mktemp("two"), ranks=2, timeout_s=280)
+def optimizer_results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, str]:
+    return run("optimizers", tmp_path_factory.mktemp("optimizers"), ranks=2)
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, str]:
-    return run("four_ranks", tmp_path_factory.mktemp("four"), ranks=4, timeout_s=280)
+def feature_results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, str]:
+    return run("features", tmp_path_factory.mktemp("features"), ranks=2)
+
+
+@pytest.fixture(scope="module")
+def four_rank_results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, str]:
+    return run("four_ranks", tmp_path_factory.mktemp("four"), ranks=4)
 
 
 def check(job: Job, outcome: tuple[Results, str]) -> None:
@@ -48,11 +53,16 @@ def check(job: Job, outcome: tuple[Results, str]) -> None:
         assert any(found["difference"] or found["error"] for found in results[job.name]), "the fault was not seen"
 
 
-@pytest.mark.parametrize("job", two_ranks(), ids=lambda job: job.name)
-def test_two_ranks_are_bit_equal_to_ddp(job: Job, two: tuple[Results, str]) -> None:
-    check(job, two)
+@pytest.mark.parametrize("job", optimizers(), ids=lambda job: job.name)
+def test_two_ranks_are_bit_equal_to_ddp(job: Job, optimizer_results: tuple[Results, str]) -> None:
+    check(job, optimizer_results)
+
+
+@pytest.mark.parametrize("job", features(), ids=lambda job: job.name)
+def test_features_and_options_are_bit_equal_to_ddp(job: Job, feature_results: tuple[Results, str]) -> None:
+    check(job, feature_results)
 
 
 @pytest.mark.parametrize("job", four_ranks(), ids=lambda job: job.name)
-def test_four_ranks_are_close_to_ddp(job: Job, four: tuple[Results, str]) -> None:
-    check(job, four)
+def test_four_ranks_are_close_to_ddp(job: Job, four_rank_results: tuple[Results, str]) -> None:
+    check(job, four_rank_results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ PLANS = {
 def test_each_pass_does_what_it_did(name, golden):
     texts = snapshots(*PLANS[name])
     parts = [texts[0][1]]
-    for (before, old), (after, new) in zip(texts, texts[1:], strict=False):
+    for (before, old), (after, new) in itertools.pairwise(texts):
         diff = difflib.unified_diff(old.splitlines(), new.splitlines(), before, after, n=0, lineterm="")
         parts.append("\n".join(line for line in diff if not line.startswith("@@")))
     golden(name, "\n\n".join(parts) + "\n")
