@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(given)
         args.run(args)
+        sys.stdout.flush()
     except SystemExit as stop:  # --help and --version end so
         return int(stop.code or 0)
     except BrokenPipeError:

@@ -107,8 +107,8 @@ def op_table(before: Counter[str], after: Counter[str]) -> str:
     """Ops of which there are more or fewer, the greatest change first."""
     changed = [op for op in {*before, *after} if before[op] != after[op]]
     changed.sort(key=lambda op: (-abs(after[op] - before[op]), op))
-    rows = [[op, before[op], after[op], f"{after[op] - before[op]:+,d}"] for op in changed]
-    rows.append(["all", before.total(), after.total(), f"{after.total() - before.total():+,d}"])
+    rows = [[op, before[op], after[op], f"{after[op] - before[op]:+d}"] for op in changed]
+    rows.append(["all", before.total(), after.total(), f"{after.total() - before.total():+d}"])
     return tabulate(rows, headers=["op", "before", "after", "change"], colalign=("left", "right", "right", "right"))
 
 

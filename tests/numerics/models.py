@@ -1,5 +1,6 @@
 """Small models, a hand-written optimizer and the jobs made of them: between them what makes a step hard to shard."""
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,6 +117,7 @@ class Frame(nn.Module):
         self.embed = nn.Embedding(VOCAB, WIDTH)
         self.body = nn.LSTM(WIDTH, WIDTH) if lstm else nn.Linear(WIDTH, WIDTH)
         self.head = nn.Linear(WIDTH, VOCAB)
+        self.table = torch.linspace(0.5, 1.5, WIDTH)  # neither parameter nor buffer
         self.register_buffer("previous", torch.zeros(()))
         self.register_buffer("current", torch.ones(()))
         self.register_buffer("average", torch.zeros(()), persistent=False)
@@ -155,6 +157,11 @@ def crossing(model: Frame, hidden: torch.Tensor) -> torch.Tensor:
     scale = 1 + 0.1 * model.previous + 0.1 * model.current
     model.previous, model.current = model.current * 0.9, model.previous + 1
     return model.body(hidden) * scale
+
+
+def tabled(model: Frame, hidden: torch.Tensor) -> torch.Tensor:
+    """A tensor that is a plain attribute, read twice."""
+    return model.body(hidden * model.table) + model.table
 
 
 def recurrent(model: Frame, hidden: torch.Tensor) -> torch.Tensor:
@@ -383,6 +390,19 @@ class ByHand:
             group["lr"] = 0.0 if self.steps % 7 == 0 else 1e-2
 
 
+class LoadsItself:
+    """Saves and loads the optimizer's state in the middle of a run, with torch's own methods."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps == 4:
+            self.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+
+
 def stepped_before(model: nn.Module) -> Optimizer:
     """An optimizer that has state already."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -451,6 +471,7 @@ def all_cases() -> dict[str, Case]:
         ),
         plain.but(name="batch_size", batch=changing_batch, captures=2),
         plain.but(name="train_and_eval", prepare=evaluating_sometimes, captures=2),
+        plain.but(name="loads_state", scheduler=LoadsItself),
         plain.but(name="two_paths", model=TwoPaths, batch=branching_batch, captures=2),
     ]
     return {case.name: case for case in cases}
@@ -459,7 +480,7 @@ def all_cases() -> dict[str, Case]:
 def rarer_cases() -> dict[str, Case]:
     """Jobs by name: what few models do, and what a capture can get wrong without a word."""
     plain = Case("plain", Network, OPTIMIZERS["adamw"], plain_batch)
-    middles = (dropped_in_checkpoint, dropped_transposed, noisy, shifting, crossing)
+    middles = (dropped_in_checkpoint, dropped_transposed, noisy, shifting, crossing, tabled)
     cases = [plain.but(name=middle.__name__, model=lambda middle=middle: Frame(middle)) for middle in middles]
     cases += [
         plain.but(name="recurrent", model=lambda: Frame(recurrent, lstm=True)),

@@ -117,8 +117,10 @@ def four_ranks() -> list[Job]:
     Not for optimizers that enlarge the last bit of a gradient: by a sign, or by Muon's products in bfloat16.
     """
     hybrid = {"mesh": {"dp_replicate": 2, "dp": 2}}
-    jobs = [Job(name, {"zero": zero}, rtol=1e-6) for name in ("one_cycle_sgd", "adam", "groups") for zero in range(4)]
-    jobs += [Job(name, {"zero": zero, **hybrid}, rtol=1e-6) for name in ("one_cycle_sgd", "adam") for zero in range(4)]
+    jobs = [Job(name, {"zero": zero}, rtol=1e-6) for name in ("one_cycle_sgd", "adam") for zero in range(4)]
+    jobs += [Job("groups", {"zero": 3}, rtol=1e-6)]
+    jobs += [Job("one_cycle_sgd", {"zero": zero, **hybrid}, rtol=1e-6) for zero in range(4)]
+    jobs += [Job("adam", {"zero": zero, **hybrid}, rtol=1e-6) for zero in (1, 3)]
     jobs += [
         Job("one_cycle_sgd", {"zero": 0}, rtol=1e-6, fault=reference.skip_ranks),
         Job("one_cycle_sgd", {"zero": 3}, rtol=1e-6, fault=reference.skip_ranks),
@@ -165,6 +167,16 @@ def rank_environment() -> dict[str, str]:
     """The environment of a rank: this checkout first, one thread (two ranks share two cores)."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+@contextlib.contextmanager
+def verifying_less(plan: dict[str, Any]) -> Iterator[None]:
+    """The verifier's slowest rule, which computes every value anew, is left to ZeRO-3: it runs all the passes."""
+    manager = importlib.import_module("fxzero.pass_manager")
+    verify = manager.verify
+    values = plan.get("zero", 3) == 3
+    with mock.patch.object(manager, "verify", lambda *args, **options: verify(*args, **options, values=values)):
+        yield
 
 
 @contextlib.contextmanager
@@ -216,7 +228,7 @@ def main(which: str, path: str) -> None:
         if job.case not in expected:
             expected[job.case] = run_plain(cases()[job.case], rank=rank, distributed=True)
         found: list[Any] = [None] * dist.get_world_size()
-        with sharing_first_capture(captures, job.case):
+        with sharing_first_capture(captures, job.case), verifying_less(job.plan):
             mine = run_job(job, expected[job.case], rank=rank)
         dist.all_gather_object(found, mine)
         results[job.name] = found
