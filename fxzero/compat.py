@@ -7,6 +7,7 @@ file to change.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
@@ -81,6 +82,71 @@ def rebind_scalar(recorded: Any, replacement: Any) -> torch.fx.Node:
     proxy = get_proxy_slot(recorded, mode.tracer)
     set_proxy_slot(replacement, mode.tracer, proxy)
     return proxy.force().node  # type: ignore[union-attr]
+
+
+def node_of(recorded: Any) -> torch.fx.Node | None:
+    """The node of the trace in progress that yields a symbolic scalar; None for plain numbers."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+    mode = get_proxy_mode()
+    if mode is None or not isinstance(recorded, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return None
+    proxy = get_proxy_slot(recorded, mode.tracer, None)
+    return None if proxy is None else proxy.force().node
+
+
+def traced_root() -> nn.Module:
+    """The module that holds the constants of the trace in progress."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    assert mode is not None, "only while tracing"
+    return mode.tracer.root  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def compiling(enabled: bool) -> Iterator[None]:
+    """Let `torch.compiler.is_compiling()` be true within the block, if `enabled`."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = before or enabled
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+def random_devices() -> list[torch.device]:
+    """One device for each default random generator that a step may draw from."""
+    return [torch.device("cpu")] + ([torch.device("cuda", torch.cuda.current_device())] if has_cuda() else [])
+
+
+def has_cuda() -> bool:
+    """Whether there is a GPU whose generator can be asked."""
+    return torch.cuda.is_available()
+
+
+def random_state(device: torch.device) -> bytes:
+    """The state of the default random generator of `device`."""
+    with no_modes():
+        state = torch.cuda.get_rng_state(device) if device.type == "cuda" and has_cuda() else torch.get_rng_state()
+        return state.numpy().tobytes()
+
+
+def move_random_state(device: torch.device) -> None:
+    """Draw one number from the default random generator of `device`."""
+    with no_modes():
+        torch.rand((), device=device if device.type == "cuda" and has_cuda() else "cpu")
+
+
+@contextlib.contextmanager
+def quiet_fake_kernels() -> Iterator[None]:
+    """Let torch not log that a fake kernel failed: the block reports it itself."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def traced_nodes() -> int:

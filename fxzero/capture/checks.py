@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxzero.capture.draws import host_random_state
 from fxzero.capture.inventory import hyperparameters
 from fxzero.errors import CaptureError
 
@@ -31,6 +32,17 @@ def check_loss(loss: Any) -> None:
         refuse(
             "a tensor that needs no gradient",
             "check that the loss depends on trainable parameters, outside no_grad",
+        )
+
+
+def check_host_random(before: tuple[Any, ...], *, where: str) -> None:
+    """Raise CaptureError if the generators of Python or NumPy have moved since `before` was taken."""
+    if host_random_state() != before:
+        raise CaptureError.of(
+            where=where,
+            expected="random numbers drawn by torch",
+            got="a draw from `random` or `numpy.random`, which would be the same at every step",
+            fix="draw with torch, or before the step and pass it as part of the batch",
         )
 
 

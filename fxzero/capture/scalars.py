@@ -7,6 +7,10 @@ the host. To be bit-equal the captured graph does the same: a float hyperparamet
 `step`) is a node that reads it. Where an optimizer branches on such a number (`if weight_decay != 0`, RAdam's
 `rho > 5`), the symbol's current value decides and the condition is recorded as a guard. A graph is used again only
 while all its guards hold; a scheduler that merely changes values never recaptures.
+
+A number that follows from no input at all is no variable: it is computed on the spot, as in eager mode. (The models
+of transformers ask thus whether their own `arange` of positions holds several packed sequences; only with the answer
+do they leave the causal mask to the attention kernel.)
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fxzero import compat
+from fxzero.graph.randomness import is_random
+from fxzero.graph.step_graph import ancestors
 
 aten = torch.ops.aten
 
@@ -47,10 +53,11 @@ class ScalarReader(compat.dispatch_mode()):  # type: ignore[misc]
         self.last_op = func
         out = func(*args, **kwargs)
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-        if not tensors or not all(id(t) in self.twins for t in tensors):
-            return out
+        known = bool(tensors) and all(id(t) in self.twins for t in tensors)
         if func is aten._local_scalar_dense.default:
-            return self._hinted(out, self.twins[id(args[0])][1])
+            return self._hinted(out, self.twins[id(args[0])][1]) if known else _constant(out)
+        if not known:
+            return out
         self._run_twin(func, args, kwargs, out)
         return out
 
@@ -79,6 +86,31 @@ class ScalarReader(compat.dispatch_mode()):  # type: ignore[misc]
             return recorded
         self.reads.append((compat.symbol_of(hinted), compat.rebind_scalar(recorded, hinted)))
         return hinted
+
+
+def _constant(recorded: Any) -> Any:
+    """The value of a number that was read from a tensor, where that tensor follows from no input and no random draw."""
+    node = compat.node_of(recorded)
+    if node is None:
+        return recorded
+    needed = ancestors([node])
+    if any(n.op == "placeholder" or is_random(n) or (n.op == "get_attr" and not _is_literal(n)) for n in needed):
+        return recorded
+    root = compat.traced_root()
+    values: dict[torch.fx.Node, Any] = {}
+    with compat.no_modes(), torch.no_grad():
+        for n in [n for n in node.graph.nodes if n in needed]:
+            if n.op == "get_attr":
+                values[n] = getattr(root, str(n.target))
+            else:
+                args, kwargs = torch.fx.map_arg((n.args, n.kwargs), values.__getitem__)
+                values[n] = n.target(*args, **kwargs)  # type: ignore[operator]
+    return values[node]
+
+
+def _is_literal(constant: torch.fx.Node) -> bool:
+    """Whether a real tensor in a trace comes from `torch.tensor(...)`: other ones belong to somebody."""
+    return all(user.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default) for user in constant.users)
 
 
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)

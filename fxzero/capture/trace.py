@@ -5,12 +5,19 @@
 that in-place ops of the model, buffer updates and the optimizer's own mutations come out as plain functional nodes,
 and the nodes carry the module that was running. Nothing runs for real: parameters, buffers, optimizer state and the
 batch are fakes with the single-device shapes, whatever the live tensors are (shards, meta tensors).
+
+[Note: as a compiler]
+A model may branch on the values of its batch ("does this mask hold any padding?") where it need not: transformers
+leaves such questions out while `torch.compiler.is_compiling()`, and takes the way that is right for all values. So
+a forward or backward that cannot be traced as eager code is traced once more with that flag set. It is not set from
+the start because the eager way is the faster one (a causal flag rather than a mask tensor) and bit-equal to the plain
+loop.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -18,21 +25,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import annotate, preserve_node_meta
 from torch.nn.modules import module as nn_module
 
 from fxzero import compat
-from fxzero.capture.checks import capture_error, check_hyperparameters_unchanged, check_loss
+from fxzero.capture.checks import capture_error, check_host_random, check_hyperparameters_unchanged, check_loss
 from fxzero.capture.clean import clean
+from fxzero.capture.draws import RandomDraws, host_random_state
 from fxzero.capture.guards import Guards, collect_guards, freeze_unused
 from fxzero.capture.inventory import Inventory, hyperparameters, state_name, with_hyperparameters
 from fxzero.capture.scalars import ScalarReader, SymbolicTensors
 from fxzero.capture.signature import flatten_batch
 from fxzero.capture.twin import clone_optimizer, for_loop_form
+from fxzero.capture.untouched import untouched
 from fxzero.errors import CaptureError, FxzeroError
 from fxzero.graph import StateEntry, StepGraph
+
+log = logging.getLogger("fxzero")
 
 LossFn = Callable[..., Any]
 
@@ -76,8 +87,17 @@ class _Inputs:
 class _StepTracer:
     """Traces one step; see [Note: one trace]."""
 
-    def __init__(self, inventory: Inventory, loss: LossFn | None, args: tuple[Any, ...], kwargs: dict[str, Any]):
+    def __init__(
+        self,
+        inventory: Inventory,
+        loss: LossFn | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        as_compiler: bool = False,
+    ) -> None:
         self.inventory = inventory
+        self.as_compiler = as_compiler
         self.loss = loss
         self.env = compat.new_shape_env()
         self.mode = compat.new_fake_mode(self.env)
@@ -130,7 +150,7 @@ class _StepTracer:
 
     def run(self, *values: Any) -> list[Any]:
         """One training step on traced values, in the order of `self.inputs`."""
-        with compat.functional_mode(), self.reader, SymbolicTensors():
+        with compat.functional_mode(), self.reader, RandomDraws(), SymbolicTensors():
             wrapped = [compat.to_functional(v) if isinstance(v, torch.Tensor) else v for v in values]
             table = {e.key: v for e, v in zip(self.inputs.entries, wrapped, strict=True)}
             self._follow_host_scalars(table)
@@ -139,7 +159,11 @@ class _StepTracer:
                 value.requires_grad_(self.inventory.parameters[name].requires_grad)
             buffers = {n: table[("buffer", n)] for n in self.inventory.buffers}
             tensors = {**parameters, **buffers}
-            with compat.reparametrized(self.inventory.model, tensors), self._module_paths():
+            with (
+                compat.reparametrized(self.inventory.model, tensors),
+                self._module_paths(),
+                compat.compiling(self.as_compiler),
+            ):
                 loss, metrics = self._forward(table)
                 buffers = {name: self._buffer_now(name) for name in buffers}
                 self.boundaries["backward"] = compat.traced_nodes()
@@ -260,8 +284,13 @@ class _StepTracer:
         names = {module: name for name, module in self.inventory.model.named_modules(remove_duplicate=True)}
         stack = contextlib.ExitStack()
         entered: list[contextlib.ExitStack] = []
+        before = host_random_state()
+
+        def drew() -> None:
+            check_host_random(before, where=f"module {(self.path or [''])[-1]!r}")
 
         def enter(module: nn.Module, _: Any) -> None:
+            drew()
             if module in names:
                 self.path.append(names[module])
                 scope = contextlib.ExitStack()
@@ -269,6 +298,7 @@ class _StepTracer:
                 entered.append(scope)
 
         def leave(module: nn.Module, _: Any, __: Any) -> None:
+            drew()
             if module in names:
                 self.path.pop()
                 entered.pop().close()
@@ -280,6 +310,7 @@ class _StepTracer:
         try:
             with stack, annotate({"module": ""}):
                 yield
+            check_host_random(before, where="loss, backward")
         finally:
             while entered:
                 entered.pop().close()
@@ -308,20 +339,15 @@ def capture_step(
         CaptureError: naming module, op and source line.
     """
     start = time.perf_counter()
-    tracer = _StepTracer(inventory, loss, args, kwargs)
-    tracer.declare(fresh=fresh)
-    with _untouched(inventory.model), contextlib.ExitStack() as stack:
-        stack.enter_context(compat.tracing_context(tracer.mode))
-        stack.enter_context(preserve_node_meta())
-        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(tracer.mode)
-        try:
-            module = make_fx(tracer.run, tracing_mode="real", _allow_non_fake_inputs=True)(*tracer.inputs.values)
-        except FxzeroError:
+    try:
+        tracer = _StepTracer(inventory, loss, args, kwargs)
+        module = _trace(tracer, fresh=fresh)
+    except CaptureError as error:
+        if error.__cause__ is None or "update" in tracer.boundaries:
             raise
-        except Exception as error:
-            raise tracer.explain(error) from error
+        log.info("fxzero: tracing again as a compiler (torch.compiler.is_compiling()): %s", error)
+        tracer = _StepTracer(inventory, loss, args, kwargs, as_compiler=True)
+        module = _trace(tracer, fresh=fresh)
     entries = tracer.inputs.entries
     guards = collect_guards(
         tracer.env, module.graph, entries=entries, symbols=tracer.symbols, reads=tracer.reader.reads
@@ -338,21 +364,21 @@ def capture_step(
     return Capture(step, guards, constants, time.perf_counter() - start)
 
 
-@contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward leaves on modules (cached tables, counters), and restore the random state."""
-    saved = [
-        (module, {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
-        for module in model.modules()
-    ]
-    with torch.random.fork_rng(enabled=True):
+def _trace(tracer: _StepTracer, *, fresh: bool) -> fx.GraphModule:
+    tracer.declare(fresh=fresh)
+    with untouched(tracer.inventory.model), contextlib.ExitStack() as stack:
+        stack.enter_context(compat.quiet_fake_kernels())
+        stack.enter_context(compat.tracing_context(tracer.mode))
+        stack.enter_context(preserve_node_meta())
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(tracer.mode)
         try:
-            yield
-        finally:
-            for module, attributes in saved:
-                for name in set(vars(module)) - set(attributes):
-                    vars(module).pop(name)
-                vars(module).update(attributes)
+            return make_fx(tracer.run, tracing_mode="real", _allow_non_fake_inputs=True)(*tracer.inputs.values)
+        except FxzeroError:
+            raise
+        except Exception as error:
+            raise tracer.explain(error) from error
 
 
 def _unwrap(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +15,14 @@ aten = torch.ops.aten
 
 def is_random(node: fx.Node) -> bool:
     """Whether a call draws from the default generator."""
-    target: Any = node.target
+    return draws(node.target, node.args, node.kwargs)
+
+
+def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an op, called like this, draws from the default generator."""
     if not compat.is_op(target) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
     if "attention" in target.name():  # tagged, but draws nothing at dropout 0
-        named = dict(zip((a.name for a in target._schema.arguments), node.args, strict=False))
-        return bool({**named, **node.kwargs}.get("dropout_p", 0.0))
+        named = dict(zip((a.name for a in target._schema.arguments), args, strict=False))
+        return bool({**named, **kwargs}.get("dropout_p", 0.0))
     return target is not aten.empty_like.default
