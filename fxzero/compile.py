@@ -199,6 +199,7 @@ class TrainStep:
                 return compiled
         if self._last is not None:
             log.info("fxzero: capturing again: the signature or a guard has changed")
+        self._state.prime(inventory)  # a parameter may have been unfrozen
         capture = self._capture(inventory, args, kwargs)
         for compiled in known:
             if compiled.capture.same_as(capture):
@@ -209,7 +210,9 @@ class TrainStep:
 
     def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
         """Capture before anything is sharded, so that a failure leaves model and optimizer as they were."""
-        compiled = self._compile(self._capture(self._state.rehearsal(), args, kwargs))
+        rehearsal = self._state.rehearsal()
+        Signature.of(rehearsal, args, kwargs, fresh=self._state.fresh)  # refuses a batch that has none
+        compiled = self._compile(self._capture(rehearsal, args, kwargs))
         self._state.bind()
         inventory = Inventory.of(self.model, self.optimizer)
         signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)

@@ -14,7 +14,7 @@ from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.randomness import is_random
-from fxzero.graph.step_graph import num_bytes
+from fxzero.graph.step_graph import iter_views, num_bytes
 
 
 @graph_pass(requires=("captured",), provides=("updates-placed",))
@@ -101,6 +101,10 @@ def _tails(nodes: list[fx.Node], group_of: dict[fx.Node, int]) -> dict[fx.Node, 
             depth[node] = max(before) + _travels(node)
             if reducing or node.meta["phase"] == "update":
                 tail[node] = depth[node]
+    for node in nodes:
+        if c10d.is_release(node) and node.meta["phase"] == "update":
+            released = [alias for source in node.all_input_nodes for alias in (source, *iter_views(source))]
+            tail[node] = max(depth.get(reader, 0) for alias in released for reader in alias.users)
     for node in reversed(nodes):
         if node.meta["phase"] == "update" and node not in tail and not is_random(node):
             readers = [tail[u] for u in node.users if u in tail]

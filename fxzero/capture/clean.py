@@ -76,9 +76,13 @@ class _Rebuild:
         for raw in raw_nodes:
             if raw.op == "placeholder":
                 self.mapping[raw] = self._placeholder(raw, next(self.entries))
+        constants: dict[str, fx.Node] = {}
         for raw in raw_nodes:
             if raw.op == "get_attr":
-                self.mapping[raw] = self._constant(raw)
+                target = str(raw.target)
+                if target not in constants:
+                    constants[target] = self._constant(raw)
+                self.mapping[raw] = constants[target]
         for index, raw in enumerate(raw_nodes):
             if raw.op == "call_function":
                 self.mapping[raw] = self._replaced(raw) or self._call(raw, self._phase(index))

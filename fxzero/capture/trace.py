@@ -98,6 +98,7 @@ class _StepTracer:
     ) -> None:
         self.inventory = inventory
         self.as_compiler = as_compiler
+        self.fresh = False
         self.loss = loss
         self.env = compat.new_shape_env()
         self.mode = compat.new_fake_mode(self.env)
@@ -112,12 +113,13 @@ class _StepTracer:
     # ---- inputs
 
     def declare(self, *, fresh: bool) -> None:
-        """Make a fake input for everything that the step reads."""
+        """Make a fake input for everything that the step reads (or, at a first step, only writes)."""
+        self.fresh = fresh
         for kind, tensors in (("parameter", self.inventory.parameters), ("buffer", self.inventory.buffers)):
             for name, tensor in tensors.items():
                 self.inputs.add(StateEntry(kind, name, tuple(tensor.shape)), self._fake(tensor))
         for param, key, value in self.inventory.optimizer_state():
-            if not fresh and _is_tensor_or_number(value):
+            if _is_tensor_or_number(value):
                 shape = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
                 self._declare_scalar_or_tensor(StateEntry("optimizer", state_name(param, key), shape, param), value)
         for index, group in enumerate(self.inventory.optimizer.param_groups):
@@ -251,7 +253,7 @@ class _StepTracer:
         optimizer.state = defaultdict(dict)
         for param, key, value in self.inventory.optimizer_state():
             entry = ("optimizer", state_name(param, key))
-            if entry in table or not _is_tensor_or_number(value):
+            if not self.fresh and (entry in table or not _is_tensor_or_number(value)):
                 optimizer.state[parameters[param]][key] = table.get(entry, value)
         for name, gradient in gradients.items():
             parameters[name].grad = gradient

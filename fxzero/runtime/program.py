@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -94,6 +95,7 @@ class _Emitter:
         self.outputs: list[tuple[str, str]] = []
         self.position = self.in_place.position
         self.copies = self._copies()
+        self.aside = self._set_aside()
         self.messages = 0
 
     def text(self) -> str:
@@ -111,7 +113,7 @@ class _Emitter:
         for key, node in self.step.results.items():
             if key[0] not in STATE_KINDS or not yields_tensor(node):
                 self.outputs.append(key)
-                returned.append(node.name)
+                returned.append(self.aside.get(node, node.name))
         self.lines.append(f"    return ({''.join(f'{name}, ' for name in returned)})")
         return "\n".join(self.lines) + "\n"
 
@@ -172,7 +174,10 @@ class _Emitter:
         return name
 
     def _copies(self) -> dict[fx.Node, list[str]]:
-        """Node -> copies into state to run after it: results that did not come to stand in their state's memory."""
+        """Node -> lines to run after it: results that did not come to stand in their state's memory.
+
+        A result that stands in the memory of another state is set aside first: that state may be written before.
+        """
         out: dict[fx.Node, list[str]] = {}
         nodes = list(self.step.graph.nodes)
         inputs = {node.meta["entry"].key: node for node in self.step.inputs(*STATE_KINDS)}
@@ -180,36 +185,41 @@ class _Emitter:
             state = inputs.get(key)
             if state is None or not yields_tensor(node) or self.in_place.storage[node] is state:
                 continue
+            source = node.name
+            if self._stands_in_state(node):
+                source = f"{node.name}_for_{state.name}"
+                out.setdefault(node, []).append(f"{source} = {node.name}.clone()")
             last = max(self._last_reading(state), self.position[node])
             last = min(last, len(nodes) - 2)  # not behind the output
-            out.setdefault(nodes[last], []).append(f"{state.name}.copy_({node.name})")
-        return self._ordered(out, inputs)
+            out.setdefault(nodes[last], []).append(f"{state.name}.copy_({source})")
+        for lines in out.values():
+            lines.sort(key=lambda line: ".copy_(" in line)  # what is set aside comes first
+        return out
 
-    def _ordered(
-        self, copies: dict[fx.Node, list[str]], inputs: dict[tuple[str, str], fx.Node]
-    ) -> dict[fx.Node, list[str]]:
-        """Where one state's new value is another state's old one, keep the old one until it has been copied."""
-        by_name = {node.name: node for node in inputs.values()}
-        for lines in copies.values():
-            read = {line[line.index("(") + 1 : -1] for line in lines}
-            lines.sort(
-                key=lambda line: line[: line.index(".copy_")] in read and line[: line.index(".copy_")] in by_name
-            )
-        return copies
+    def _set_aside(self) -> dict[fx.Node, str]:
+        """Returned values that stand in a state's memory, which the step will have written: node -> their copy."""
+        aside: dict[fx.Node, str] = {}
+        for key, node in self.step.results.items():
+            if key[0] not in STATE_KINDS and yields_tensor(node) and self._stands_in_state(node):
+                aside[node] = f"{node.name}_returned"
+                self.copies.setdefault(node, []).insert(0, f"{aside[node]} = {node.name}.clone()")
+        return aside
+
+    def _stands_in_state(self, node: fx.Node) -> bool:
+        root = self.in_place.storage[node]
+        return root.op == "placeholder" and root.meta["entry"].kind in STATE_KINDS
 
     def _last_reading(self, state: fx.Node) -> int:
-        readers = [
-            self.position[user]
-            for member in self.in_place.members[state]
-            for user in member.users
-            if user.op != "output"
-        ]
-        return max(readers, default=0)
+        members = self.in_place.members[state]
+        readers = [self.position[user] for member in members for user in member.users if user.op != "output"]
+        return max([*readers, *(self.position[member] for member in members)], default=0)
 
     def _dying(self) -> dict[fx.Node, list[str]]:
         """Node -> names of variables that nothing needs after it."""
         kept = {
-            node.name for key, node in self.step.results.items() if key[0] not in STATE_KINDS or not yields_tensor(node)
+            self.aside.get(node, node.name)
+            for key, node in self.step.results.items()
+            if key[0] not in STATE_KINDS or not yields_tensor(node)
         }
         last: dict[str, fx.Node] = {}
         for node in self.step.graph.nodes:
@@ -220,9 +230,8 @@ class _Emitter:
             for source in node.all_input_nodes:
                 last[source.name] = node
             for line in self.copies.get(node, ()):
-                target, _, source_name = line.partition(".copy_(")
-                last[target] = node
-                last[source_name[:-1]] = node
+                for name in re.findall(r"\w+", line.replace(".copy_", " ").replace(".clone", " ")):
+                    last[name] = node
         out: dict[fx.Node, list[str]] = {}
         for name, node in last.items():
             if name not in kept:

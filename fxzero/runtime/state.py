@@ -89,7 +89,7 @@ class StepState:
             self._broadcast(inventory)
             for name, parameter in inventory.parameters.items():
                 self._replace(parameter, self._adopt_parameter(name, parameter.detach()), name=name)
-        self._prime(Inventory.of(self.model, self.optimizer))
+        self.prime(Inventory.of(self.model, self.optimizer))
         self.bound = True
 
     def _broadcast(self, inventory: Inventory) -> None:
@@ -196,7 +196,7 @@ class StepState:
 
     # ---- optimizer state
 
-    def _prime(self, inventory: Inventory) -> None:
+    def prime(self, inventory: Inventory) -> None:
         """Give each optimized parameter the state that the optimizer would start with."""
         for name in inventory.optimized:
             parameter = inventory.parameters[name]
@@ -289,10 +289,20 @@ class StepState:
         else:
             memory = local.new_zeros((each, *local.shape[1:]))
             memory[: local.shape[0]].copy_(local)
-            fresh = self._wrap(key, memory, owned.shape, True)
-            owned.data = fresh.data
+            return self._take_over(key, self._wrap(key, memory, owned.shape, True), owned)
         self._local[key] = (owned, memory)
         return memory
+
+    def _take_over(self, key: tuple[str, str], ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        """Put a tensor with our memory behind it in the place of the one that the user put there."""
+        kind, name = key
+        if kind == "parameter":
+            assert isinstance(theirs, nn.Parameter)
+            self._replace(theirs, ours, name=name)
+        else:
+            param, _, entry = name.partition(":")
+            self.optimizer.state[self._parameter(param)][entry] = ours
+        return self._local[key][1]
 
     def write_back(self, kind: str, name: str, value: Any) -> None:
         """Store state that is a Python number."""

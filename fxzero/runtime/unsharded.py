@@ -27,6 +27,8 @@ def unsharded(state: StepState, *, writeback: bool) -> Iterator[nn.Module]:
             if isinstance(parameter, DTensor):
                 if parameter not in whole:
                     full = parameter.detach().full_tensor()  # type: ignore[attr-defined]
+                    if full.untyped_storage().nbytes() != full.nbytes:
+                        full = full.clone()  # rows of a padded gather: the rest is nobody's
                     whole[parameter] = nn.Parameter(full, requires_grad=parameter.requires_grad)
                 places.append((module, name, parameter))
     for module, name, parameter in places:
