@@ -315,12 +315,9 @@ def _check_model(model: nn.Module) -> None:
     from torch.distributed.tensor import DTensor
 
     where = f"model {type(model).__name__}"
-    if hasattr(model, "_orig_mod"):
+    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
         raise CaptureError.of(
-            where,
-            expected="a plain module",
-            got="one from torch.compile",
-            fix="pass the module that was compiled",
+            where, expected="a plain module", got="one from torch.compile", fix="pass the module that was compiled"
         )
     wrapped = [
         type(m).__name__

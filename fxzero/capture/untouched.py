@@ -19,6 +19,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         (module, {k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items()})
         for module in model.modules()
     ]
+    lists = [(v, list(v)) for module in model.modules() for v in vars(module).values() if isinstance(v, list)]
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(enabled=True):
         try:
@@ -26,6 +27,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+            for kept, items in lists:
+                kept[:] = items
             for module, attributes in saved:
                 for name in set(vars(module)) - set(attributes):
                     vars(module).pop(name)

@@ -42,20 +42,18 @@ def load_state_dict(state: StepState, values: Mapping[str, Any]) -> None:
             got=f"{len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}",
             fix="load the checkpoint into step.state_dict() of the same model and optimizer",
         )
+    for key, target, _ in _tensors(state):
+        if values[key].shape != target.shape:
+            raise FxzeroError.of(
+                where=key,
+                expected=f"shape {tuple(target.shape)}",
+                got=f"{tuple(values[key].shape)}",
+                fix="load a checkpoint of the same model; nothing has been changed",
+            )
     with torch.no_grad():
-        for key, target, owner in _tensors(state):
-            value = values[key]
-            if value is target:
-                continue
-            if value.shape != target.shape:
-                raise FxzeroError.of(
-                    where=key,
-                    expected=f"shape {tuple(target.shape)}",
-                    got=f"{tuple(value.shape)}",
-                    fix="load the same model",
-                )
-            del owner
-            target.copy_(value)
+        for key, target, _ in _tensors(state):
+            if values[key] is not target:
+                target.copy_(values[key])
     for key, old in list(_numbers(state)):
         _set_number(state, key, type(old)(values[key].item()))
     state.stepped = bool(values[_STEPPED].item())
