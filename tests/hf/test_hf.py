@@ -15,7 +15,7 @@ from tests.numerics.reference import num_programs
 from tests.numerics.worker import launch
 
 TOLERANCE = 1e-5
-TIMEOUT_S = 570
+TIMEOUT_S = 800
 CAPTURED = [name for name, case in CASES.items() if not case.refused]
 REFUSED = [name for name, case in CASES.items() if case.refused]
 

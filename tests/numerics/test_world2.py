@@ -13,7 +13,7 @@ pytestmark = pytest.mark.multirank
 Results = dict[str, list[dict[str, Any]]]
 
 
-def run(which: str, folder: Path, *, ranks: int, timeout_s: float = 270) -> tuple[Results, str]:
+def run(which: str, folder: Path, *, ranks: int, timeout_s: float = 800) -> tuple[Results, str]:
     """Results of one start by job, and why it ended early, if it did."""
     path, failure = folder / "results.json", ""
     try:
