@@ -101,15 +101,16 @@ def _tails(nodes: list[fx.Node], group_of: dict[fx.Node, int]) -> dict[fx.Node, 
             depth[node] = max(before) + _travels(node)
             if reducing or node.meta["phase"] == "update":
                 tail[node] = depth[node]
-    for node in nodes:
-        if c10d.is_release(node) and node.meta["phase"] == "update":
-            released = [alias for source in node.all_input_nodes for alias in (source, *iter_views(source))]
-            tail[node] = max(depth.get(reader, 0) for alias in released for reader in alias.users)
     for node in reversed(nodes):
         if node.meta["phase"] == "update" and node not in tail and not is_random(node):
             readers = [tail[u] for u in node.users if u in tail]
             if readers:
                 tail[node] = min(readers)
+    for node in nodes:
+        if c10d.is_release(node) and node.meta["phase"] == "update":
+            released = [alias for source in node.all_input_nodes for alias in (source, *iter_views(source))]
+            readers = [reader for alias in released for reader in alias.users if reader is not node]
+            tail[node] = max(tail.get(reader, 0) for reader in (*released, *readers))
     return tail
 
 

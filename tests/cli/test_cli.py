@@ -279,7 +279,9 @@ def test_a_first_step_that_is_special_is_shown(printed, tiny) -> None:
     usual = printed("dump", f"{tiny}:step", "--after", "capture", "--quiet")
     special = printed("dump", f"{tiny}:first_step", "--after", "capture", "--quiet")
     inputs = [re.findall(r"\] +optimizer +(\S+)", out) for out in (usual, special)]
-    assert inputs == [["lin.weight:momentum_buffer", "lin.bias:momentum_buffer"], []]
+    assert inputs == [["lin.weight:momentum_buffer", "lin.bias:momentum_buffer"]] * 2  # it has a place from the start
+    reads = [len(re.findall(r"mul.Tensor +%lin_weight_momentum_buffer", out)) for out in (usual, special)]
+    assert reads == [1, 0]  # but the first step does not read it
     assert "-> optimizer  lin.weight:momentum_buffer" in special
 
 
