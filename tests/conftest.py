@@ -27,7 +27,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 KNOWN_DEFECTS = (
     "[recurrent]",
     "[strided]",
-    "[trust_ratio zero=3]",
     "test_a_batch_of_another_structure",
     "test_a_model_that_has_a_step_already",
     "test_an_optimizer_that_ranks_cannot_shard_works_or_is_refused_before_anything_is_sharded",
