@@ -109,8 +109,8 @@ def _tails(nodes: list[fx.Node], group_of: dict[fx.Node, int]) -> dict[fx.Node, 
     for node in nodes:
         if c10d.is_release(node) and node.meta["phase"] == "update":
             released = [alias for source in node.all_input_nodes for alias in (source, *iter_views(source))]
-            readers = [reader for alias in released for reader in alias.users if reader is not node]
-            tail[node] = max(tail.get(reader, 0) for reader in (*released, *readers))
+            others = [reader for alias in released for reader in alias.users if reader is not node]
+            tail[node] = max(tail.get(other, 0) for other in (*released, *others))
     return tail
 
 
