@@ -45,6 +45,26 @@ def is_fake(value: object) -> bool:
     return isinstance(value, FakeTensor)
 
 
+def is_data_dependent(error: BaseException) -> bool:
+    """Whether a trace failed because Python asked for a value that only real data has."""
+    from torch._subclasses import fake_tensor
+    from torch.fx.experimental import symbolic_shapes
+
+    kinds = (
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+        symbolic_shapes.GuardOnDataDependentSymNode,
+    )
+    return isinstance(error, kinds)
+
+
+def lacks_fake_kernel(error: BaseException) -> bool:
+    """Whether a trace failed because an op cannot run on fake tensors."""
+    from torch._subclasses import fake_tensor
+
+    return isinstance(error, (fake_tensor.UnsupportedOperatorException, fake_tensor.UnsupportedFakeTensorException))
+
+
 def fake_mode_of(value: torch.Tensor) -> Any:
     """The mode that a fake tensor belongs to."""
     return value.fake_mode  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,8 @@ from fxzero.runtime.unsharded import unsharded
 
 log = logging.getLogger("fxzero")
 
+_owned: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose parameters are a step's
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -45,6 +48,7 @@ class Compiled:
         step: after all of them.
         program: what runs.
         capture: guards and constants.
+        text: what other ranks must agree to.
         records: what each pass did.
         seconds: phase of compilation -> time.
     """
@@ -53,6 +57,7 @@ class Compiled:
     step: StepGraph
     program: Program
     capture: Capture
+    text: str
     records: list[PassRecord]
     seconds: dict[str, float]
 
@@ -114,7 +119,6 @@ class TrainStep:
         self.plan = self._topology.plan
         self._state = StepState(model, optimizer, self._topology, init=init)
         self._compiled: dict[Signature, list[Compiled]] = {}
-        self._agreed: set[str] = set()
         self._agreement = Agreement(timeout_s=self.plan.timeout_s)
         self._last: Compiled | None = None
 
@@ -133,8 +137,13 @@ class TrainStep:
             CaptureError: if the step cannot be captured; model and optimizer are then as before.
             RankMismatchError: on all ranks, if they are not about to run the same step.
         """
-        self._check_ready()
-        compiled = self._find(args, kwargs)
+        with self._telling_other_ranks():
+            self._check_ready()
+            compiled = self._find(args, kwargs)
+        self._agreement.settle(compiled.text)
+        if not self._state.bound:
+            self._bind()
+            self._remember(compiled, args, kwargs)
         values = compiled.program.run(self._inputs(compiled, args, kwargs))
         loss = self._take_results(compiled.program, values)
         self._state.stepped = True
@@ -189,8 +198,10 @@ class TrainStep:
     # ---- compiling
 
     def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
-        if not self._state.bound:
-            return self._first(args, kwargs)
+        if not self._state.bound:  # so that a failure leaves model and optimizer as they were
+            rehearsal = self._state.rehearsal()
+            Signature.of(rehearsal, args, kwargs, fresh=self._state.fresh)  # refuses a batch that has none
+            return self._compile(self._capture(rehearsal, args, kwargs))
         inventory = Inventory.of(self.model, self.optimizer)
         signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
         known = self._compiled.setdefault(signature, [])
@@ -208,40 +219,28 @@ class TrainStep:
         known.append(self._compile(capture))
         return known[-1]
 
-    def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
-        """Capture before anything is sharded, so that a failure leaves model and optimizer as they were."""
-        rehearsal = self._state.rehearsal()
-        Signature.of(rehearsal, args, kwargs, fresh=self._state.fresh)  # refuses a batch that has none
-        compiled = self._compile(self._capture(rehearsal, args, kwargs))
-        self._state.bind()
+    def _remember(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inventory = Inventory.of(self.model, self.optimizer)
         signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
         self._compiled.setdefault(signature, []).append(compiled)
-        return compiled
 
     def _capture(self, inventory: Inventory, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
-        with self._telling_other_ranks():
-            return capture_step(inventory, self.loss, args, kwargs, fresh=self._state.fresh)
+        return capture_step(inventory, self.loss, args, kwargs, fresh=self._state.fresh)
 
     def _compile(self, capture: Capture) -> Compiled:
         seconds = {"capture": capture.seconds}
-        with self._telling_other_ranks():
-            capture.step.mesh = dict(self.plan.axes)
-            pipeline = recipe(self.plan, backend=self._topology.backend)
-            with _timed(seconds, "passes"):
-                step = pipeline.run(capture.step)
-            with _timed(seconds, "lower"):
-                program = Program(step, groups=self._topology.groups)
-            text = agreed_text(step, plan=self.plan.fingerprint(), passes=pipeline.describe())
-        if text not in self._agreed:
-            with _timed(seconds, "agree"):
-                self._agreement.settle(text)
-            self._agreed.add(text)
-        return Compiled(capture.step, step, program, capture, list(pipeline.records), seconds)
+        capture.step.mesh = dict(self.plan.axes)
+        pipeline = recipe(self.plan, backend=self._topology.backend)
+        with _timed(seconds, "passes"):
+            step = pipeline.run(capture.step)
+        with _timed(seconds, "lower"):
+            program = Program(step, groups=self._topology.groups)
+        text = agreed_text(step, plan=self.plan.fingerprint(), passes=pipeline.describe())
+        return Compiled(capture.step, step, program, capture, text, list(pipeline.records), seconds)
 
     @contextlib.contextmanager
     def _telling_other_ranks(self) -> Iterator[None]:
-        """If this rank cannot compile, the others learn of it at once rather than by a timeout."""
+        """If this rank cannot run the step, the others learn of it at once rather than by a timeout."""
         try:
             yield
         except Exception as error:
@@ -279,23 +278,27 @@ class TrainStep:
 
     # ---- state
 
+    def _bind(self) -> None:
+        self._state.bind()
+        _owned.add(self.model)
+
     def unsharded(self, *, writeback: bool = False) -> contextlib.AbstractContextManager[nn.Module]:
         """The plain model with whole parameters, until the block ends; all ranks must enter it.
 
         Args:
             writeback: keep what the block changed in the parameters.
         """
-        self._state.bind()
+        self._bind()
         return unsharded(self._state, writeback=writeback)
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters, buffers, optimizer state and hyperparameters, for `torch.distributed.checkpoint`."""
-        self._state.bind()
+        self._bind()
         return state_dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `torch.distributed.checkpoint.load` filled in a `state_dict()`."""
-        self._state.bind()
+        self._bind()
         load_state_dict(self._state, state)
 
 
@@ -315,6 +318,13 @@ def _check_model(model: nn.Module) -> None:
     from torch.distributed.tensor import DTensor
 
     where = f"model {type(model).__name__}"
+    if model in _owned:
+        raise CaptureError.of(
+            where,
+            expected="a model that no step owns",
+            got="one that has a compiled step already",
+            fix="use that step; for another plan, save its state_dict() and load it into a new model's step",
+        )
     if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
         raise CaptureError.of(
             where, expected="a plain module", got="one from torch.compile", fix="pass the module that was compiled"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from fxzero.errors import FxzeroError, PipelineError, RewriteError
 from fxzero.graph import StepGraph
 from fxzero.graph.contract import Pass
+from fxzero.graph.rules import Summary
 from fxzero.graph.verify import verify
 
 log = logging.getLogger("fxzero")
@@ -32,6 +33,14 @@ class PassRecord:
     op_diff: dict[str, int]
     seconds: float
     verify_seconds: float
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What is kept of a graph while a pass changes it."""
+
+    ops: collections.Counter[str]
+    summary: Summary | None
 
 
 @dataclass
@@ -62,35 +71,37 @@ class Pipeline:
         check: bool = True,
         snapshot: Callable[[str, StepGraph], None] | None = None,
     ) -> StepGraph:
-        """Rewrite a copy of `step`, pass by pass.
+        """Rewrite one copy of `step`, pass by pass.
 
         Args:
             step: a captured step; it is not changed.
             until: stop after this pass.
             check: verify after each pass.
-            snapshot: called with (pass name, graph) after each pass, and with "capture" first.
+            snapshot: called with (pass name, graph) after each pass, and with "capture" first; the graph changes
+                afterwards, so keep its text or a copy.
 
         Raises:
             RewriteError: if a pass cannot handle this graph.
             VerifyError: if a pass broke a rule (a bug of fxzero's).
         """
         self.records.clear()
-        current = step
+        current = step.copy()
+        before = _Before(_op_counts(current), Summary.of(current) if check else None)
         if snapshot:
             snapshot("capture", current)
         for rewrite in self.passes:
-            current = self._run_one(rewrite, current, check=check)
+            before = self._run_one(rewrite, current, before)
             if snapshot:
                 snapshot(rewrite.name, current)
             if rewrite.name == until:
                 break
         return current
 
-    def _run_one(self, rewrite: Pass, before: StepGraph, *, check: bool) -> StepGraph:
-        after = before.copy()
+    def _run_one(self, rewrite: Pass, step: StepGraph, before: _Before) -> _Before:
+        """Let one pass change `step`; returns what the next one will be compared with."""
         start = time.perf_counter()
         try:
-            edits = rewrite.run(after, **rewrite.options)
+            edits = rewrite.run(step, **rewrite.options)
         except FxzeroError:
             raise
         except Exception as error:
@@ -101,15 +112,17 @@ class Pipeline:
                 fix=f"disable it ({rewrite.name!r} in the plan's `disable`) and report the graph",
             ) from error
         seconds = time.perf_counter() - start
-        after.facts = before.facts | rewrite.provides
-        after.title = f"after {rewrite.name}"
+        step.facts |= rewrite.provides
+        step.title = f"after {rewrite.name}"
         start = time.perf_counter()
-        if check:
-            verify(after, before=before)
-        record = PassRecord(rewrite.name, edits, _op_diff(before, after), seconds, time.perf_counter() - start)
-        self.records.append(record)
+        summary = None if before.summary is None else verify(step, before=before.summary)
+        verify_seconds = time.perf_counter() - start
+        now = _Before(_op_counts(step), summary)
+        diff = {op: now.ops[op] - before.ops[op] for op in sorted({*before.ops, *now.ops})}
+        changed = {op: number for op, number in diff.items() if number}
+        self.records.append(PassRecord(rewrite.name, edits, changed, seconds, verify_seconds))
         log.debug("%s: %d edits, %.3f s", rewrite.name, edits, seconds)
-        return after
+        return now
 
     def describe(self) -> str:
         """One line a pass, with its options: what ranks must agree on."""
@@ -135,9 +148,5 @@ def check_order(passes: Iterable[Pass]) -> None:
         facts |= rewrite.provides
 
 
-def _op_diff(before: StepGraph, after: StepGraph) -> dict[str, int]:
-    def count(step: StepGraph) -> collections.Counter[str]:
-        return collections.Counter(getattr(n.target, "__name__", str(n.target)) for n in step.calls())
-
-    old, new = count(before), count(after)
-    return {op: new[op] - old[op] for op in sorted({*old, *new}) if new[op] != old[op]}
+def _op_counts(step: StepGraph) -> collections.Counter[str]:
+    return collections.Counter(getattr(n.target, "__name__", str(n.target)) for n in step.calls())

@@ -58,8 +58,9 @@ def shard_optimizer_state(step: StepGraph, *, axis: str, persist_below: int = 0)
         inputs.setdefault(entry.param or entry.name, {})[entry.key] = node
     results = step.results
     edits = 0
+    editor = Editor(step, phase="update")
     for name in sharded:
-        rewrite = _RowWiseUpdate(step, name, sharded[name])
+        rewrite = _RowWiseUpdate(editor, name, sharded[name])
         mine = inputs[name]
         whole = mine[("parameter", name)].meta["entry"].shape
         for (kind, _), node in mine.items():
@@ -76,11 +77,12 @@ def shard_optimizer_state(step: StepGraph, *, axis: str, persist_below: int = 0)
 class _RowWiseUpdate:
     """Carries a row sharding through the update of one parameter, in program order."""
 
-    def __init__(self, step: StepGraph, name: str, sharding: Sharding) -> None:
-        self.step = step
+    def __init__(self, editor: Editor, name: str, sharding: Sharding) -> None:
+        self.step = editor.step
         self.name = name
         self.sharding = sharding
-        self.editor = Editor(step, phase="update", param=name)
+        self.editor = editor
+        editor.meta = {**editor.meta, "param": name}
         self.rows: set[fx.Node] = set()
         self.gathered: dict[fx.Node, fx.Node] = {}
         self.local: dict[fx.Node, fx.Node] = {}

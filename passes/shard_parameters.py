@@ -93,7 +93,7 @@ def _shard(
     for phase in PHASES:
         if users[phase]:
             editor.meta = {**editor.meta, "phase": phase}
-            _gather_for(parameter, sharding, users[phase], editor, position)
+            _gather_for(parameter, sharding, users[phase], editor, position, whole.stride())
     return 1 + sum(bool(u) for u in users.values())
 
 
@@ -116,12 +116,14 @@ def _gather_for(
     users: list[fx.Node],
     editor: Editor,
     position: dict[fx.Node, float],
+    strides: tuple[int, ...],
 ) -> None:
     """Gather before the first of `users`, release after the last that reads the parameter or a view of it."""
     first = min(users, key=position.__getitem__)
     stem = identifier(parameter.meta["entry"].name)
     with editor.before(first):
         waited, full = editor.all_gather(parameter, sharding, stem=stem)
+        full = editor.with_strides(full, strides)
     for user in users:
         user.replace_input_with(parameter, full)
     readers = [u for source in (waited, *iter_views(waited)) for u in source.users]

@@ -23,23 +23,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="write golden texts instead of comparing with them")
 
 
-# Tests that show a defect which is known and not mended yet; docs/known_defects.md says what each one means for a user.
-KNOWN_DEFECTS = (
-    "[recurrent]",
-    "[strided]",
-    "test_a_batch_of_another_structure",
-    "test_a_model_that_has_a_step_already",
-    "test_an_optimizer_that_ranks_cannot_shard_works_or_is_refused_before_anything_is_sharded",
-    "test_ranks_that_run_different_known_programs_are_stopped",
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if any(part in item.nodeid for part in KNOWN_DEFECTS):
-            item.add_marker(pytest.mark.xfail(reason="see docs/known_defects.md", strict=False))
-
-
 @dataclass(frozen=True)
 class Golden:
     """Compares a text with `folder/name.txt`, or writes that file where `accept` is set."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxzero import compat
 from fxzero.capture.draws import host_random_state
 from fxzero.capture.inventory import hyperparameters
 from fxzero.errors import CaptureError
@@ -60,7 +61,14 @@ def check_hyperparameters_unchanged(optimizer: torch.optim.Optimizer, before: li
 
 
 def capture_error(
-    error: Exception, *, phase: str, model: nn.Module, optimizer: torch.optim.Optimizer, path: str, op: object
+    error: Exception,
+    *,
+    phase: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    path: str,
+    op: object,
+    batch: list[tuple[str, Any]],
 ) -> CaptureError:
     """What went wrong in a trace, with the module, op and source line of the user's that it went wrong at.
 
@@ -70,6 +78,7 @@ def capture_error(
         model, optimizer: the user's.
         path: the module whose forward was running.
         op: the last op that was traced.
+        batch: (path, leaf) of the arguments.
     """
     frames = traceback.extract_tb(error.__traceback__)
     inside = ("/torch/", "/fxzero/capture/", "/fxzero/compat.py", "/sympy/")
@@ -79,9 +88,35 @@ def capture_error(
     where = f"module {path!r} of {type(model).__name__}" if phase == "forward" else phase
     if phase == "update":
         where = f"{type(optimizer).__name__}.step"
+    expected, fix = _advice(error, phase, batch)
     return CaptureError.of(
         where=f"{where}, op {op}, {frame.filename}:{frame.lineno} ({(frame.line or '').strip()})",
-        expected="code whose control flow does not depend on tensor values, on ops that have a fake kernel",
+        expected=expected,
         got=f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}",
-        fix="replace the branch by torch.where, or move it out of the step",
+        fix=fix,
     )
+
+
+def _advice(error: Exception, phase: str, batch: list[tuple[str, Any]]) -> tuple[str, str]:
+    """What was expected, and what to do, by the kind of an error."""
+    if compat.is_data_dependent(error):
+        return (
+            "code whose control flow and shapes do not depend on tensor values",
+            "replace the branch by torch.where, or move it out of the step",
+        )
+    if compat.lacks_fake_kernel(error):
+        return ("ops that have a fake kernel", "register one: torch.library.register_fake")
+    if phase == "forward":
+        given = ", ".join(f"{path} {_describe(leaf)}" for path, leaf in batch) or "nothing"
+        return (
+            "a forward pass that runs on this batch",
+            f"call loss or model with the same batch outside of fxzero; the step was given {given}",
+        )
+    return ("a step that runs without fxzero, and can be traced", "try the same step in a plain training loop first")
+
+
+def _describe(leaf: Any) -> str:
+    if isinstance(leaf, torch.Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+    text = repr(leaf)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -117,10 +117,11 @@ def collect_guards(
             names[symbol] = name
             guards.readers[name] = functools.partial(_look_up, kind, name)
     placeholders = {n: e for n, e in zip(graph.find_nodes(op="placeholder"), entries, strict=True)}
+    order = {node: index for index, node in enumerate(graph.nodes)}
     for symbol, node in reads:
         if symbol in used:
             names[symbol] = node.name
-            guards.readers[node.name] = _reader_program(node, placeholders)
+            guards.readers[node.name] = _reader_program(node, placeholders, order)
     for expr in conditions:
         if expr.free_symbols <= set(names):
             guards.conditions.append(compile_condition(expr, names))
@@ -139,17 +140,18 @@ def _look_up(kind: str, name: str, lookup: Callable[[str, str], Any]) -> Any:
     return lookup(kind, name)
 
 
-def _reader_program(node: fx.Node, placeholders: dict[fx.Node, StateEntry]) -> Callable[..., Any]:
+def _reader_program(
+    node: fx.Node, placeholders: dict[fx.Node, StateEntry], order: dict[fx.Node, int]
+) -> Callable[..., Any]:
     """The few ops that lead from state to one number, cut from the graph."""
-    needed = ancestors([node])
+    needed = sorted(ancestors([node]), key=order.__getitem__)
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     entries = []
-    for old in node.graph.nodes:
-        if old in needed:
-            mapping[old] = graph.node_copy(old, lambda n: mapping[n])
-            if old.op == "placeholder":
-                entries.append(placeholders[old])
+    for old in needed:
+        mapping[old] = graph.node_copy(old, lambda n: mapping[n])
+        if old.op == "placeholder":
+            entries.append(placeholders[old])
     graph.output(mapping[node])
     program = fx.GraphModule(nn.Module(), graph)
     return lambda lookup: program(*(lookup(e.kind, e.name) for e in entries))

@@ -113,3 +113,9 @@ def _refuse_uncapturable(optimizer: torch.optim.Optimizer) -> None:
             got="LBFGS, which evaluates the model several times a step",
             fix="use a first-order optimizer",
         )
+
+
+def dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides of a tensor whose memory has no holes; those of a contiguous one where it has."""
+    shape, strides = tensor.shape, tensor.stride()
+    return torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fxzero.capture.twin import clone_optimizer, for_loop_form
+from fxzero.errors import CaptureError
 
 
 class _Recording(dict[str, Any]):
@@ -58,6 +59,25 @@ def first_step_is_special(optimizer: torch.optim.Optimizer, group: dict[str, Any
     _, plain = _one_step(optimizer, group, value.clone(), gradient.clone(), None)
     _, primed = _one_step(optimizer, group, value.clone(), gradient.clone(), state)
     return not torch.equal(plain, primed)
+
+
+def check_state_can_be_sharded(optimizer: torch.optim.Optimizer, group: dict[str, Any], index: int) -> None:
+    """State that is not shaped like its parameter stays whole, and is made without the parameter's whole values.
+
+    Raises:
+        CaptureError: if its initial value depends on those. Tried on a tiny parameter.
+    """
+    value = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    one, other = (initial_state(optimizer, group, v) for v in (value, torch.zeros_like(value)))
+    for key, item in one.items():
+        if isinstance(item, torch.Tensor) and item.dim() and item.shape != value.shape:
+            if not torch.equal(item, other[key]):
+                raise CaptureError.of(
+                    where=f"{type(optimizer).__name__}.param_groups[{index}], state {key!r}",
+                    expected="state shaped like its parameter, or the same for all values of the parameter at first",
+                    got=f"shape {tuple(item.shape)} for one of shape {tuple(value.shape)}, made from its values",
+                    fix="use zero=0 for this optimizer",
+                )
 
 
 def _one_step(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fxzero.capture.inventory import Inventory
+from fxzero.capture.inventory import Inventory, dense_strides
 from fxzero.capture.priming import first_step_is_special, initial_state
 from fxzero.capture.twin import clone_optimizer
 
@@ -36,10 +36,12 @@ def rehearse(inventory: Inventory) -> tuple[Inventory, bool]:
 
 
 def _initial(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
+    shape, strides = parameter.shape, dense_strides(parameter)
     try:
-        return initial_state(optimizer, group, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+        like = torch.empty_strided(shape, strides, dtype=parameter.dtype, device="meta")
+        return initial_state(optimizer, group, like)
     except Exception:  # an optimizer whose step reads values: let it have some
-        state = initial_state(optimizer, group, torch.zeros(parameter.shape, dtype=parameter.dtype))
+        state = initial_state(optimizer, group, torch.empty_strided(shape, strides, dtype=parameter.dtype).zero_())
     return {k: v.to("meta") if isinstance(v, torch.Tensor) and v.dim() else v for k, v in state.items()}
 
 

@@ -35,7 +35,7 @@ from fxzero.capture.checks import capture_error, check_host_random, check_hyperp
 from fxzero.capture.clean import clean
 from fxzero.capture.draws import RandomDraws, host_random_state
 from fxzero.capture.guards import Guards, collect_guards, freeze_unused
-from fxzero.capture.inventory import Inventory, hyperparameters, state_name, with_hyperparameters
+from fxzero.capture.inventory import Inventory, dense_strides, hyperparameters, state_name, with_hyperparameters
 from fxzero.capture.scalars import ScalarReader, SymbolicTensors
 from fxzero.capture.signature import flatten_batch
 from fxzero.capture.twin import clone_optimizer, for_loop_form
@@ -146,7 +146,7 @@ class _StepTracer:
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
         device = "cpu" if tensor.device.type == "meta" else tensor.device
         with self.mode:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            return torch.empty_strided(tensor.shape, dense_strides(tensor), dtype=tensor.dtype, device=device)
 
     # ---- the step
 
@@ -277,6 +277,7 @@ class _StepTracer:
             optimizer=self.inventory.optimizer,
             path=self.path[-1] if self.path else "",
             op=self.reader.last_op,
+            batch=self.batch_leaves,
         )
 
     # ---- provenance
@@ -384,7 +385,7 @@ def _trace(tracer: _StepTracer, *, fresh: bool) -> fx.GraphModule:
 
 
 def _unwrap(value: Any) -> Any:
-    return compat.from_functional(value.detach()) if isinstance(value, torch.Tensor) else value
+    return compat.from_functional(value) if isinstance(value, torch.Tensor) else value
 
 
 def _is_tensor_or_number(value: Any) -> bool:

@@ -49,6 +49,7 @@ class Editor:
         self.step = step
         self.graph = step.graph
         self.mode = fake_mode(step)
+        self._coordinates: dict[str, fx.Node] = {}  # a look-up passes over all inputs
         self.meta: dict[str, Any] = {"phase": phase, "module": module}
         if param is not None:
             self.meta["param"] = param
@@ -117,7 +118,9 @@ class Editor:
 
     def local_shard(self, full: fx.Node, sharding: Sharding, *, stem: str) -> fx.Node:
         """This rank's rows of a replicated value."""
-        index = coordinate(self.step, sharding.axis)
+        if sharding.axis not in self._coordinates:
+            self._coordinates[sharding.axis] = coordinate(self.step, sharding.axis)
+        index = self._coordinates[sharding.axis]
         return self.call(ops.local_shard, full, sharding.num_shards, index, name=f"{stem}_local", sharding=sharding)
 
     def pad_rows(self, full: fx.Node, sharding: Sharding) -> fx.Node:
@@ -127,6 +130,14 @@ class Editor:
             return full
         padding = [0, 0] * (full.meta["val"].dim() - 1) + [0, missing]
         return self.call(aten.constant_pad_nd.default, full, padding)
+
+    def with_strides(self, node: fx.Node, strides: tuple[int, ...]) -> fx.Node:
+        """The node, or a copy of it whose memory has its dims in the order of these strides (without holes)."""
+        if node.meta["val"].stride() == strides:
+            return node
+        order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+        inner = self.contiguous(self.call(aten.permute.default, node, order))
+        return self.call(aten.permute.default, inner, [order.index(dim) for dim in range(len(order))])
 
     def contiguous(self, node: fx.Node) -> fx.Node:
         """The node, or a contiguous copy where it is strided otherwise (collectives need it)."""

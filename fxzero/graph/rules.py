@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -40,17 +40,46 @@ class Violation:
     fix: str
 
 
+@dataclass(frozen=True)
+class Summary:
+    """What the rules that compare must know of the graph that a pass was given.
+
+    Args:
+        results: keys of what is returned.
+        parameters: keys of the parameter inputs.
+        random: the random calls, in order.
+        trained: parameters whose next value is computed from their gradient.
+    """
+
+    results: frozenset[tuple[str, str]]
+    parameters: tuple[tuple[str, str], ...]
+    random: tuple[str, ...]
+    trained: frozenset[str]
+
+    @classmethod
+    def of(cls, step: StepGraph) -> Summary:
+        """Sum up a graph."""
+        parameters = tuple(node.meta["entry"].key for node in step.inputs("parameter"))
+        random = tuple(_random_calls(step.calls()))
+        return cls(frozenset(step.results), parameters, random, frozenset(_trained(step)))
+
+
 @dataclass
 class Context:
     """A graph under verification, with what several rules look up.
 
     Args:
         step: the graph.
-        before: the graph that the last pass was given, if any.
+        before: of the graph that the last pass was given, if any.
     """
 
     step: StepGraph
-    before: StepGraph | None = None
+    before: Summary | None = None
+
+    @cached_property
+    def summary(self) -> Summary:
+        """What the next verification will compare with."""
+        return Summary.of(self.step)
 
     @cached_property
     def calls(self) -> list[fx.Node]:
@@ -186,11 +215,11 @@ def check_state(context: Context) -> Iterator[Violation]:
         yield from _check_result(context, key, node)
     if context.before is None:
         return
-    changed = set(results) ^ set(context.before.results)
+    changed = set(results) ^ context.before.results
     for key in sorted(changed):
         now, then = ("returned", "not returned") if key in results else ("not returned", "returned")
         yield Violation(f"result {key}", f"{then}, as before the pass", now, "keep all results")
-    for key in (node.meta["entry"].key for node in context.before.inputs("parameter")):
+    for key in context.before.parameters:
         if key not in context.entries:
             yield Violation(f"input {key}", "an input, as before the pass", "none", "keep all parameters")
 
@@ -242,7 +271,7 @@ def check_random(context: Context) -> Iterator[Violation]:
     """The same random calls in the same order as before: each draws what it would draw on one device."""
     if context.before is None:
         return
-    was, now = (_random_calls(step.calls()) for step in (context.before, context.step))
+    was, now = context.before.random, context.summary.random
     if was != now:
         shorter = min(len(was), len(now))
         first = next((i for i in range(shorter) if was[i] != now[i]), shorter)
@@ -255,7 +284,7 @@ def _random_calls(calls: Iterable[fx.Node]) -> list[str]:
     return [f"%{node.name} = {node.target}" for node in calls if is_random(node)]
 
 
-def _at(names: list[str], index: int) -> str:
+def _at(names: Sequence[str], index: int) -> str:
     return names[index] if index < len(names) else "nothing"
 
 
@@ -263,8 +292,7 @@ def check_gradients(context: Context) -> Iterator[Violation]:
     """Each parameter whose next value depended on its gradient before the pass still has both."""
     if context.before is None:
         return
-    trained = _trained(context.step)
-    for name in sorted(_trained(context.before) - trained):
+    for name in sorted(context.before.trained - context.summary.trained):
         where, expected = f"result ('parameter', {name!r})", "one computed from its gradient, as before"
         fix = "keep meta['grad_of'], and the way from that node to the update"
         yield Violation(where, expected, "one that no node of that meta['grad_of'] leads to", fix)

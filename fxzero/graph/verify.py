@@ -17,6 +17,7 @@ from fxzero.graph.collective_rules import check_collectives, check_release, chec
 from fxzero.graph.edit import describe, evaluate, fake_mode
 from fxzero.graph.rules import (
     Context,
+    Summary,
     Violation,
     check_functional,
     check_gradients,
@@ -27,25 +28,28 @@ from fxzero.graph.rules import (
     check_structure,
     equation,
     schema_of,
-    tensors_in,
 )
 from fxzero.graph.step_graph import StepGraph, yields_scalar
 
 aten = torch.ops.aten
 
 
-def verify(step: StepGraph, *, before: StepGraph | None = None, values: bool = True) -> None:
+def verify(step: StepGraph, *, before: StepGraph | Summary | None = None, values: bool = True) -> Summary:
     """A graph keeps all rules.
 
     Args:
         step: the graph.
-        before: the graph that a pass was given to make `step`; rules that compare are left out without it.
+        before: the graph that a pass was given to make `step`, or what a call of `verify` returned for it; rules
+            that compare are left out without it.
         values: also compute every value anew (most of the time that verification takes).
+
+    Returns:
+        What the rules that compare need to know of this graph, for the next call's `before`.
 
     Raises:
         VerifyError: at the first broken rule, with its name.
     """
-    context = Context(step, before)
+    context = Context(step, Summary.of(before) if isinstance(before, StepGraph) else before)
     for name, rule in RULES.items():
         if name == "values" and not values:
             continue
@@ -57,6 +61,7 @@ def verify(step: StepGraph, *, before: StepGraph | None = None, values: bool = T
                 got=violation.got,
                 fix=violation.fix,
             )
+    return context.summary
 
 
 def check_values(context: Context) -> Iterator[Violation]:
@@ -69,11 +74,12 @@ def check_values(context: Context) -> Iterator[Violation]:
     tensor is left out.
     """
     mode = fake_mode(context.step)
+    symbolic = {n for n in context.step.graph.nodes if n.op != "output" and _has_symbols(n.meta["val"])}
     signatures: dict[fx.Node, Hashable] = {}
     evaluated: dict[Hashable, Any] = {}
     fix = "call retype() on what a pass changed, or let Editor make the node"
     for node in context.calls:
-        if any(_has_symbols(n.meta["val"]) for n in (node, *node.all_input_nodes)):
+        if symbolic and (node in symbolic or any(n in symbolic for n in node.all_input_nodes)):
             continue
         key = _call_signature(node, signatures)
         try:
@@ -114,7 +120,9 @@ def _scalar_type(node: fx.Node, standing: str) -> str:
 
 
 def _has_symbols(val: Any) -> bool:
-    return any(isinstance(size, torch.SymInt) for tensor in tensors_in(val) for size in tensor.shape)
+    if isinstance(val, torch.Tensor):
+        return any(type(size) is not int for size in val.shape)
+    return any(_has_symbols(item) for item in val) if isinstance(val, (list, tuple)) else False
 
 
 def _call_signature(node: fx.Node, signatures: dict[fx.Node, Hashable]) -> Hashable:

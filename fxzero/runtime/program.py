@@ -81,6 +81,19 @@ def runs_by_messages(node: fx.Node) -> bool:
     return node.meta.get("algorithm") == "send_recv"
 
 
+def _with_grad_mode(op: Any) -> Any:
+    """An op that, without grad mode, leaves out what its backward op needs: the program runs without."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.enable_grad():
+            return op(*args, **kwargs)
+
+    return call
+
+
+_READS_GRAD_MODE = {torch.ops.aten.mkldnn_rnn_layer.default: _with_grad_mode(torch.ops.aten.mkldnn_rnn_layer.default)}
+
+
 class _Emitter:
     """Writes the source, line by line."""
 
@@ -151,9 +164,10 @@ class _Emitter:
             name = target.name().replace("::", "_").replace(".", "_")
         else:
             name = f"py_{getattr(target, '__name__', 'call')}"
-        while name in self.names and self.names[name] is not target:
+        call = _READS_GRAD_MODE.get(target, target)
+        while name in self.names and self.names[name] is not call:
             name += "_"
-        self.names[name] = target
+        self.names[name] = call
         return name
 
     def _argument(self, value: Any) -> str:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from fxzero.capture.inventory import Inventory, hyperparameters, state_name
-from fxzero.capture.priming import initial_state
+from fxzero.capture.inventory import Inventory, dense_strides, hyperparameters, state_name
+from fxzero.capture.priming import check_state_can_be_sharded, initial_state
 from fxzero.capture.rehearsal import rehearse
 from fxzero.errors import CaptureError
 from fxzero.graph.ops import local_shard, shard_rows
@@ -72,6 +72,9 @@ class StepState:
     def rehearsal(self) -> Inventory:
         """What there is to capture before `bind`: the model, and a twin of the optimizer with its state."""
         inventory, self.special_first_step = rehearse(Inventory.of(self.model, self.optimizer))
+        if self.topology.plan.zero and self.topology.plan.axes.get("dp", 1) > 1:
+            for index, group in enumerate(self.optimizer.param_groups):
+                check_state_can_be_sharded(self.optimizer, group, index)
         return inventory
 
     # ---- binding
@@ -142,7 +145,7 @@ class StepState:
         if self.topology.mesh is None:
             self._local[("parameter", name)] = (memory, memory)
             return memory
-        return self._wrap(("parameter", name), memory, old.shape, sharded)
+        return self._wrap(("parameter", name), memory, old.shape, sharded, dense_strides(old))
 
     def _send_from_first_rank(self, tensor: torch.Tensor) -> None:
         if self.topology.world_size > 1:
@@ -177,10 +180,19 @@ class StepState:
         if sharded:
             memory = local_shard(full, size, self.topology.coordinate("dp"))
         else:
-            memory = full.detach().contiguous()
-        return self._wrap(key, memory, full.shape, sharded)
+            memory = full.detach()
+            if memory.stride() != dense_strides(memory):
+                memory = memory.clone()
+        return self._wrap(key, memory, full.shape, sharded, dense_strides(full))
 
-    def _wrap(self, key: tuple[str, str], memory: torch.Tensor, shape: torch.Size, sharded: bool) -> torch.Tensor:
+    def _wrap(
+        self,
+        key: tuple[str, str],
+        memory: torch.Tensor,
+        shape: torch.Size,
+        sharded: bool,
+        strides: tuple[int, ...] | None = None,
+    ) -> torch.Tensor:
         mesh = self.topology.mesh
         assert mesh is not None
         rows = memory
@@ -189,7 +201,7 @@ class StepState:
             each = shard_rows(shape[0], size)
             rows = memory[: max(0, min(each, shape[0] - index * each))]
         placements = [Shard(0) if sharded and axis == "dp" else Replicate() for axis in self.topology.plan.axes]
-        stride = torch.empty(shape, device="meta").stride()
+        stride = strides or torch.empty(shape, device="meta").stride()
         owned = DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=stride)
         self._local[key] = (owned, memory)
         return owned
@@ -215,12 +227,19 @@ class StepState:
                     self.optimizer.state[parameter][key] = value
 
     def _initial(self, name: str, group: dict[str, Any]) -> dict[str, Any]:
-        """Initial state, made on this rank's rows where the state is sharded."""
-        memory = self._local[("parameter", name)][1]
-        parameter = self._local[("parameter", name)][0]
-        if self.parameter_is_sharded(parameter.shape, stage=1) and memory.shape == parameter.shape:
+        """Initial state: of this rank's rows where the state is sharded, whole where it has a shape of its own."""
+        parameter, memory = self._local[("parameter", name)]
+        shape = parameter.shape
+        if not self.parameter_is_sharded(shape, stage=1):
+            return initial_state(self.optimizer, group, memory)
+        if memory.shape == shape:
             memory = local_shard(memory.detach(), self.topology.plan.axes["dp"], self.topology.coordinate("dp"))
-        return initial_state(self.optimizer, group, memory)
+        state = initial_state(self.optimizer, group, memory)
+        if any(isinstance(v, torch.Tensor) and v.dim() and v.shape != memory.shape for v in state.values()):
+            whole = initial_state(self.optimizer, group, memory.new_zeros(shape))
+            own_shape = [k for k, v in whole.items() if isinstance(v, torch.Tensor) and v.dim() and v.shape != shape]
+            state.update({key: whole[key] for key in own_shape})
+        return state
 
     def _adopt_state(
         self, param: str, key: str, value: torch.Tensor, shape: torch.Size, *, sharded: bool, is_rows: bool
@@ -232,16 +251,7 @@ class StepState:
         rows = (shard_rows(shape[0], self.topology.plan.axes["dp"]), *shape[1:]) if sharded else tuple(shape)
         if is_rows and sharded and tuple(value.shape) == rows:
             return self._wrap(entry, value.contiguous(), shape, True)
-        if tuple(value.shape) == tuple(shape):
-            return self._adopt(entry, value, sharded)
-        if is_rows and sharded:
-            raise CaptureError.of(
-                where=f"{type(self.optimizer).__name__}.state[{param}][{key!r}]",
-                expected="state shaped like its parameter, or a scalar",
-                got=f"shape {tuple(value.shape)} for rows of shape {rows}",
-                fix="use zero=0 for this optimizer",
-            )
-        return self._adopt(entry, value, False)
+        return self._adopt(entry, value, sharded and tuple(value.shape) == tuple(shape))
 
     # ---- what a program reads
 
@@ -289,7 +299,7 @@ class StepState:
         else:
             memory = local.new_zeros((each, *local.shape[1:]))
             memory[: local.shape[0]].copy_(local)
-            return self._take_over(key, self._wrap(key, memory, owned.shape, True), owned)
+            return self._take_over(key, self._wrap(key, memory, owned.shape, True, owned.stride()), owned)
         self._local[key] = (owned, memory)
         return memory
 

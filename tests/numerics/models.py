@@ -249,6 +249,11 @@ class TrustRatio(Optimizer):
                 parameter.add_(state["exp_avg"] * ratio, alpha=-group["lr"])
 
 
+def by_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as a matrix; a scalar is one row."""
+    return tensor.reshape(tensor.shape[0] if tensor.dim() else 1, -1)
+
+
 class RowStatistics(Optimizer):
     """State with one number a row of the parameter, as Adafactor keeps it."""
 
@@ -262,11 +267,23 @@ class RowStatistics(Optimizer):
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
-                rows = parameter.grad.reshape(len(parameter), -1)
+                rows = by_rows(parameter.grad)
                 if len(state) == 0:
-                    state["row"] = torch.zeros(len(parameter))
+                    state["row"] = torch.zeros(len(rows))
                 state["row"].lerp_(rows.square().mean(1), 0.1)
                 parameter.sub_((rows / (state["row"].sqrt() + 1e-3).unsqueeze(1)).view_as(parameter) * group["lr"])
+
+
+class ScaledByNorms(RowStatistics):
+    """Its state starts from the norms of a parameter's rows, which no rank has whole."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and not self.state[parameter]:
+                    self.state[parameter]["row"] = by_rows(parameter).norm(dim=1)
+        super().step()
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -491,6 +508,7 @@ def rarer_cases() -> dict[str, Case]:
         plain.but(name="freezing_norm", prepare=freezing_norm),
         plain.but(name="by_hand", scheduler=ByHand, captures=2),
         plain.but(name="stepped_before", optimizer=stepped_before),
+        plain.but(name="state_by_rows", optimizer=lambda model: RowStatistics(model.parameters())),
         plain.but(
             name="tensor_lr", optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=torch.tensor(0.01))
         ),

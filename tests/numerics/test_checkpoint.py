@@ -124,7 +124,8 @@ def rank_unshards(folder: Path) -> tuple[list[str], str]:
         with torch.no_grad():
             inside = model.eval()(x, y)
         model.train()
-        torch.save(inside, folder / "loss.pt")
+        if dist.get_rank() == 0:  # ranks have running statistics of their own
+            torch.save(inside, folder / "loss.pt")
         saved = save_safely(model, folder)
         before = model.block.mix.weight.detach().clone()
         with torch.no_grad():

@@ -31,7 +31,7 @@ from fxzero import compat
 from fxzero.graph import StepGraph
 from fxzero.graph.edit import Editor
 from fxzero.pass_manager import Pipeline
-from tests.numerics.models import VOCAB, RowStatistics, Smooth, tokens
+from tests.numerics.models import VOCAB, ScaledByNorms, Smooth, tokens
 from tests.numerics.reference import planted
 from tests.numerics.worker import ROOT, launch, rank_environment
 
@@ -160,9 +160,26 @@ def other_known_program(rank: int) -> None:
         step(torch.ones(2, 4), left=left)
 
 
-def state_by_rows(rank: int) -> None:
-    """No mismatch either: an optimizer whose state is not shaped like its parameters."""
-    step_of(Plain(), RowStatistics, zero=1)(*tokens(torch.Generator()))
+def state_from_whole_values(rank: int) -> None:
+    """An optimizer whose first state needs a parameter's whole values, which ranks will not have."""
+    step_of(Plain(), ScaledByNorms, zero=1)(*tokens(torch.Generator()))
+
+
+def other_new_program(rank: int) -> None:
+    """After a common step, one rank comes with a program that no rank has run yet, the others go on."""
+    step = step_of(EitherLayer(), zero=0)
+    for left in (True, rank != ODD):
+        step(torch.ones(2, 4), left=left)
+
+
+def fails_later(rank: int) -> None:
+    """After a common step, one rank has a batch that its model does not take; then all have good ones."""
+    step = step_of(Plain())
+    step(*tokens(torch.Generator()))
+    try:
+        step(*tokens(torch.Generator())[: 1 if rank == ODD else 2])
+    finally:
+        step(*tokens(torch.Generator()))
 
 
 MISMATCHES = (other_width, other_stage, other_buckets, other_pass_order, other_optimizer, other_dtype)
@@ -173,7 +190,9 @@ SCENARIOS = (
     absent,
     first_absent,
     other_batch,
-    state_by_rows,
+    state_from_whole_values,
+    other_new_program,
+    fails_later,
     other_known_program,
 )
 
@@ -325,14 +344,26 @@ def test_batches_of_other_lengths_are_no_mismatch(ends: Any) -> None:
     assert [found["kind"] for found in ends["other_batch"]] == [""] * RANKS
 
 
-def test_an_optimizer_that_ranks_cannot_shard_works_or_is_refused_before_anything_is_sharded(ends: Any) -> None:
-    for found in ends["state_by_rows"]:
-        assert not found["kind"] or (found["kind"] == "CaptureError" and found["untouched"]), found
+def test_an_optimizer_that_ranks_cannot_shard_is_refused_before_anything_is_sharded(ends: Any) -> None:
+    for found in ends["state_from_whole_values"]:
+        assert found["kind"] == "CaptureError" and found["untouched"], found
+        assert "ScaledByNorms.param_groups[0], state 'row'" in found["message"]
 
 
-def test_ranks_that_run_different_known_programs_are_stopped(ends: Any) -> None:
-    """Each of the two programs was agreed upon before; mixed, they would average gradients of different weights."""
-    assert [found["kind"] for found in ends["other_known_program"]] == ["RankMismatchError"] * RANKS
+@pytest.mark.parametrize("scenario", [other_known_program, other_new_program])
+def test_ranks_that_run_different_programs_are_stopped(scenario: Callable[[int], None], ends: Any) -> None:
+    """Each of the two programs may have been agreed upon before; mixed, they would average other weights' gradients."""
+    for found in ends[scenario.__name__]:
+        assert found["kind"] == "RankMismatchError", found
+        assert re.search(r"line \d+ of the program: .*rank 1 has ", found["message"])
+        assert found["seconds"] < 20
+
+
+def test_a_rank_that_fails_after_the_first_step_ends_the_others_and_votes_stay_paired(ends: Any) -> None:
+    for rank, found in enumerate(ends["fails_later"]):
+        assert found["kind"] == ("CaptureError" if rank == ODD else "RankMismatchError"), found
+        assert "missing 1 required positional argument: 'y'" in found["message"]
+        assert found["seconds"] < 20
 
 
 @pytest.fixture(scope="module")
