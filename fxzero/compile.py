@@ -8,6 +8,7 @@ signature only run.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 import weakref
@@ -139,12 +140,15 @@ class TrainStep:
         """
         with self._telling_other_ranks():
             self._check_ready()
-            compiled = self._find(args, kwargs)
+            inventory = Inventory.of(self.model, self.optimizer)
+            compiled = self._find(inventory, args, kwargs)
         self._agreement.settle(compiled.text)
         if not self._state.bound:
             self._bind()
-            self._remember(compiled, args, kwargs)
-        values = compiled.program.run(self._inputs(compiled, args, kwargs))
+            inventory = Inventory.of(self.model, self.optimizer)
+            signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
+            self._compiled.setdefault(signature, []).append(compiled)
+        values = compiled.program.run(self._inputs(compiled, inventory, args, kwargs))
         loss = self._take_results(compiled.program, values)
         self._state.stepped = True
         compat.mark_stepped(self.optimizer)
@@ -169,7 +173,9 @@ class TrainStep:
                 "step.load_state_dict(sd)",
             )
 
-    def _inputs(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    def _inputs(
+        self, compiled: Compiled, inventory: Inventory, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Any]:
         batch = dict(flatten_batch(args, kwargs)[0])
         constants = compiled.capture.constants
         inputs = []
@@ -179,7 +185,7 @@ class TrainStep:
             elif entry.kind == "constant":
                 inputs.append(constants[entry.name])
             else:
-                inputs.append(self._state.lookup(entry.kind, entry.name))
+                inputs.append(self._state.lookup(inventory, entry.kind, entry.name))
         return inputs
 
     def _take_results(self, program: Program, values: tuple[Any, ...]) -> torch.Tensor:
@@ -197,16 +203,16 @@ class TrainStep:
 
     # ---- compiling
 
-    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
+    def _find(self, inventory: Inventory, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
+        lookup = functools.partial(self._state.lookup, inventory)
         if not self._state.bound:  # so that a failure leaves model and optimizer as they were
             rehearsal = self._state.rehearsal()
             Signature.of(rehearsal, args, kwargs, fresh=self._state.fresh)  # refuses a batch that has none
             return self._compile(self._capture(rehearsal, args, kwargs))
-        inventory = Inventory.of(self.model, self.optimizer)
         signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
         known = self._compiled.setdefault(signature, [])
         for compiled in known:
-            if compiled.capture.guards.hold(self._state.lookup):
+            if compiled.capture.guards.hold(lookup):
                 return compiled
         if self._last is not None:
             log.info("fxzero: capturing again: the signature or a guard has changed")
@@ -214,15 +220,10 @@ class TrainStep:
         capture = self._capture(inventory, args, kwargs)
         for compiled in known:
             if compiled.capture.same_as(capture):
-                compiled.capture.guards.relax(self._state.lookup)
+                compiled.capture.guards.relax(lookup)
                 return compiled
         known.append(self._compile(capture))
         return known[-1]
-
-    def _remember(self, compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inventory = Inventory.of(self.model, self.optimizer)
-        signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
-        self._compiled.setdefault(signature, []).append(compiled)
 
     def _capture(self, inventory: Inventory, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
         return capture_step(inventory, self.loss, args, kwargs, fresh=self._state.fresh)

@@ -153,5 +153,5 @@ def _reader_program(
         if old.op == "placeholder":
             entries.append(placeholders[old])
     graph.output(mapping[node])
-    program = fx.GraphModule(nn.Module(), graph)
+    program = fx.GraphModule(nn.Module(), graph).forward  # not through __call__, which costs more than the ops
     return lambda lookup: program(*(lookup(e.kind, e.name) for e in entries))

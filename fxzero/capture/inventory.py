@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,6 +53,11 @@ class Inventory:
             groups.append(tuple(names[id(p)] for p in group["params"]))
         _refuse_uncapturable(optimizer)
         return cls(model, optimizer, parameters, dict(model.named_buffers()), tuple(groups))
+
+    @cached_property
+    def hyperparameters(self) -> list[dict[str, Any]]:
+        """For each parameter group: path -> value, as they are at the first look."""
+        return [dict(hyperparameters(group)) for group in self.optimizer.param_groups]
 
     @property
     def optimized(self) -> list[str]:

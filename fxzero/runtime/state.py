@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from fxzero.capture.inventory import Inventory, dense_strides, hyperparameters, state_name
+from fxzero.capture.inventory import Inventory, dense_strides, state_name
 from fxzero.capture.priming import check_state_can_be_sharded, initial_state
 from fxzero.capture.rehearsal import rehearse
 from fxzero.errors import CaptureError
@@ -255,19 +255,26 @@ class StepState:
 
     # ---- what a program reads
 
-    def lookup(self, kind: str, name: str) -> Any:
-        """The current value of one entry, as a program takes it; follows what the user has replaced since."""
+    def lookup(self, inventory: Inventory, kind: str, name: str) -> Any:
+        """The current value of one entry, as a program takes it; follows what the user has replaced since.
+
+        Args:
+            inventory: what model and optimizer own at this step.
+            kind, name: the key of a state entry.
+        """
         if kind == "parameter":
-            return self._current((kind, name), self._parameter(name))
+            memory = self._current((kind, name), inventory.parameters[name])
+            if self._local[(kind, name)][0] is not inventory.parameters[name]:
+                inventory.parameters[name] = self._parameter(name)
+            return memory
         if kind == "buffer":
-            owner, _, attribute = name.rpartition(".")
-            return getattr(self.model.get_submodule(owner), attribute)
+            return inventory.buffers[name]
         if kind == "optimizer":
             param, _, key = name.partition(":")
-            return self._current((kind, name), self.optimizer.state[self._parameter(param)][key])
+            return self._current((kind, name), self.optimizer.state[inventory.parameters[param]][key])
         if kind == "hyperparameter":
             _, index, path = name.split(".", 2)
-            return dict(hyperparameters(self.optimizer.param_groups[int(index)]))[path]
+            return inventory.hyperparameters[int(index)][path]
         assert kind == "coordinate", kind
         return self.topology.coordinate(name)
 

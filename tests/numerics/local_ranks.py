@@ -68,7 +68,7 @@ def _value(node: Any, entry: Any, state: StepState, batches: list[Any]) -> Any:
         return compat.local_int({rank: rank for rank in ranks})
     if entry.kind == "batch":
         return compat.local_tensor({rank: batches[rank][int(entry.name.split(".")[1])] for rank in ranks})
-    value = state.lookup(entry.kind, entry.name)
+    value = state.lookup(Inventory.of(state.model, state.optimizer), entry.kind, entry.name)
     if not isinstance(value, torch.Tensor):
         return value
     if "sharding" in node.meta:

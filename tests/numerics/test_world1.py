@@ -74,8 +74,8 @@ def test_a_skipped_update_is_seen_by_the_verifier_and_by_the_comparison() -> Non
 def test_a_frozen_learning_rate_is_seen() -> None:
     look_up, first = StepState.lookup, {}
 
-    def stale(self: StepState, kind: str, name: str) -> Any:
-        value = look_up(self, kind, name)
+    def stale(self: StepState, inventory: Any, kind: str, name: str) -> Any:
+        value = look_up(self, inventory, kind, name)
         return first.setdefault(name, value) if kind == "hyperparameter" else value
 
     with mock.patch.object(StepState, "lookup", stale):
