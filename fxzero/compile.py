@@ -89,7 +89,8 @@ def compile(
         PlanError: if the plan cannot be honoured here.
         CaptureError: if model or optimizer can be seen at once not to fit.
     """
-    plan = plan if isinstance(plan, Plan) else Plan.from_dict(dict(plan or {}))
+    plan = plan if isinstance(plan, Plan) else Plan.from_dict({} if plan is None else plan)
+    _check_types(model, optimizer)
     _check_model(model)
     Inventory.of(model, optimizer)  # raises where the two do not belong together
     return TrainStep(model, optimizer, plan, loss=loss, init=init)
@@ -212,7 +213,7 @@ class TrainStep:
         signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
         known = self._compiled.setdefault(signature, [])
         for compiled in known:
-            if compiled.capture.guards.hold(lookup):
+            if compiled.capture.guards.hold(lookup, inventory.attributes):
                 return compiled
         if self._last is not None:
             log.info("fxzero: capturing again: the signature or a guard has changed")
@@ -220,7 +221,7 @@ class TrainStep:
         capture = self._capture(inventory, args, kwargs)
         for compiled in known:
             if compiled.capture.same_as(capture):
-                compiled.capture.guards.relax(lookup)
+                compiled.capture.guards.relax(lookup, inventory.attributes)
                 return compiled
         known.append(self._compile(capture))
         return known[-1]
@@ -313,6 +314,17 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 def _device_type(model: nn.Module) -> str:
     kinds = {p.device.type for p in model.parameters()} - {"meta"}
     return next(iter(kinds), "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_types(model: Any, optimizer: Any) -> None:
+    for where, value, kind in (("model", model, nn.Module), ("optimizer", optimizer, torch.optim.Optimizer)):
+        if not isinstance(value, kind):
+            raise CaptureError.of(
+                where=f"compile(model, optimizer, plan), {where}",
+                expected=f"a torch {kind.__name__}",
+                got=type(value).__name__,
+                fix="call fxzero.compile(model, optimizer, plan, loss=loss)",
+            )
 
 
 def _check_model(model: nn.Module) -> None:

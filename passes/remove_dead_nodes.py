@@ -9,5 +9,10 @@ from fxzero.graph.edit import erase_dead
 
 @graph_pass(requires=("captured",))
 def remove_dead_nodes(step: StepGraph) -> int:
-    """Erase calls without readers; random ones (they advance the generator) and releases stay."""
-    return erase_dead(step)
+    """Erase calls and mesh coordinates without readers; random calls (they advance the generator) and releases stay."""
+    removed = erase_dead(step)
+    for node in step.inputs("coordinate"):
+        if not node.users:
+            step.graph.erase_node(node)
+            removed += 1
+    return removed

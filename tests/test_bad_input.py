@@ -291,6 +291,22 @@ def test_a_wrapped_model() -> None:
     refused("expected a plain module, got one wrapped by DataParallel", model=model)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "got"),
+    [
+        ((lambda x: x, None), "model: expected a torch Module, got function"),
+        ((network(), network()), "optimizer: expected a torch Optimizer, got Sequential"),
+    ],
+)
+def test_something_else_than_a_model_and_its_optimizer(arguments: tuple[Any, Any], got: str) -> None:
+    with pytest.raises(CaptureError, match=got):
+        fxzero.compile(*arguments)
+
+
+def test_a_plan_that_is_no_table() -> None:
+    refused("Plan: expected a table of keys, got 3", plan=3, kind=PlanError)
+
+
 def test_a_model_that_has_a_step_already() -> None:
     model = network()
     optimizer = torch.optim.AdamW(model.parameters())

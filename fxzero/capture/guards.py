@@ -47,19 +47,26 @@ class Guards:
         readers: scalar name -> function of the current inputs that yields it (hyperparameters and state scalars by
             name, reads of 0-dim tensors by a small program cut from the graph).
         frozen: hyperparameters that left no node in the graph, with the value that they had: they may have shaped it.
+        attributes: plain attributes of modules, likewise.
+        irrelevant: attributes that were seen not to shape the graph.
     """
 
     conditions: list[tuple[str, Callable[..., Any], tuple[str, ...]]] = field(default_factory=list)
     readers: dict[str, Callable[[Callable[[str, str], Any]], Any]] = field(default_factory=dict)
     frozen: dict[str, Any] = field(default_factory=dict)
+    attributes: dict[tuple[str, str], Any] = field(default_factory=dict)
+    irrelevant: set[tuple[str, str]] = field(default_factory=set)
     _seen: dict[tuple[Any, ...], bool] = field(default_factory=dict)
 
-    def hold(self, lookup: Callable[[str, str], Any]) -> bool:
+    def hold(self, lookup: Callable[[str, str], Any], attributes: dict[tuple[str, str], Any]) -> bool:
         """Whether every condition is true now.
 
         Args:
             lookup: (kind, name) of a state entry -> its current value.
+            attributes: the modules' current ones, see `Inventory.attributes`.
         """
+        if self._relevant(attributes) != self.attributes:
+            return False
         if any(lookup("hyperparameter", name) != value for name, value in self.frozen.items()):
             return False
         if not self.conditions:
@@ -72,9 +79,19 @@ class Guards:
             self._seen[key] = all(test(*(values[n] for n in names)) for _, test, names in self.conditions)
         return self._seen[key]
 
-    def relax(self, lookup: Callable[[str, str], Any]) -> None:
-        """Forget frozen hyperparameters that have changed since: capturing again gave the same graph."""
+    def relax(self, lookup: Callable[[str, str], Any], attributes: dict[tuple[str, str], Any]) -> None:
+        """Forget numbers and attributes that have changed since: capturing again gave the same graph."""
         self.frozen = {k: v for k, v in self.frozen.items() if lookup("hyperparameter", k) == v}
+        known = {*attributes, *self.attributes}
+        self.irrelevant = self.irrelevant | {
+            k for k in known if attributes.get(k, known) != self.attributes.get(k, known)
+        }
+        self.attributes = self._relevant(self.attributes)
+
+    def _relevant(self, attributes: dict[tuple[str, str], Any]) -> dict[tuple[str, str], Any]:
+        if not self.irrelevant:
+            return attributes
+        return {key: value for key, value in attributes.items() if key not in self.irrelevant}
 
     def __str__(self) -> str:
         return "; ".join(text for text, _, _ in self.conditions) or "none"

@@ -13,6 +13,8 @@ from torch import nn
 from fxzero import compat
 from fxzero.errors import CaptureError
 
+_PLAIN = (bool, int, float, str, type(None))
+
 
 @dataclass(frozen=True)
 class Inventory:
@@ -58,6 +60,16 @@ class Inventory:
     def hyperparameters(self) -> list[dict[str, Any]]:
         """For each parameter group: path -> value, as they are at the first look."""
         return [dict(hyperparameters(group)) for group in self.optimizer.param_groups]
+
+    @cached_property
+    def attributes(self) -> dict[tuple[str, str], Any]:
+        """(module path, name) -> value of what modules hold besides tensors and may read: `dropout.p`, flags, names."""
+        return {
+            (path, name): value
+            for path, module in self.model.named_modules()
+            for name, value in vars(module).items()
+            if type(value) in _PLAIN and name != "training"
+        }
 
     @property
     def optimized(self) -> list[str]:

@@ -364,6 +364,7 @@ def capture_step(
         mode=tracer.mode,
     )
     freeze_unused(guards, step, entries, tracer.inputs.values)
+    guards.attributes = inventory.attributes
     return Capture(step, guards, constants, time.perf_counter() - start)
 
 

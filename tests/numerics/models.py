@@ -382,6 +382,12 @@ def evaluating_sometimes(model: nn.Module, step: int) -> None:
     model.train(step % 4 != 3)
 
 
+def changing_attributes(model: nn.Module, step: int) -> None:
+    """Dropout is stronger at every fourth step; the model counts its steps too, which changes nothing."""
+    model.block.drop.p = 0.4 if step % 4 == 3 else 0.1
+    model.steps = step
+
+
 def unfreezing(model: nn.Module, step: int) -> None:
     """One weight is frozen for the first steps."""
     model.requires_grad_(True)
@@ -488,6 +494,7 @@ def all_cases() -> dict[str, Case]:
         ),
         plain.but(name="batch_size", batch=changing_batch, captures=2),
         plain.but(name="train_and_eval", prepare=evaluating_sometimes, captures=2),
+        plain.but(name="attributes", prepare=changing_attributes, captures=2),
         plain.but(name="loads_state", scheduler=LoadsItself),
         plain.but(name="two_paths", model=TwoPaths, batch=branching_batch, captures=2),
     ]

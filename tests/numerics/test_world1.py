@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fxzero
+from fxzero.capture import Inventory
 from fxzero.errors import VerifyError
 from fxzero.graph import StepGraph
 from fxzero.runtime.state import StepState
@@ -82,6 +83,14 @@ def test_a_frozen_learning_rate_is_seen() -> None:
         got, _ = run_compiled(CASES["one_cycle_sgd"], fxzero.Plan())
     difference = first_difference(run_plain(CASES["one_cycle_sgd"]), got)
     assert difference is not None and difference.label.startswith("loss")
+
+
+def test_a_program_that_outlives_an_attribute_is_seen() -> None:
+    with mock.patch.object(Inventory, "attributes", {}):
+        got, step = run_compiled(CASES["attributes"], fxzero.Plan())
+    assert num_programs(step) == 1
+    difference = first_difference(run_plain(CASES["attributes"]), got)
+    assert difference is not None and difference.label == "loss 3"
 
 
 @pytest.mark.parametrize(("name", "part"), [("train_and_eval", "training"), ("two_paths", "batch")])

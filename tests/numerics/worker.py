@@ -138,15 +138,20 @@ SETS: dict[str, Callable[[], list[Job]]] = {
 
 
 def launch(module: str, *args: str, ranks: int, timeout_s: float) -> str:
-    """Run a module under torchrun; returns its output.
+    """Run a module of this checkout under torchrun; returns its output. Raises as `torchrun` does."""
+    return torchrun("--module", module, *args, ranks=ranks, timeout_s=timeout_s, cwd=ROOT)
+
+
+def torchrun(*args: str, ranks: int, timeout_s: float, cwd: Path) -> str:
+    """Run a script or module under torchrun; returns its output.
 
     Raises:
         AssertionError: if it fails or takes too long (its processes are killed then), with the end of the output.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     process = subprocess.Popen(
-        [*command, "--module", module, *args],
-        cwd=ROOT,
+        [*command, *args],
+        cwd=cwd,
         env=rank_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -158,8 +163,8 @@ def launch(module: str, *args: str, ranks: int, timeout_s: float) -> str:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        raise AssertionError(f"{module} {args} took more than {timeout_s} s\n{output[-12000:]}") from None
-    assert process.returncode == 0, f"{module} {args} exited {process.returncode}\n{output[-12000:]}"
+        raise AssertionError(f"{' '.join(args)} took more than {timeout_s} s\n{output[-12000:]}") from None
+    assert process.returncode == 0, f"{' '.join(args)} exited {process.returncode}\n{output[-12000:]}"
     return output
 
 
