@@ -99,7 +99,7 @@ class Agreement:
         if self._voters is None:
             self._put(f"digest/{self.rank}", f"failed: {reason}".encode())
             if self.rank == 0:
-                self._put("verdict", f"rank 0 failed before the first collective: {reason}".encode())
+                self._put("verdict", _failure_message(0, reason).encode())
             return
         self._put(f"reason/{self.rank}", reason.encode())
         self._cast(0)
@@ -109,7 +109,7 @@ class Agreement:
         highest, lowest, failed = self._cast(mine)
         if failed:
             reason = self._wait_for(f"reason/{failed - 1}", self.timeout_s).decode()
-            raise RankMismatchError(f"rank {failed - 1} failed before the first collective: {reason}")
+            raise RankMismatchError(_failure_message(failed - 1, reason))
         if highest != lowest:
             self._report_difference(text)
 
@@ -155,7 +155,7 @@ class Agreement:
                 missing.append(rank)
         failed = [(r, d.decode()) for r, d in digests.items() if d.startswith(b"failed: ")]
         if failed:
-            verdict = f"rank {failed[0][0]} failed before the first collective: {failed[0][1][8:]}".encode()
+            verdict = _failure_message(failed[0][0], failed[0][1].removeprefix("failed: ")).encode()
         elif missing:
             verdict = _missing_message(missing, self.timeout_s).encode()
         else:
@@ -197,6 +197,17 @@ def _cpu_group() -> Any:
     if "gloo" in str(dist.get_backend_config()):
         return dist.group.WORLD
     return dist.new_group(backend="gloo")
+
+
+def _failure_message(rank: int, reason: str) -> str:
+    return str(
+        RankMismatchError.of(
+            where=f"rank {rank}",
+            expected="every rank to reach the step's first collective",
+            got=f"a failure there ({reason})",
+            fix=f"mend what rank {rank} says",
+        )
+    )
 
 
 def _missing_message(ranks: list[int], timeout_s: float) -> str:
