@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -302,6 +302,13 @@ def flatten_with_path(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
     from torch.utils import _pytree as pytree
 
     return pytree.tree_flatten_with_path(tree)
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The pytree with `function` applied to each leaf."""
+    from torch.utils import _pytree as pytree
+
+    return pytree.tree_map(function, tree)
 
 
 def unflatten(leaves: list[Any], structure: Any) -> Any:

@@ -27,7 +27,7 @@ from fxzero.errors import CaptureError, FxzeroError, PlanError
 from fxzero.graph import StepGraph
 from fxzero.pass_manager import PassRecord
 from fxzero.plan import Plan
-from fxzero.recipe import recipe
+from fxzero.recipe import captured_as, recipe
 from fxzero.runtime.agreement import Agreement, agreed_text
 from fxzero.runtime.checkpoint import load_state_dict, state_dict
 from fxzero.runtime.program import Program
@@ -227,7 +227,7 @@ class TrainStep:
         return known[-1]
 
     def _capture(self, inventory: Inventory, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
-        return capture_step(inventory, self.loss, args, kwargs, fresh=self._state.fresh)
+        return capture_step(inventory, self.loss, args, kwargs, fresh=self._state.fresh, **captured_as(self.plan))
 
     def _compile(self, capture: Capture) -> Compiled:
         seconds = {"capture": capture.seconds}

@@ -7,97 +7,33 @@ that are not built yet are declared too, so that asking for one is an error and 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import importlib
 import json
 import math
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fxzero.errors import PlanError
+from fxzero.plan_values import (
+    Check,
+    bound,
+    integer,
+    nearest,
+    norm_order,
+    number_of_bytes,
+    one_of,
+    pass_names,
+    patterns,
+    seconds,
+    show,
+)
 
 AXES = ("dp", "dp_replicate")
 RESERVED_AXES = ("tp", "pp", "sp", "ep")
-
-# (where, value) -> the value in canonical form; raises PlanError.
-_Check = Callable[[str, Any], Any]
-
-_MAX_INT = 2**63 - 1  # what TOML promises to carry
-_MAX_TIMEOUT_S = 86_400
-_BYTE_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_BYTE_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-_BYTES = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*")
-_BYTES_FIX = "write a whole number, or one with a unit (B, kB, MB, GB, TB, KiB, MiB, GiB, TiB): '4 MiB'"
-
-
-def _show(value: object) -> str:
-    """The value as an error shows it: its repr, cut where too long, with its type where that says more."""
-    text = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:97]}..."
-    return text if type(value).__module__ == "builtins" else f"{text} ({type(value).__name__})"
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    """What to write instead of a name that is none of `names`."""
-    close = difflib.get_close_matches(name.strip().lower().replace("-", "_"), names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(names)}"
-
-
-def _integer(low: int, high: int = _MAX_INT, *, fix: str) -> _Check:
-    span = f"from {low} to {high}" if high != _MAX_INT else f"of at least {low}"
-
-    def check(where: str, value: Any) -> int:
-        # bool is an int to Python, but `zero = true` is a mistake that must not turn into stage 1.
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise PlanError.of(where, expected=f"an integer {span}", got=_show(value), fix=fix)
-        return int(value)
-
-    return check
-
-
-def _bytes(where: str, value: Any) -> int:
-    if not isinstance(value, str):
-        return int(_integer(0, fix=_BYTES_FIX)(where, value))
-    match = _BYTES.fullmatch(value)
-    if match is None or match[2] not in _BYTE_UNITS:
-        raise PlanError.of(where, expected="a number of bytes", got=_show(value), fix=_BYTES_FIX)
-    # Exact arithmetic: 0.3 MB is 300000 bytes, which a float product misses.
-    num_bytes = Fraction(match[1]) * _BYTE_UNITS[match[2]]
-    if num_bytes.denominator != 1 or num_bytes > _MAX_INT:
-        got = f"{value!r} = {float(num_bytes):.10g} bytes"
-        raise PlanError.of(where, expected="a whole number of bytes below 2**63", got=got, fix=_BYTES_FIX)
-    return int(num_bytes)
-
-
-def _seconds(where: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MAX_TIMEOUT_S:
-        expected = f"seconds, more than 0 and at most {_MAX_TIMEOUT_S}"
-        raise PlanError.of(where, expected=expected, got=_show(value), fix="write a number such as 60.0")
-    return float(value)
-
-
-def _choice(*built: str, reserved: tuple[str, ...] = ()) -> _Check:
-    def check(where: str, value: Any) -> str:
-        name = value if isinstance(value, str) else ""
-        if name in built:
-            return built[built.index(name)]
-        fix = f"reserved, not built yet: use {built[0]!r}" if name in reserved else _nearest(name, built)
-        raise PlanError.of(where, expected=" or ".join(map(repr, built)), got=_show(value), fix=fix)
-
-    return check
-
-
-def _pass_names(where: str, value: Any) -> tuple[str, ...]:
-    listed: list[Any] = list(value) if isinstance(value, (tuple, list, set, frozenset)) else [None]
-    if not all(isinstance(name, str) and name.isascii() and name.isidentifier() for name in listed):
-        fix = "write a list of names as `fxzero passes` prints them, such as ['bucket_all_gathers']"
-        raise PlanError.of(where, expected="a list of pass names", got=_show(value), fix=fix)
-    return tuple(sorted(set(listed)))
 
 
 def _mesh(where: str, value: Any) -> Mesh | None:
@@ -105,11 +41,11 @@ def _mesh(where: str, value: Any) -> Mesh | None:
         return value
     if not isinstance(value, Mapping) or not all(isinstance(axis, str) for axis in value):
         fix = "write {'dp': 4}, or leave it out for all ranks on dp"
-        raise PlanError.of(where, expected="axis names with their sizes", got=_show(value), fix=fix)
+        raise PlanError.of(where, expected="axis names with their sizes", got=show(value), fix=fix)
     return Mesh(**value)
 
 
-def _key(default: Any, check: _Check) -> Any:
+def _key(default: Any, check: Check) -> Any:
     return dataclasses.field(default=default, metadata={"check": check})
 
 
@@ -119,7 +55,7 @@ def _reserved(default: Any) -> Any:
         if type(value) is type(default) and value == default:
             return default
         fix = "this part is reserved, not built yet: leave the key out"
-        raise PlanError.of(where, expected=repr(default), got=_show(value), fix=fix)
+        raise PlanError.of(where, expected=repr(default), got=show(value), fix=fix)
 
     return dataclasses.field(default=default, repr=False, metadata={"check": check, "reserved": True})
 
@@ -132,11 +68,11 @@ def _refuse_unknown_keys(cls: type[Plan]) -> type[Plan]:
     @functools.wraps(dataclass_init)
     def init(self: Plan, /, *args: Any, **keys: Any) -> None:
         if args:
-            raise PlanError.of("Plan", expected="named keys", got=_show(args[0]), fix="write Plan(zero=3)")
+            raise PlanError.of("Plan", expected="named keys", got=show(args[0]), fix="write Plan(zero=3)")
         for key in [key for key in keys if key not in names]:
             is_axis = key in AXES + RESERVED_AXES
-            fix = f"axes go into the mesh: mesh={{{key!r}: ..}}" if is_axis else _nearest(key, names)
-            raise PlanError.of("Plan", expected="a plan key", got=_show(key), fix=fix)
+            fix = f"axes go into the mesh: mesh={{{key!r}: ..}}" if is_axis else nearest(key, names)
+            raise PlanError.of("Plan", expected="a plan key", got=show(key), fix=fix)
         dataclass_init(self, **keys)
 
     cls.__init__ = init  # type: ignore[assignment, method-assign]
@@ -155,15 +91,15 @@ class Mesh(Mapping[str, int]):
     def __init__(self, /, **axes: int) -> None:
         if not axes:
             raise PlanError.of("Plan.mesh", expected="at least one axis", got="none", fix="write {'dp': 4}")
-        size_of = _integer(1, fix="write how many ranks the axis has, or leave the axis out")
+        size_of = integer(1, fix="write how many ranks the axis has, or leave the axis out")
         for axis, size in axes.items():
             if axis not in AXES + RESERVED_AXES:
-                fix = _nearest(axis, AXES)
-                raise PlanError.of("Plan.mesh", expected="a mesh axis", got=_show(axis), fix=fix)
+                fix = nearest(axis, AXES)
+                raise PlanError.of("Plan.mesh", expected="a mesh axis", got=show(axis), fix=fix)
             where = f"Plan.mesh[{axis!r}]"
             if size_of(where, size) != 1 and axis in RESERVED_AXES:
                 fix = f"axis {axis!r} is reserved, not built yet: leave it out"
-                raise PlanError.of(where, expected="size 1", got=_show(size), fix=fix)
+                raise PlanError.of(where, expected="size 1", got=show(size), fix=fix)
         self._sizes = {axis: int(size) for axis, size in axes.items()}
 
     def __getitem__(self, axis: str) -> int:
@@ -203,6 +139,14 @@ class Plan:
         bucket_form: "coalesced" (one collective over several tensors), "separate" (one launch a tensor, back
             to back), or "auto": separate over gloo, where that is faster, coalesced elsewhere.
         lowering: what runs the compute: "eager".
+        precision: "fp32" (what parameters and batch have), "bf16" (parameters and the model's floating inputs are cast,
+            before the gather where there is one; the update stays in fp32, on the shards), or "autocast:bf16".
+        clip_grad_norm: the greatest norm of all gradients together, over all ranks; larger ones are scaled down, as by
+            `torch.nn.utils.clip_grad_norm_`. The norm is in `step.metrics["grad_norm"]`.
+        clip_grad_norm_p: order of that norm; "inf" or math.inf is the greatest element.
+        clip_grad_value: the greatest absolute value of a gradient's element; applied before clip_grad_norm.
+        reduce_dtype: with precision "bf16", the dtype in which gradients are reduced: "fp32" or "bf16".
+        keep_fp32: with precision "bf16", patterns of module paths whose parameters are not cast.
         disable: names of passes to leave out; kept sorted, since their order means nothing.
         timeout_s: seconds that ranks wait for each other to agree before the first collective.
 
@@ -214,21 +158,24 @@ class Plan:
     """
 
     mesh: Mapping[str, int] | None = _key(None, _mesh)
-    zero: int = _key(3, _integer(0, 3, fix="shard nothing (0), state (1), gradients too (2), or all (3)"))
-    bucket_bytes: int = _key(4 * 2**20, _bytes)
-    persist_below: int = _key(0, _integer(0, fix="write a number of elements; 0 shards every parameter"))
-    prefetch: int = _key(1, _integer(0, fix="write how many buckets ahead; 0 gathers at the use"))
-    all_gather: str = _key("auto", _choice("auto", "native", "send_recv"))
-    reduce_scatter: str = _key("auto", _choice("auto", "native", "send_recv", "all_to_all"))
-    bucket_form: str = _key("auto", _choice("auto", "coalesced", "separate"))
-    lowering: str = _key("eager", _choice("eager", reserved=("inductor", "triton")))
-    disable: tuple[str, ...] = _key((), _pass_names)
-    timeout_s: float = _key(60.0, _seconds)
-    precision: str = _reserved("fp32")
+    zero: int = _key(3, integer(0, 3, fix="shard nothing (0), state (1), gradients too (2), or all (3)"))
+    bucket_bytes: int = _key(4 * 2**20, number_of_bytes)
+    persist_below: int = _key(0, integer(0, fix="write a number of elements; 0 shards every parameter"))
+    prefetch: int = _key(1, integer(0, fix="write how many buckets ahead; 0 gathers at the use"))
+    all_gather: str = _key("auto", one_of("auto", "native", "send_recv"))
+    reduce_scatter: str = _key("auto", one_of("auto", "native", "send_recv", "all_to_all"))
+    bucket_form: str = _key("auto", one_of("auto", "coalesced", "separate"))
+    lowering: str = _key("eager", one_of("eager", reserved=("inductor", "triton")))
+    precision: str = _key("fp32", one_of("fp32", "bf16", "autocast:bf16", reserved=("fp16", "autocast:fp16")))
+    reduce_dtype: str = _key("fp32", one_of("fp32", "bf16", reserved=("fp16",)))
+    keep_fp32: tuple[str, ...] = _key((), patterns)
+    clip_grad_norm: float | None = _key(None, bound)
+    clip_grad_norm_p: float = _key(2.0, norm_order)
+    clip_grad_value: float | None = _key(None, bound)
+    disable: tuple[str, ...] = _key((), pass_names)
+    timeout_s: float = _key(60.0, seconds)
     loss_scale: float | None = _reserved(None)
     accumulate: int = _reserved(1)
-    clip_grad_norm: float | None = _reserved(None)
-    clip_grad_value: float | None = _reserved(None)
     recompute: str = _reserved("none")
     offload: str = _reserved("none")
     memory_budget: int | None = _reserved(None)
@@ -237,6 +184,12 @@ class Plan:
         for f in dataclasses.fields(self):
             # The dataclass is frozen; this is the one place where a value becomes canonical.
             object.__setattr__(self, f.name, f.metadata["check"](f"Plan.{f.name}", getattr(self, f.name)))
+        for key in ("reduce_dtype", "keep_fp32"):
+            if self.precision != "bf16" and getattr(self, key) not in ("fp32", ()):
+                fix = f"set precision='bf16', or leave {key} out"
+                raise PlanError.of(
+                    f"Plan.{key}", expected="precision 'bf16' with it", got=repr(self.precision), fix=fix
+                )
 
     @property
     def axes(self) -> dict[str, int]:
@@ -245,13 +198,22 @@ class Plan:
             raise PlanError.of("Plan.axes", expected="a mesh", got="None", fix="call plan.resolve first")
         return dict(self.mesh)
 
+    @property
+    def parameter_stage(self) -> int:
+        """The ZeRO stage from which parameters rest as shards.
+
+        With precision "bf16" it is 1: what ranks gather is a copy in low precision, so the fp32 parameter is state of
+        the optimizer.
+        """
+        return 1 if self.precision == "bf16" else 3
+
     def resolve(self, world_size: int) -> Plan:
         """The same plan with a mesh that has a dp axis and exactly `world_size` ranks.
 
         The order of given axes is kept; a missing dp axis is appended, innermost, with size 1. PlanError
         where the sizes multiply to another number.
         """
-        world_size = _integer(1, fix="pass the number of ranks")("Plan.resolve(world_size)", world_size)
+        world_size = integer(1, fix="pass the number of ranks")("Plan.resolve(world_size)", world_size)
         if self.mesh is None:
             return self.replace(mesh={"dp": world_size})
         axes = {**self.mesh, "dp": self.mesh.get("dp", 1)}
@@ -273,20 +235,26 @@ class Plan:
         """All keys that are built, as plain values that TOML and JSON have."""
         named = [f.name for f in dataclasses.fields(self) if "reserved" not in f.metadata]
         mesh = None if self.mesh is None else dict(self.mesh)
-        return {name: getattr(self, name) for name in named} | {"mesh": mesh, "disable": list(self.disable)}
+        return {name: getattr(self, name) for name in named} | {
+            "mesh": mesh,
+            "keep_fp32": list(self.keep_fp32),
+            "clip_grad_norm_p": "inf" if math.isinf(self.clip_grad_norm_p) else self.clip_grad_norm_p,
+            "disable": list(self.disable),
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
         """The plan with these keys, the others at their default."""
         if isinstance(values, Mapping) and all(isinstance(key, str) for key in values):
             return cls(**values)
-        raise PlanError.of("Plan", expected="a table of keys", got=_show(values), fix="write {'zero': 3}")
+        raise PlanError.of("Plan", expected="a table of keys", got=show(values), fix="write {'zero': 3}")
 
     def to_toml(self) -> str:
         """The plan as TOML text that `from_toml` reads back to an equal plan."""
         mesh = {} if self.mesh is None else dict(self.mesh)
+        keys = {key: value for key, value in self.to_dict().items() if key != "mesh"}
         # A JSON number, string or list of plain names is TOML as it stands.
-        lines = [f"{key} = {json.dumps(value)}" for key, value in self.to_dict().items() if key != "mesh"]
+        lines = [f"{key} = {json.dumps(value)}" for key, value in keys.items() if value is not None]
         lines += ["", "[mesh]"] * bool(mesh) + [f"{axis} = {size}" for axis, size in mesh.items()]
         return "\n".join(lines) + "\n"
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from fxzero.capture.clipping import Clipping
+from fxzero.capture.precision import Precision
 from fxzero.errors import PlanError
 from fxzero.graph.contract import Pass
 from fxzero.pass_manager import Pipeline
@@ -13,7 +17,9 @@ from fxzero.passes.place_updates import place_updates
 from fxzero.passes.prefetch_all_gathers import prefetch_all_gathers
 from fxzero.passes.recompute_pointwise import recompute_pointwise
 from fxzero.passes.reduce_gradients import reduce_gradients
+from fxzero.passes.reduce_in_low_precision import reduce_in_low_precision
 from fxzero.passes.remove_dead_nodes import remove_dead_nodes
+from fxzero.passes.shard_gradient_norms import shard_gradient_norms
 from fxzero.passes.shard_gradients import shard_gradients
 from fxzero.passes.shard_optimizer_state import shard_optimizer_state
 from fxzero.passes.shard_parameters import shard_parameters
@@ -23,9 +29,11 @@ ALL_PASSES: tuple[Pass, ...] = (
     recompute_pointwise,
     reduce_gradients,
     shard_optimizer_state,
+    shard_gradient_norms,
     shard_gradients,
     shard_parameters,
     delay_weight_gradients,
+    reduce_in_low_precision,
     remove_dead_nodes,
     choose_collective_algorithms,
     bucket_all_gathers,
@@ -33,6 +41,14 @@ ALL_PASSES: tuple[Pass, ...] = (
     prefetch_all_gathers,
     place_updates,
 )
+
+
+def captured_as(plan: Plan) -> dict[str, Any]:
+    """What a plan says of the captured step itself, as arguments of `capture_step`: dtypes and clipping."""
+    return {
+        "precision": Precision.parse(plan.precision, plan.keep_fp32),
+        "clipping": Clipping(plan.clip_grad_norm, plan.clip_grad_norm_p, plan.clip_grad_value),
+    }
 
 
 def recipe(plan: Plan, *, backend: str) -> Pipeline:
@@ -58,6 +74,7 @@ def recipe(plan: Plan, *, backend: str) -> Pipeline:
     shards = "dp" in axes
     rows = {"axis": "dp", "persist_below": plan.persist_below}
 
+    gathers = shards and plan.zero >= plan.parameter_stage
     passes: list[Pass] = [recompute_pointwise]
     if axes:
         order = tuple(axis for axis in ("dp", "dp_replicate") if axis in axes)
@@ -65,17 +82,21 @@ def recipe(plan: Plan, *, backend: str) -> Pipeline:
     if shards and plan.zero >= 1:
         passes.append(shard_optimizer_state.using(**rows))
     if shards and plan.zero >= 2:
+        if plan.clip_grad_norm is not None:
+            passes.append(shard_gradient_norms.using(axis="dp"))
         passes.append(shard_gradients)
-    if shards and plan.zero >= 3:
-        passes += [shard_parameters.using(**rows), delay_weight_gradients]
+    if gathers:
+        passes += [shard_parameters.using(**rows, again=plan.zero == 3), delay_weight_gradients]
+    if axes and plan.reduce_dtype != "fp32":
+        passes.append(reduce_in_low_precision)
     passes.append(remove_dead_nodes)
     if axes:
         passes.append(choose_collective_algorithms.using(**algorithms))
-    if shards and plan.zero >= 3:
+    if gathers:
         passes.append(bucket_all_gathers.using(bucket_bytes=plan.bucket_bytes, form=form))
     if axes:
         passes.append(bucket_reduce_scatters.using(bucket_bytes=plan.bucket_bytes, form=form))
-    if shards and plan.zero >= 3:
+    if gathers:
         passes.append(prefetch_all_gathers.using(distance=plan.prefetch))
     passes.append(place_updates.using(bucket_bytes=plan.bucket_bytes))
     return Pipeline(passes, disable=plan.disable)

@@ -10,7 +10,7 @@ from torch import fx
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
-from fxzero.graph.edit import Editor
+from fxzero.graph.edit import Editor, move_launch
 from fxzero.graph.step_graph import first_argument, num_bytes
 
 
@@ -58,10 +58,13 @@ def _alike(a: fx.Node, b: fx.Node) -> bool:
 def launch_together(step: StepGraph, bucket: list[fx.Node], *, at: fx.Node, form: str) -> None:
     """Launch the collectives of a bucket where `at` stands, as one coalesced collective or back to back."""
     if form == "separate":
-        before = [n for n in bucket if n is not at]
-        for node in before:
-            at.prepend(node)
+        for node in bucket:
+            if node is not at:
+                move_launch(node, before=at)
         return
+    for node in bucket:
+        if node is not at:
+            move_launch(node, before=at)
     first = bucket[0]
     editor = Editor(step, phase=at.meta["phase"], module=at.meta["module"])
     with editor.before(at):

@@ -7,6 +7,7 @@ from torch import fx
 from fxzero.graph import PHASES, StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
+from fxzero.graph.edit import move_launch
 
 
 @graph_pass(requires=("parameters-sharded",), provides=("gathers-prefetched",))
@@ -36,7 +37,7 @@ def prefetch_all_gathers(step: StepGraph, *, distance: int) -> int:
             anchor = phase_starts[phase]
         for launch in launches:
             if launch is not anchor:
-                anchor.prepend(launch)
+                move_launch(launch, before=anchor)
                 edits += 1
     return edits
 

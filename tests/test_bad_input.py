@@ -104,7 +104,7 @@ def test_a_mesh_that_does_not_multiply_to_the_world_size() -> None:
 
 
 def test_a_reserved_part() -> None:
-    refused(r"Plan\.precision: expected 'fp32', got 'bf16'", plan={"precision": "bf16"}, kind=PlanError)
+    refused(r"Plan\.accumulate: expected 1, got 4; this part is reserved", plan={"accumulate": 4}, kind=PlanError)
 
 
 def test_an_unknown_pass_to_disable() -> None:

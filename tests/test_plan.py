@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import math
 import pickle
 import re
 import sys
@@ -40,10 +41,24 @@ KEYS = {
     "reduce_scatter": st.sampled_from(["auto", "native", "send_recv", "all_to_all"]),
     "bucket_form": st.sampled_from(["auto", "coalesced", "separate"]),
     "lowering": st.just("eager"),
+    "precision": st.sampled_from(["fp32", "bf16", "autocast:bf16"]),
+    "reduce_dtype": st.sampled_from(["fp32", "bf16"]),
+    "keep_fp32": st.lists(st.sampled_from(["*.norm", "head", "layers.[01].*"]), max_size=3),
+    "clip_grad_norm": st.none() | st.floats(1e-9, 1e9),
+    "clip_grad_norm_p": st.floats(1e-3, 1e3) | st.just("inf") | st.just(math.inf),
+    "clip_grad_value": st.none() | st.floats(1e-9, 1e9),
     "disable": st.lists(NAMES, max_size=5),
     "timeout_s": st.floats(0, 86_400, exclude_min=True) | st.integers(1, 86_400),
 }
-PLANS = st.fixed_dictionaries({}, optional=KEYS).map(Plan.from_dict)
+
+
+def _consistent(keys: dict[str, Any]) -> dict[str, Any]:
+    """Without the keys that only precision "bf16" takes, where the precision is another."""
+    low = keys.get("precision") == "bf16"
+    return {key: value for key, value in keys.items() if low or key not in ("reduce_dtype", "keep_fp32")}
+
+
+PLANS = st.fixed_dictionaries({}, optional=KEYS).map(_consistent).map(Plan.from_dict)
 quick = settings(deadline=None)
 
 
@@ -71,15 +86,18 @@ def test_defaults() -> None:
         "reduce_scatter": "auto",
         "bucket_form": "auto",
         "lowering": "eager",
+        "precision": "fp32",
+        "reduce_dtype": "fp32",
+        "keep_fp32": [],
+        "clip_grad_norm": None,
+        "clip_grad_norm_p": 2.0,
+        "clip_grad_value": None,
         "disable": [],
         "timeout_s": 60.0,
     }
     assert {f.name: f.default for f in RESERVED} == {
-        "precision": "fp32",
         "loss_scale": None,
         "accumulate": 1,
-        "clip_grad_norm": None,
-        "clip_grad_value": None,
         "recompute": "none",
         "offload": "none",
         "memory_budget": None,
@@ -164,7 +182,7 @@ def test_a_plan_survives_pickle_copy_and_asdict(plan: Plan) -> None:
 
 def test_repr_shows_what_is_built_and_reads_back() -> None:
     plan = Plan(mesh={"dp_replicate": 2, "dp": 4}, disable=("a",))
-    assert "mesh=Mesh(dp_replicate=2, dp=4)" in repr(plan) and "precision" not in repr(plan)
+    assert "mesh=Mesh(dp_replicate=2, dp=4)" in repr(plan) and "accumulate" not in repr(plan)
     assert eval(repr(plan), {"Plan": Plan, "Mesh": Mesh}) == plan
 
 
@@ -305,6 +323,24 @@ def test_axes_need_a_mesh() -> None:
         ({"lowering": "jit"}, ["Plan.lowering: expected 'eager', got 'jit'; choose from: eager"]),
         ({"lowering": "Eager"}, ["got 'Eager'; did you mean 'eager'?"]),
         ({"lowering": None}, ["got None; choose from: eager"]),
+        (
+            {"precision": "fp16"},
+            ["Plan.precision: expected 'fp32' or 'bf16' or 'autocast:bf16', got 'fp16'; reserved, not built yet"],
+        ),
+        ({"precision": "bfloat16"}, ["got 'bfloat16'; did you mean 'bf16'?"]),
+        (
+            {"reduce_dtype": "bf16"},
+            ["Plan.reduce_dtype: expected precision 'bf16' with it, got 'fp32';"],
+        ),
+        ({"keep_fp32": ["norm"]}, ["Plan.keep_fp32: expected precision 'bf16' with it, got 'fp32';"]),
+        ({"keep_fp32": "norm", "precision": "bf16"}, ["Plan.keep_fp32: expected a list of patterns", "got 'norm'"]),
+        ({"clip_grad_norm": 0}, ["Plan.clip_grad_norm: expected a finite number above 0, or None, got 0;"]),
+        ({"clip_grad_norm": float("inf")}, ["Plan.clip_grad_norm:", "got inf;"]),
+        ({"clip_grad_norm": True}, ["Plan.clip_grad_norm:", "got True;"]),
+        ({"clip_grad_value": -1.0}, ["Plan.clip_grad_value:", "got -1.0;"]),
+        ({"clip_grad_norm_p": 0}, ["Plan.clip_grad_norm_p: expected a number above 0, or 'inf', got 0;"]),
+        ({"clip_grad_norm_p": -2}, ["Plan.clip_grad_norm_p:", "got -2;"]),
+        ({"clip_grad_norm_p": "max"}, ["Plan.clip_grad_norm_p:", "got 'max';"]),
         (
             {"disable": "shard_parameters"},
             ["Plan.disable: expected a list of pass names, got 'shard_parameters';"],
@@ -477,6 +513,10 @@ def test_to_toml_as_people_read_it() -> None:
         'reduce_scatter = "auto"\n'
         'bucket_form = "auto"\n'
         'lowering = "eager"\n'
+        'precision = "fp32"\n'
+        'reduce_dtype = "fp32"\n'
+        "keep_fp32 = []\n"
+        "clip_grad_norm_p = 2.0\n"
         'disable = ["bucket_all_gathers"]\n'
         "timeout_s = 30.0\n"
         "\n"

@@ -179,7 +179,10 @@ def _drop_unused_inputs(step: StepGraph) -> None:
 
 
 def _mark_parameters(step: StepGraph) -> None:
-    """Tag update nodes with the one parameter that they belong to."""
+    """Tag update nodes with the one parameter that they belong to.
+
+    What follows from several (the norm of all gradients) belongs to none, and does not make its readers theirs.
+    """
     owners: dict[fx.Node, frozenset[str]] = {}
     for node in step.graph.nodes:
         if node.op == "placeholder":
@@ -190,6 +193,8 @@ def _mark_parameters(step: StepGraph) -> None:
             owners[node] = frozenset().union(*(owners.get(n, frozenset()) for n in node.all_input_nodes))
             if len(owners[node]) == 1:
                 node.meta["param"] = next(iter(owners[node]))
+            else:
+                owners[node] = frozenset()
         elif node.op == "call_function":
             owners[node] = frozenset(node.meta.get("grad_of", ()))
 

@@ -20,22 +20,24 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.traceback import annotate, preserve_node_meta
-from torch.nn.modules import module as nn_module
+from torch.fx.traceback import preserve_node_meta
 
 from fxzero import compat
-from fxzero.capture.checks import capture_error, check_host_random, check_hyperparameters_unchanged, check_loss
+from fxzero.capture.checks import capture_error, check_hyperparameters_unchanged, check_loss
 from fxzero.capture.clean import clean
-from fxzero.capture.draws import RandomDraws, host_random_state
+from fxzero.capture.clipping import Clipping
+from fxzero.capture.draws import RandomDraws
 from fxzero.capture.guards import Guards, collect_guards, freeze_unused
 from fxzero.capture.inventory import Inventory, dense_strides, hyperparameters, state_name, with_hyperparameters
+from fxzero.capture.precision import Precision, sink_parameter_casts
+from fxzero.capture.provenance import module_paths
 from fxzero.capture.scalars import ScalarReader, SymbolicTensors
 from fxzero.capture.signature import flatten_batch
 from fxzero.capture.twin import clone_optimizer, for_loop_form
@@ -46,6 +48,7 @@ from fxzero.graph import StateEntry, StepGraph
 log = logging.getLogger("fxzero")
 
 LossFn = Callable[..., Any]
+GRADIENT_NORM = "grad_norm"  # the metric under which a clipped step reports the norm before clipping
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,13 @@ class _StepTracer:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *,
+        precision: Precision,
+        clipping: Clipping,
         as_compiler: bool = False,
     ) -> None:
         self.inventory = inventory
+        self.precision = precision
+        self.clipping = clipping
         self.as_compiler = as_compiler
         self.fresh = False
         self.loss = loss
@@ -160,13 +167,14 @@ class _StepTracer:
             for name, value in parameters.items():
                 value.requires_grad_(self.inventory.parameters[name].requires_grad)
             buffers = {n: table[("buffer", n)] for n in self.inventory.buffers}
-            tensors = {**parameters, **buffers}
+            model, tensors = self.inventory.model, {**self.precision.cast(parameters), **buffers}
             with (
-                compat.reparametrized(self.inventory.model, tensors),
-                self._module_paths(),
+                compat.reparametrized(model, tensors),
+                module_paths(model, self.path),
                 compat.compiling(self.as_compiler),
             ):
-                loss, metrics = self._forward(table)
+                with self.precision.around(model, self._device_type()):
+                    loss, metrics = self._forward(table)
                 buffers = {name: self._buffer_now(name) for name in buffers}
                 self.boundaries["backward"] = compat.traced_nodes()
                 gradients = self._backward(loss, parameters)
@@ -178,6 +186,9 @@ class _StepTracer:
             out.update({("buffer", name): value for name, value in buffers.items()})
             self.results = list(out)
             return [_unwrap(value) for value in out.values()]
+
+    def _device_type(self) -> str:
+        return next((v.device.type for v in self.inputs.values if isinstance(v, torch.Tensor) and v.dim()), "cpu")
 
     def _follow_host_scalars(self, table: dict[tuple[str, str], Any]) -> None:
         for param, key, value in self.inventory.optimizer_state():
@@ -201,6 +212,13 @@ class _StepTracer:
             out = out.get("loss") if isinstance(out, dict) else getattr(out, "loss", out)
         check_loss(out)
         for name, value in metrics.items():
+            if name == GRADIENT_NORM and self.clipping.norm is not None:
+                raise CaptureError.of(
+                    where=f"metric {name!r} of the loss function",
+                    expected="another name",
+                    got=f"{name!r}, which clip_grad_norm reports",
+                    fix="rename it",
+                )
             if not isinstance(value, torch.Tensor):
                 raise CaptureError.of(
                     where=f"metric {name!r} of the loss function",
@@ -255,11 +273,14 @@ class _StepTracer:
             entry = ("optimizer", state_name(param, key))
             if not self.fresh and (entry in table or not _is_tensor_or_number(value)):
                 optimizer.state[parameters[param]][key] = table.get(entry, value)
-        for name, gradient in gradients.items():
+        clipped, norm = self.clipping.apply({name: g for name, g in gradients.items() if g is not None})
+        for name, gradient in clipped.items():
             parameters[name].grad = gradient
         type(optimizer).step(optimizer)  # type: ignore[call-arg]
         check_hyperparameters_unchanged(optimizer, before)
         out: dict[tuple[str, str], Any] = {("parameter", name): value for name, value in parameters.items()}
+        if norm is not None:
+            out[("metric", GRADIENT_NORM)] = norm
         for name, value in parameters.items():
             value.grad = None
             for key, item in optimizer.state.get(value, {}).items():
@@ -280,46 +301,6 @@ class _StepTracer:
             batch=self.batch_leaves,
         )
 
-    # ---- provenance
-
-    @contextlib.contextmanager
-    def _module_paths(self) -> Iterator[None]:
-        names = {module: name for name, module in self.inventory.model.named_modules(remove_duplicate=True)}
-        stack = contextlib.ExitStack()
-        entered: list[contextlib.ExitStack] = []
-        before = host_random_state()
-
-        def drew() -> None:
-            check_host_random(before, where=f"module {(self.path or [''])[-1]!r}")
-
-        def enter(module: nn.Module, _: Any) -> None:
-            drew()
-            if module in names:
-                self.path.append(names[module])
-                scope = contextlib.ExitStack()
-                scope.enter_context(annotate({"module": names[module]}))
-                entered.append(scope)
-
-        def leave(module: nn.Module, _: Any, __: Any) -> None:
-            drew()
-            if module in names:
-                self.path.pop()
-                entered.pop().close()
-
-        handles = [
-            nn_module.register_module_forward_pre_hook(enter),
-            nn_module.register_module_forward_hook(leave),
-        ]
-        try:
-            with stack, annotate({"module": ""}):
-                yield
-            check_host_random(before, where="loss, backward")
-        finally:
-            while entered:
-                entered.pop().close()
-            for handle in handles:
-                handle.remove()
-
 
 def capture_step(
     inventory: Inventory,
@@ -327,6 +308,8 @@ def capture_step(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
+    precision: Precision | None = None,
+    clipping: Clipping | None = None,
     fresh: bool = False,
 ) -> Capture:
     """Trace one whole training step; model, optimizer and random state are as before afterwards.
@@ -336,20 +319,23 @@ def capture_step(
         loss: `loss(model, *args, **kwargs)` -> scalar, or (scalar, dict of metric tensors); None where the model
             returns the scalar or an object with `.loss`.
         args, kwargs: one batch.
+        precision: in which dtypes to compute; by default those that parameters and batch have.
+        clipping: how gradients are bounded before the update; by default not at all.
         fresh: trace the optimizer's first step, with no state.
 
     Raises:
         CaptureError: naming module, op and source line.
     """
     start = time.perf_counter()
+    how: dict[str, Any] = {"precision": precision or Precision(), "clipping": clipping or Clipping()}
     try:
-        tracer = _StepTracer(inventory, loss, args, kwargs)
+        tracer = _StepTracer(inventory, loss, args, kwargs, **how)
         module = _trace(tracer, fresh=fresh)
     except CaptureError as error:
         if error.__cause__ is None or "update" in tracer.boundaries:
             raise
         log.info("fxzero: tracing again as a compiler (torch.compiler.is_compiling()): %s", error)
-        tracer = _StepTracer(inventory, loss, args, kwargs, as_compiler=True)
+        tracer = _StepTracer(inventory, loss, args, kwargs, as_compiler=True, **how)
         module = _trace(tracer, fresh=fresh)
     entries = tracer.inputs.entries
     guards = collect_guards(
@@ -363,6 +349,7 @@ def capture_step(
         optimized=inventory.optimized,
         mode=tracer.mode,
     )
+    sink_parameter_casts(step)
     freeze_unused(guards, step, entries, tracer.inputs.values)
     guards.attributes = inventory.attributes
     return Capture(step, guards, constants, time.perf_counter() - start)

@@ -10,7 +10,9 @@ from fxzero.cli.usage import UsageError
 from fxzero.plan import Plan
 
 # option of the command line -> key of the plan
-_KEYS = ("zero", "mesh", "bucket_bytes", "persist_below", "prefetch", "reduce_scatter", "bucket_form", "disable")
+_KEYS = ("zero", "mesh", "bucket_bytes", "persist_below", "prefetch", "all_gather", "reduce_scatter", "bucket_form")
+_KEYS += ("precision", "reduce_dtype", "keep_fp32", "clip_grad_norm", "clip_grad_norm_p", "clip_grad_value", "disable")
+_LISTS = ("keep_fp32", "disable")
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +26,15 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--bucket-bytes", type=_number, metavar="BYTES", help="'25 MiB'; 0: no buckets")
     group.add_argument("--persist-below", type=_number, metavar="N", help="elements below which nothing is sharded")
     group.add_argument("--prefetch", type=_number, metavar="N", help="buckets that a gather goes ahead of its use")
-    group.add_argument("--reduce-scatter", metavar="NAME", help="native, all_to_all or auto")
+    group.add_argument("--all-gather", metavar="NAME", help="native, send_recv or auto")
+    group.add_argument("--reduce-scatter", metavar="NAME", help="native, send_recv, all_to_all or auto")
     group.add_argument("--bucket-form", metavar="NAME", help="coalesced, separate or auto")
+    group.add_argument("--precision", metavar="NAME", help="fp32, bf16 or autocast:bf16")
+    group.add_argument("--reduce-dtype", metavar="NAME", help="of gradients under precision bf16: fp32 or bf16")
+    group.add_argument("--keep-fp32", action="append", metavar="PATTERN,..", help="modules that bf16 leaves alone")
+    group.add_argument("--clip-grad-norm", type=_number, metavar="NORM", help="the greatest norm of all gradients")
+    group.add_argument("--clip-grad-norm-p", type=_number, metavar="P", help="the order of that norm; default 2")
+    group.add_argument("--clip-grad-value", type=_number, metavar="VALUE", help="the greatest element of a gradient")
     group.add_argument("--disable", action="append", metavar="PASS,..", help="passes to leave out")
 
 
@@ -59,8 +68,8 @@ def plan_of(args: argparse.Namespace, *, default_world: int | None = None) -> Pl
     given = {key: value for key in _KEYS if (value := getattr(args, key)) is not None}
     if "mesh" in given:
         given["mesh"] = _mesh(given["mesh"])
-    if "disable" in given:
-        given["disable"] = [name.strip() for names in given["disable"] for name in names.split(",") if name.strip()]
+    for key in (key for key in _LISTS if key in given):
+        given[key] = [name.strip() for names in given[key] for name in names.split(",") if name.strip()]
     plan = plan.replace(**given)
     if args.world is not None:
         return plan.resolve(args.world)
@@ -73,11 +82,13 @@ def plan_of(args: argparse.Namespace, *, default_world: int | None = None) -> Pl
 
 
 def _number(text: str) -> Any:
-    """A whole number, or the text as it is: the plan checks it and says what is wrong."""
-    try:
-        return int(text)
-    except ValueError:
-        return text
+    """A number, or the text as it is: the plan checks it and says what is wrong."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _mesh(text: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from fxzero.cli.target import load_target
 from fxzero.graph import StepGraph
 from fxzero.pass_manager import Pipeline
 from fxzero.plan import Plan
+from fxzero.recipe import captured_as
 
 CAPTURE = "capture"
 
@@ -43,7 +44,7 @@ def capture_target(text: str, plan: Plan, progress: Progress) -> StepGraph:
     with progress.stage("rehearse", f"optimizer state of {count:,} parameters"):
         inventory, fresh = rehearse(inventory)
     with progress.stage(CAPTURE, "capture forward, backward, update"):
-        capture = capture_step(inventory, target.loss, target.args, target.kwargs, fresh=fresh)
+        capture = capture_step(inventory, target.loss, target.args, target.kwargs, fresh=fresh, **captured_as(plan))
     capture.step.mesh = dict(plan.axes)
     return capture.step
 

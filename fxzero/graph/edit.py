@@ -114,7 +114,7 @@ class Editor:
     def all_reduce(self, full: fx.Node, axis: str, *, op: str, stem: str, sharding: Sharding | None = None) -> fx.Node:
         """Reduce over an axis; every rank of it has the result."""
         reduced = self.call(c10d.all_reduce, self.contiguous(full), op, axis, name=f"{stem}_reduce", sharding=sharding)
-        return self.call(c10d.wait, reduced, name=f"{stem}_mean", sharding=sharding)
+        return self.call(c10d.wait, reduced, name=f"{stem}_{'mean' if op == 'avg' else op}", sharding=sharding)
 
     def local_shard(self, full: fx.Node, sharding: Sharding, *, stem: str) -> fx.Node:
         """This rank's rows of a replicated value."""
@@ -155,6 +155,15 @@ def coordinate(step: StepGraph, axis: str) -> fx.Node:
         node = step.graph.placeholder(f"{axis}_index")
     node.meta = {"entry": StateEntry("coordinate", axis), "val": 0, "phase": "forward", "module": ""}
     return node
+
+
+def move_launch(launch: fx.Node, *, before: fx.Node) -> None:
+    """Put the launch of a collective elsewhere, together with casts of inputs that serve it alone."""
+    for source in launch.all_input_nodes:
+        casts = source.target is aten._to_copy.default and source.all_input_nodes[0].op == "placeholder"
+        if casts and len(source.users) == 1:
+            before.prepend(source)
+    before.prepend(launch)
 
 
 def replace_uses(old: fx.Node, new: fx.Node, users: Iterable[fx.Node]) -> int:

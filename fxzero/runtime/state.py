@@ -139,7 +139,7 @@ class StepState:
 
     def _blank_rows(self, name: str, old: nn.Parameter) -> torch.Tensor:
         """Memory for a parameter that a checkpoint will fill: rows where it is sharded, never the whole."""
-        sharded = self.parameter_is_sharded(old.shape, stage=3)
+        sharded = self.parameter_is_sharded(old.shape, stage=self.topology.plan.parameter_stage)
         rows = (shard_rows(old.shape[0], self.topology.plan.axes["dp"]), *old.shape[1:]) if sharded else old.shape
         memory = self._blank(rows, old.dtype)
         if self.topology.mesh is None:
@@ -167,7 +167,7 @@ class StepState:
             self.optimizer.state[parameter] = self.optimizer.state.pop(old)
 
     def _adopt_parameter(self, name: str, full: torch.Tensor) -> torch.Tensor:
-        sharded = self.parameter_is_sharded(full.shape, stage=3)
+        sharded = self.parameter_is_sharded(full.shape, stage=self.topology.plan.parameter_stage)
         return self._adopt(("parameter", name), full, sharded)
 
     def _adopt(self, key: tuple[str, str], full: torch.Tensor, sharded: bool) -> torch.Tensor:

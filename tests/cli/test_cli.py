@@ -169,6 +169,14 @@ def test_dump_is_the_readable_program(printed, golden, tiny) -> None:
     assert to_text(from_text(out)) == out
 
 
+def test_dump_in_low_precision_with_clipping(printed, golden, tiny) -> None:
+    keys = ("--precision", "bf16", "--keep-fp32", "head,*.norm", "--clip-grad-norm", "0.5", "--clip-grad-norm-p", "inf")
+    out = printed("dump", f"{tiny}:step", "--world", "4", *keys, "--quiet")
+    golden("cli/dump_bf16_clipped", out)
+    assert to_text(from_text(out)) == out
+    assert "bf16[16/dp, 16]" in out and "%grad_norm_local max dp, 4 B" in out
+
+
 def test_dump_says_on_stderr_what_it_does(call, tiny) -> None:
     code, out, err = call("dump", f"{tiny}:step", "--world", "4")
     assert code == 0 and out.startswith("# after place_updates | mesh dp=4")

@@ -73,6 +73,13 @@ def _frozen_llama() -> nn.Module:
     return model
 
 
+def _lora_llama() -> nn.Module:
+    """PEFT's adapters on two projections of each layer; everything else is frozen."""
+    peft = importlib.import_module("peft")
+    adapters = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
+    return peft.get_peft_model(_decoder("Llama")(), adapters).train()
+
+
 def _tokens(generator: torch.Generator, length: int = TOKENS) -> torch.Tensor:
     return torch.randint(4, VOCAB, (ROWS, length), generator=generator)
 
@@ -239,6 +246,7 @@ CASES: dict[str, HFCase] = {
     "llama": HFCase(_decoder("Llama"), _causal),
     "llama_padded": HFCase(_decoder("Llama", tie_word_embeddings=True), _padded),
     "llama_partly_frozen": HFCase(_frozen_llama, _causal),
+    "llama_lora": HFCase(_lora_llama, _causal),
     "gpt2": HFCase(_GPT2, _causal),
     "gpt2_checkpointed": HFCase(_checkpointed(_GPT2, reentrant=False), _causal),
     "qwen2": HFCase(_decoder("Qwen2"), _causal),

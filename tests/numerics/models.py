@@ -1,8 +1,9 @@
 """Small models, a hand-written optimizer and the jobs made of them: between them what makes a step hard to shard."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -329,6 +330,7 @@ class Case:
         prepare: (model, step), called before each step.
         steps: how many.
         captures: programs that fxzero may compile for it.
+        clip: keys of a plan that clip gradients.
     """
 
     name: str
@@ -340,6 +342,7 @@ class Case:
     prepare: Callable[[nn.Module, int], None] | None = None
     steps: int = 20
     captures: int = 1
+    clip: dict[str, float] = field(default_factory=dict)
 
     def but(self, **changes: Any) -> "Case":
         """The same job with some parts changed."""
@@ -499,6 +502,20 @@ def all_cases() -> dict[str, Case]:
         plain.but(name="two_paths", model=TwoPaths, batch=branching_batch, captures=2),
     ]
     return {case.name: case for case in cases}
+
+
+def clipped_cases() -> dict[str, Case]:
+    """Jobs by name whose gradients are clipped, at every step but few."""
+    plain = Case("clipped", Network, _of(torch.optim.SGD, lr=0.01, momentum=0.9), plain_batch)
+    clips: dict[str, dict[str, float]] = {
+        "norm1": {"clip_grad_norm": 2.0, "clip_grad_norm_p": 1.0},
+        "norm2": {"clip_grad_norm": 0.5},
+        "norm_inf": {"clip_grad_norm": 0.05, "clip_grad_norm_p": math.inf},
+        "value": {"clip_grad_value": 0.01},
+        "value_norm3": {"clip_grad_value": 0.05, "clip_grad_norm": 0.3, "clip_grad_norm_p": 3.0},
+        "loose": {"clip_grad_norm": 1e6},
+    }
+    return {f"clip_{name}": plain.but(name=f"clip_{name}", clip=keys) for name, keys in clips.items()}
 
 
 def rarer_cases() -> dict[str, Case]:

@@ -15,11 +15,12 @@ from fxzero.errors import VerifyError
 from fxzero.graph import StepGraph
 from fxzero.runtime.state import StepState
 from tests.numerics import reference
-from tests.numerics.models import Case, all_cases, rarer_cases
+from tests.numerics.models import Case, all_cases, clipped_cases, rarer_cases
 from tests.numerics.reference import first_difference, num_programs, planted, run_compiled, run_plain
 
 CASES = all_cases()
 RARER = rarer_cases()
+CLIPPED = clipped_cases()
 capture_signature = importlib.import_module("fxzero.capture.signature")
 
 
@@ -34,6 +35,15 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_bit_equal_to_the_plain_loop(case: Case) -> None:
     check(case)
+
+
+@pytest.mark.parametrize("case", CLIPPED.values(), ids=CLIPPED)
+def test_clipped_steps_are_bit_equal_too(case: Case) -> None:
+    check(case)
+    loose = run_plain(case.but(clip={}, steps=3)).values
+    assert bool(case.clip.get("clip_grad_norm", 0) > 1e3) == torch.equal(
+        run_plain(case.but(steps=3)).values["parameter block.mix.weight"], loose["parameter block.mix.weight"]
+    ), "clipping that clips nothing"
 
 
 @pytest.mark.parametrize("case", RARER.values(), ids=RARER)

@@ -28,7 +28,7 @@ import fxzero
 from fxzero.errors import VerifyError
 from fxzero.graph import StepGraph
 from tests.numerics import reference
-from tests.numerics.models import OPTIMIZERS, Case, all_cases, batch_by_rank
+from tests.numerics.models import OPTIMIZERS, Case, all_cases, batch_by_rank, clipped_cases
 from tests.numerics.reference import Outcome, first_difference, num_programs, planted, run_compiled, run_plain
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +76,11 @@ OPTIONS: list[dict[str, Any]] = [
 def cases() -> dict[str, Case]:
     """All cases, and those that take more than one rank."""
     plain = all_cases()
-    return plain | {"batch_by_rank": plain["adamw"].but(name="batch_by_rank", batch=batch_by_rank, scheduler=None)}
+    return (
+        plain
+        | clipped_cases()
+        | {"batch_by_rank": plain["adamw"].but(name="batch_by_rank", batch=batch_by_rank, scheduler=None)}
+    )
 
 
 EVERY_STAGE = ("groups", "one_cycle_sgd", "one_cycle_adamw")
@@ -92,10 +96,12 @@ def features() -> list[Job]:
     jobs = [
         Job(name, {"zero": zero})
         for name in cases()
-        if name not in OPTIMIZERS
+        if name not in OPTIMIZERS and name not in clipped_cases()
         for zero in (range(4) if name in EVERY_STAGE else (1, 3))
     ]
     jobs += [Job("adamw", options) for options in OPTIONS]
+    jobs += [Job(name, {"zero": zero}, rtol=1e-6 * (zero > 1)) for name in clipped_cases() for zero in range(4)]
+    jobs += [Job("clip_norm2", {"zero": zero}, rtol=1e-6, fault=reference.forget_ranks_norm) for zero in (2, 3)]
     jobs += [
         Job("adam", {"zero": 0}, fault=reference.skip_ranks),
         Job("adam", {"zero": 1}, fault=reference.skip_ranks),
@@ -119,6 +125,8 @@ def four_ranks() -> list[Job]:
     hybrid = {"mesh": {"dp_replicate": 2, "dp": 2}}
     jobs = [Job(name, {"zero": zero}, rtol=1e-6) for name in ("one_cycle_sgd", "adam") for zero in range(4)]
     jobs += [Job("groups", {"zero": 3}, rtol=1e-6)]
+    jobs += [Job(name, {"zero": zero}, rtol=1e-6) for name in ("clip_norm1", "clip_norm2") for zero in (0, 3)]
+    jobs += [Job("clip_norm_inf", {"zero": 2, **hybrid}, rtol=1e-6)]
     jobs += [Job("one_cycle_sgd", {"zero": zero, **hybrid}, rtol=1e-6) for zero in range(4)]
     jobs += [Job("adam", {"zero": zero, **hybrid}, rtol=1e-6) for zero in (1, 3)]
     jobs += [

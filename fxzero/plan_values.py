@@ -1,0 +1,120 @@
+"""What the value of a plan's key may be: each check returns the value in canonical form or raises PlanError."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+from fxzero.errors import PlanError
+
+# (where, value) -> the value in canonical form; raises PlanError.
+Check = Callable[[str, Any], Any]
+
+MAX_INT = 2**63 - 1  # what TOML promises to carry
+_MAX_TIMEOUT_S = 86_400
+_BYTE_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BYTE_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_BYTES = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*")
+_BYTES_FIX = "write a whole number, or one with a unit (B, kB, MB, GB, TB, KiB, MiB, GiB, TiB): '4 MiB'"
+
+
+def show(value: object) -> str:
+    """The value as an error shows it: its repr, cut where too long, with its type where that says more."""
+    text = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:97]}..."
+    return text if type(value).__module__ == "builtins" else f"{text} ({type(value).__name__})"
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """What to write instead of a name that is none of `names`."""
+    close = difflib.get_close_matches(name.strip().lower().replace("-", "_"), names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(names)}"
+
+
+def integer(low: int, high: int = MAX_INT, *, fix: str) -> Check:
+    """A check for integers from low to high."""
+    span = f"from {low} to {high}" if high != MAX_INT else f"of at least {low}"
+
+    def check(where: str, value: Any) -> int:
+        # bool is an int to Python, but `zero = true` is a mistake that must not turn into stage 1.
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise PlanError.of(where, expected=f"an integer {span}", got=show(value), fix=fix)
+        return int(value)
+
+    return check
+
+
+def number_of_bytes(where: str, value: Any) -> int:
+    """Bytes, as a whole number or with a unit: "4 MiB"."""
+    if not isinstance(value, str):
+        return int(integer(0, fix=_BYTES_FIX)(where, value))
+    match = _BYTES.fullmatch(value)
+    if match is None or match[2] not in _BYTE_UNITS:
+        raise PlanError.of(where, expected="a number of bytes", got=show(value), fix=_BYTES_FIX)
+    # Exact arithmetic: 0.3 MB is 300000 bytes, which a float product misses.
+    num_bytes = Fraction(match[1]) * _BYTE_UNITS[match[2]]
+    if num_bytes.denominator != 1 or num_bytes > MAX_INT:
+        got = f"{value!r} = {float(num_bytes):.10g} bytes"
+        raise PlanError.of(where, expected="a whole number of bytes below 2**63", got=got, fix=_BYTES_FIX)
+    return int(num_bytes)
+
+
+def seconds(where: str, value: Any) -> float:
+    """A duration of at most a day."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MAX_TIMEOUT_S:
+        expected = f"seconds, more than 0 and at most {_MAX_TIMEOUT_S}"
+        raise PlanError.of(where, expected=expected, got=show(value), fix="write a number such as 60.0")
+    return float(value)
+
+
+def one_of(*built: str, reserved: tuple[str, ...] = ()) -> Check:
+    """A check for names; those that are reserved say so."""
+
+    def check(where: str, value: Any) -> str:
+        name = value if isinstance(value, str) else ""
+        if name in built:
+            return built[built.index(name)]
+        fix = f"reserved, not built yet: use {built[0]!r}" if name in reserved else nearest(name, built)
+        raise PlanError.of(where, expected=" or ".join(map(repr, built)), got=show(value), fix=fix)
+
+    return check
+
+
+def pass_names(where: str, value: Any) -> tuple[str, ...]:
+    """Names of passes, sorted, once each."""
+    listed: list[Any] = list(value) if isinstance(value, (tuple, list, set, frozenset)) else [None]
+    if not all(isinstance(name, str) and name.isascii() and name.isidentifier() for name in listed):
+        fix = "write a list of names as `fxzero passes` prints them, such as ['bucket_all_gathers']"
+        raise PlanError.of(where, expected="a list of pass names", got=show(value), fix=fix)
+    return tuple(sorted(set(listed)))
+
+
+def bound(where: str, value: Any) -> float | None:
+    """A finite number above 0, or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        fix = "write a number such as 1.0, or leave the key out"
+        raise PlanError.of(where, expected="a finite number above 0, or None", got=show(value), fix=fix)
+    return float(value)
+
+
+def norm_order(where: str, value: Any) -> float:
+    """The order of a p-norm; files write infinity as "inf"."""
+    number = math.inf if value == "inf" else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
+        fix = "write 1, 2, 'inf' or another order of a p-norm"
+        raise PlanError.of(where, expected="a number above 0, or 'inf'", got=show(value), fix=fix)
+    return float(number)
+
+
+def patterns(where: str, value: Any) -> tuple[str, ...]:
+    """Patterns of module paths, sorted, once each."""
+    listed: list[Any] = list(value) if isinstance(value, (tuple, list)) else [None]
+    if not all(isinstance(pattern, str) and pattern.isprintable() for pattern in listed):
+        fix = "write a list of patterns as for file names, such as ['*.norm', 'head']"
+        raise PlanError.of(where, expected="a list of patterns of module paths", got=show(value), fix=fix)
+    return tuple(sorted(set(listed)))

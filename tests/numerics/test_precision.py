@@ -1,0 +1,282 @@
+"""Low precision: two ranks are bit-equal to FSDP2 with the same policy, one to the plain loop under autocast.
+
+Run as a module, this file is what each rank does.
+"""
+
+import contextlib
+import copy
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import fxzero
+from fxzero.capture import Inventory, capture_step
+from fxzero.capture.precision import Precision
+from fxzero.graph import StepGraph
+from fxzero.graph import collectives as c10d
+from fxzero.graph.step_graph import num_bytes
+from fxzero.recipe import recipe
+from tests.numerics.worker import launch
+
+STEPS, WORDS, WIDTH = 50, 51, 16
+
+
+class Reader(nn.Module):
+    """Words and a floating input; a norm, dropout, a buffer, a tied head; 51 rows divide by no number of ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, WIDTH)
+        self.mix = nn.Linear(WIDTH, 3 * WIDTH)
+        self.norm = nn.LayerNorm(3 * WIDTH)
+        self.drop = nn.Dropout(0.1)
+        self.out = nn.Linear(3 * WIDTH, WIDTH, bias=False)
+        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("places", torch.linspace(-1, 1, WIDTH))
+
+    def forward(self, x: torch.Tensor, features: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(x) * 0.3 + features + self.places.to(features.dtype)
+        hidden = hidden + self.out(self.drop(self.norm(F.gelu(self.mix(hidden)))))
+        return F.cross_entropy(self.head(hidden), y)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """foreach=False: the form that fxzero traces."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+
+
+def momentum(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, foreach=False)
+
+
+def batch(step: int, rank: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    x, y = torch.randint(WORDS, (2, 8), generator=generator)
+    return x, torch.randn(8, WIDTH, generator=generator), y
+
+
+def run(step: Callable[..., torch.Tensor], model: nn.Module, *, rank: int) -> dict[str, torch.Tensor]:
+    """Losses of all steps and parameters after them."""
+    torch.manual_seed(7 + rank)
+    values = {f"loss {i}": step(*batch(i, rank)).detach().clone() for i in range(STEPS)}
+    for name, p in model.named_parameters():
+        values[name] = (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+    return values
+
+
+def first_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> str:
+    assert a.keys() == b.keys()
+    return next((f"{k}: {a[k].flatten()[:3]} and {b[k].flatten()[:3]}" for k in a if not torch.equal(a[k], b[k])), "")
+
+
+def plain_loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[..., torch.Tensor]:
+    def step(*args: torch.Tensor) -> torch.Tensor:
+        loss = model(*args)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
+# ---- two ranks
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan beside a policy of FSDP2; `equal` is whether the two mean the same."""
+
+    plan: dict[str, Any]
+    reduce_dtype: torch.dtype = torch.float32
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adamw
+    keeps_norm: bool = False
+    equal: bool = True
+    faults: dict[str, Any] = field(default_factory=dict)  # attribute of Precision -> what stands in its place
+
+    @property
+    def name(self) -> str:
+        """A test's id."""
+        words = [f"{key}={value}" for key, value in self.plan.items()] + [self.optimizer.__name__]
+        return " ".join([*words, *(f"fault {name}" for name in self.faults), "" if self.equal else "unlike"]).strip()
+
+
+def keeps_inputs(self: Precision, model: nn.Module, args: Any, kwargs: Any) -> Any:
+    """A fault: floating inputs are rounded twice as coarsely."""
+    return tuple((a * 1.01).bfloat16() if a.dtype.is_floating_point else a for a in args), kwargs
+
+
+def jobs() -> list[Job]:
+    low = {"precision": "bf16"}
+    found = [Job({"zero": zero, **low}) for zero in range(4)]
+    found += [Job({"zero": zero, **low, "reduce_dtype": "bf16"}, torch.bfloat16) for zero in range(4)]
+    found += [
+        Job({"zero": 3, **low, "bucket_bytes": 2**20, "bucket_form": "coalesced"}),
+        Job({"zero": 3, **low, "prefetch": 2, "bucket_bytes": 0}),
+        Job({"zero": 2, **low, "bucket_bytes": 2**20}, optimizer=momentum),
+        Job({"zero": 3, **low, "keep_fp32": ["norm"]}, keeps_norm=True),
+        Job({"zero": 3, **low, "keep_fp32": ["norm"]}, equal=False),
+        Job({"zero": 3, **low}, torch.bfloat16, equal=False),
+        Job({"zero": 3}, equal=False),
+        Job({"zero": 3, **low}, equal=False, faults={"_cast_inputs": keeps_inputs}),
+    ]
+    return found
+
+
+def fsdp2(job: Job, *, rank: int) -> dict[str, torch.Tensor]:
+    """The reference: one group, or two where the norm keeps its dtype."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.manual_seed(0)
+    model = Reader()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if job.keeps_norm:
+        fully_shard(model.norm, mesh=mesh)
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, job.reduce_dtype))
+    return run(plain_loop(model, job.optimizer(model)), model, rank=rank)
+
+
+def compiled(job: Job, *, rank: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = Reader()
+    with contextlib.ExitStack() as stack:
+        for name, fault in job.faults.items():
+            stack.enter_context(mock.patch.object(Precision, name, fault))
+        step = fxzero.compile(model, job.optimizer(model), fxzero.Plan(**job.plan))
+        return run(step, model, rank=rank)
+
+
+def main(path: str) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank, results = dist.get_rank(), {}
+    references: dict[Any, dict[str, torch.Tensor]] = {}
+    for job in jobs():
+        key = (job.reduce_dtype, job.optimizer, job.keeps_norm)
+        if key not in references:
+            references[key] = fsdp2(job, rank=rank)
+        try:
+            found = first_difference(references[key], compiled(job, rank=rank))
+        except Exception:
+            found = traceback.format_exc()
+        results[job.name] = found
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, results)
+    if rank == 0:
+        Path(path).write_text(json.dumps(everywhere))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    path = tmp_path_factory.mktemp("precision") / "results.json"
+    launch("tests.numerics.test_precision", str(path), ranks=2, timeout_s=240)
+    return json.loads(path.read_text())
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("job", jobs(), ids=lambda job: job.name)
+def test_two_ranks_are_bit_equal_to_fsdp2_with_the_same_policy(job: Job, results: list[dict[str, str]]) -> None:
+    for found in results:
+        assert "Traceback" not in found[job.name], found[job.name]
+    if job.equal:
+        assert [found[job.name] for found in results] == ["", ""]
+    else:
+        assert all(found[job.name] for found in results), "a difference was not seen"
+
+
+# ---- one rank
+
+
+@pytest.mark.parametrize("optimizer", [adamw, momentum])
+def test_autocast_is_bit_equal_to_the_plain_loop_under_autocast(
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+) -> None:
+    torch.manual_seed(0)
+    model = Reader()
+    plain = copy.deepcopy(model)
+    held = optimizer(plain)
+
+    def under_autocast(*args: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = plain(*args)
+        loss.backward()
+        held.step()
+        held.zero_grad()
+        return loss
+
+    expected = run(under_autocast, plain, rank=0)
+    step = fxzero.compile(model, optimizer(model), fxzero.Plan(precision="autocast:bf16"))
+    assert first_difference(expected, run(step, model, rank=0)) == ""
+    other = Reader()
+    other.load_state_dict(step.model.state_dict())
+    torch.manual_seed(0)
+    full = Reader()
+    assert first_difference(expected, run(plain_loop(full, optimizer(full)), full, rank=0)), (
+        "autocast makes no difference"
+    )
+
+
+def graph_of(**plan: Any) -> StepGraph:
+    model = Reader()
+    optimizer = adamw(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    resolved = fxzero.Plan(**plan).resolve(4)
+    precision = Precision.parse(resolved.precision)
+    step = capture_step(Inventory.of(model, optimizer), None, batch(0, 0), {}, precision=precision).step
+    step.mesh = dict(resolved.axes)
+    return recipe(resolved, backend="fake").run(step)
+
+
+def gathered_bytes(step: StepGraph) -> int:
+    """Bytes that the gathers of one step yield."""
+    ops = (c10d.all_gather, c10d.all_gather_coalesced)
+    return sum(num_bytes(node.meta["val"]) for op in ops for node in step.calls(op))
+
+
+def test_gathers_carry_half_the_bytes() -> None:
+    assert gathered_bytes(graph_of(precision="bf16")) * 2 == gathered_bytes(graph_of())
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_below_zero_3_a_parameter_is_gathered_once_a_step(zero: int) -> None:
+    """Ranks keep what forward gathered; what they gather is half of what the update of fp32 parameters would be."""
+    step = graph_of(zero=zero, precision="bf16")
+    assert gathered_bytes(step) * 2 == gathered_bytes(graph_of(zero=zero))
+    assert {node.meta["phase"] for node in step.calls(c10d.all_gather)} <= {"forward"}
+
+
+def test_a_cast_stands_before_its_first_reader() -> None:
+    model = Reader()
+    step = capture_step(
+        Inventory.of(model, torch.optim.SGD(model.parameters(), lr=0.1)),
+        None,
+        batch(0, 0),
+        {},
+        precision=Precision(compute=torch.bfloat16),
+    ).step
+    order = step.positions()
+    casts = [n for n in step.phase("forward") if n.all_input_nodes and n.all_input_nodes[0] in step.inputs("parameter")]
+    assert len(casts) == len(list(model.parameters()))
+    for cast in casts:
+        assert min(order[user] for user in cast.users) == order[cast] + 1 or cast.next in casts
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1])
