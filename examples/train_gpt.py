@@ -216,6 +216,8 @@ def parse_arguments():
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--warmup", type=int, default=80, help="steps of rising learning rate")
     parser.add_argument("--zero", type=int, default=3, help="ZeRO stage, 0 to 3")
+    parser.add_argument("--precision", default="fp32", help="fp32, bf16 or autocast:bf16")
+    parser.add_argument("--clip-grad-norm", type=float, help="greatest norm of all gradients; default: none")
     parser.add_argument("--eval-every", type=int, default=100)
     parser.add_argument("--eval-windows", type=int, default=512)
     parser.add_argument("--save-every", type=int, default=100)
@@ -235,7 +237,12 @@ def main():
     # A scheduler that starts late wants the peak rate in the group.
     groups = [{"params": model.parameters(), "initial_lr": args.lr}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
-    plan = fxzero.Plan(zero=args.zero, mesh={"dp": dist.get_world_size()})
+    plan = fxzero.Plan(
+        zero=args.zero,
+        mesh={"dp": dist.get_world_size()},
+        precision=args.precision,
+        clip_grad_norm=args.clip_grad_norm,
+    )
     step = fxzero.compile(model, optimizer, plan, loss=loss_fn)
 
     if dist.get_rank() == 0 and not args.resume:

@@ -10,7 +10,8 @@ from fxzero.cli.usage import UsageError
 from fxzero.plan import Plan
 
 # option of the command line -> key of the plan
-_KEYS = ("zero", "mesh", "bucket_bytes", "persist_below", "prefetch", "all_gather", "reduce_scatter", "bucket_form")
+_KEYS: tuple[str, ...] = ("zero", "mesh", "bucket_bytes", "persist_below", "prefetch", "bucket_form")
+_KEYS += ("all_gather", "reduce_scatter")
 _KEYS += ("precision", "reduce_dtype", "keep_fp32", "clip_grad_norm", "clip_grad_norm_p", "clip_grad_value", "disable")
 _LISTS = ("keep_fp32", "disable")
 
