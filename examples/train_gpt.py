@@ -55,6 +55,7 @@ class Block(nn.Module):
 def rotate(x, cos, sin):
     """Each pair of features is turned by an angle that grows with the position (rotary embedding)."""
     a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)  # tables stay in fp32 where parameters are cast
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from fxzero import compat
 from fxzero.capture.draws import host_random_state
 from fxzero.capture.inventory import hyperparameters
+from fxzero.capture.precision import CAST_MORE
 from fxzero.errors import CaptureError
 
 
@@ -69,6 +70,7 @@ def capture_error(
     path: str,
     op: object,
     batch: list[tuple[str, Any]],
+    cast_to: torch.dtype | None = None,
 ) -> CaptureError:
     """What went wrong in a trace, with the module, op and source line of the user's that it went wrong at.
 
@@ -79,6 +81,7 @@ def capture_error(
         path: the module whose forward was running.
         op: the last op that was traced.
         batch: (path, leaf) of the arguments.
+        cast_to: the dtype that parameters are cast to, if any.
     """
     frames = traceback.extract_tb(error.__traceback__)
     inside = ("/torch/", "/fxzero/capture/", "/fxzero/compat.py", "/sympy/")
@@ -88,7 +91,7 @@ def capture_error(
     where = f"module {path!r} of {type(model).__name__}" if phase == "forward" else phase
     if phase == "update":
         where = f"{type(optimizer).__name__}.step"
-    expected, fix = _advice(error, phase, batch)
+    expected, fix = _advice(error, phase, batch, cast_to)
     return CaptureError.of(
         where=f"{where}, op {op}, {frame.filename}:{frame.lineno} ({(frame.line or '').strip()})",
         expected=expected,
@@ -97,7 +100,7 @@ def capture_error(
     )
 
 
-def _advice(error: Exception, phase: str, batch: list[tuple[str, Any]]) -> tuple[str, str]:
+def _advice(error: Exception, phase: str, batch: list[tuple[str, Any]], cast_to: torch.dtype | None) -> tuple[str, str]:
     """What was expected, and what to do, by the kind of an error."""
     if compat.is_data_dependent(error):
         return (
@@ -106,6 +109,11 @@ def _advice(error: Exception, phase: str, batch: list[tuple[str, Any]]) -> tuple
         )
     if compat.lacks_fake_kernel(error):
         return ("ops that have a fake kernel", "register one: torch.library.register_fake")
+    if phase == "forward" and cast_to is not None and "dtype" in str(error):
+        return (
+            f"a model that computes in {cast_to} when its parameters and floating inputs are cast to that",
+            CAST_MORE,
+        )
     if phase == "forward":
         given = ", ".join(f"{path} {_describe(leaf)}" for path, leaf in batch) or "nothing"
         return (

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.fx.traceback import annotate
 
 from fxzero import compat
+from fxzero.errors import CaptureError
 from fxzero.graph import StepGraph
 from fxzero.graph.step_graph import yields_tensor
 
@@ -75,6 +76,35 @@ class Precision:
             return value.to(self.compute) if floating else value
 
         return compat.tree_map(cast, (args, kwargs))
+
+
+# ops whose kernels want one dtype for all of these arguments, which their fake kernels do not check
+_ALIKE: dict[Any, tuple[int, ...]] = {
+    aten.mm.default: (0, 1),
+    aten.bmm.default: (0, 1),
+    aten.addmm.default: (0, 1, 2),
+    aten.baddbmm.default: (0, 1, 2),
+    aten.convolution.default: (0, 1, 2),
+    aten._native_batch_norm_legit_functional.default: (1, 2, 3, 4),
+}
+CAST_MORE = (
+    "cast what the model makes or keeps itself, buffers for instance, with .to(x.dtype); "
+    "or use precision='autocast:bf16', or keep_fp32 for that module"
+)
+
+
+def check_dtypes(step: StepGraph) -> None:
+    """Raise CaptureError, naming module and op, where a kernel would refuse the dtypes that meet."""
+    for node in step.phase("forward"):
+        arguments = [node.args[i] for i in _ALIKE.get(node.target, ()) if i < len(node.args)]
+        dtypes = [a.meta["val"].dtype for a in arguments if isinstance(a, fx.Node)]
+        if len(set(dtypes)) > 1:
+            raise CaptureError.of(
+                where=f"module {node.meta['module']!r}, op {node.target}",
+                expected="tensors of one dtype",
+                got=", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes),
+                fix=CAST_MORE,
+            )
 
 
 def sink_parameter_casts(step: StepGraph) -> None:

@@ -36,7 +36,7 @@ from fxzero.capture.clipping import Clipping
 from fxzero.capture.draws import RandomDraws
 from fxzero.capture.guards import Guards, collect_guards, freeze_unused
 from fxzero.capture.inventory import Inventory, dense_strides, hyperparameters, state_name, with_hyperparameters
-from fxzero.capture.precision import Precision, sink_parameter_casts
+from fxzero.capture.precision import Precision, check_dtypes, sink_parameter_casts
 from fxzero.capture.provenance import module_paths
 from fxzero.capture.scalars import ScalarReader, SymbolicTensors
 from fxzero.capture.signature import flatten_batch
@@ -299,6 +299,7 @@ class _StepTracer:
             path=self.path[-1] if self.path else "",
             op=self.reader.last_op,
             batch=self.batch_leaves,
+            cast_to=self.precision.compute,
         )
 
 
@@ -349,6 +350,7 @@ def capture_step(
         optimized=inventory.optimized,
         mode=tracer.mode,
     )
+    check_dtypes(step)
     sink_parameter_casts(step)
     freeze_unused(guards, step, entries, tracer.inputs.values)
     guards.attributes = inventory.attributes

@@ -24,6 +24,7 @@ from torch import nn
 import fxzero
 from fxzero.capture import Inventory, capture_step
 from fxzero.capture.precision import Precision
+from fxzero.errors import CaptureError
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.step_graph import num_bytes
@@ -228,6 +229,58 @@ def test_autocast_is_bit_equal_to_the_plain_loop_under_autocast(
     assert first_difference(expected, run(plain_loop(full, optimizer(full)), full, rank=0)), (
         "autocast makes no difference"
     )
+
+
+class Rotates(nn.Module):
+    """Multiplies by a table in fp32, which promotes what two matrices then cannot multiply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("table", torch.ones(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(x * self.table).mean()
+
+
+class Attends(Rotates):
+    """The same, before attention."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.out(x)[None]
+        return F.scaled_dot_product_attention(x * self.table, x, x).mean()
+
+
+class Normalizes(Rotates):
+    """Running statistics are buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.out(x)).mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        (
+            Rotates,
+            r"module 'out', op aten.addmm.default: expected tensors of one dtype, got bfloat16, float32, bfloat16",
+        ),
+        (Attends, r"op aten.mul.Tensor.*expected a model that computes in torch.bfloat16"),
+        (Normalizes, r"module 'norm', op aten._native_batch_norm.*got bfloat16, bfloat16, float32, float32"),
+    ],
+)
+def test_a_model_that_mixes_dtypes_is_told_what_to_cast(kind: type[nn.Module], where: str) -> None:
+    model = kind()
+    step = fxzero.compile(model, momentum(model), fxzero.Plan(precision="bf16"))
+    with pytest.raises(CaptureError, match=where + r".*with \.to\(x\.dtype\)"):
+        step(torch.ones(2, WIDTH))
+    if kind is Normalizes:
+        kept = fxzero.compile(model, momentum(model), fxzero.Plan(precision="bf16", keep_fp32=["norm"]))
+        assert torch.isfinite(kept(torch.ones(2, WIDTH)))
 
 
 def graph_of(**plan: Any) -> StepGraph:
