@@ -25,6 +25,7 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "compat": frozenset({"errors"}),
     "plan_values": frozenset({"errors"}),
     "plan": frozenset({"errors", "compat", "plan_values"}),
+    "arguments": frozenset({"errors"}),
     "graph": BASE,
     "capture": BASE | {"graph"},
     "cost": BASE | {"graph"},

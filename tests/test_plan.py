@@ -41,21 +41,32 @@ KEYS = {
     "reduce_scatter": st.sampled_from(["auto", "native", "send_recv", "all_to_all"]),
     "bucket_form": st.sampled_from(["auto", "coalesced", "separate"]),
     "lowering": st.just("eager"),
-    "precision": st.sampled_from(["fp32", "bf16", "autocast:bf16"]),
-    "reduce_dtype": st.sampled_from(["fp32", "bf16"]),
+    "precision": st.sampled_from(["fp32", "bf16", "fp16", "autocast:bf16", "autocast:fp16"]),
+    "reduce_dtype": st.sampled_from(["fp32", "bf16", "fp16"]),
     "keep_fp32": st.lists(st.sampled_from(["*.norm", "head", "layers.[01].*"]), max_size=3),
     "clip_grad_norm": st.none() | st.floats(1e-9, 1e9),
     "clip_grad_norm_p": st.floats(1e-3, 1e3) | st.just("inf") | st.just(math.inf),
     "clip_grad_value": st.none() | st.floats(1e-9, 1e9),
+    "loss_scale": st.none() | st.just("dynamic") | st.floats(1e-9, 1e9),
+    "loss_scale_init": st.floats(1e-9, 1e9),
+    "loss_scale_growth_interval": st.integers(1, 10**6),
+    "max_skipped_steps": st.integers(1, 10**6),
+    "accumulate": st.integers(1, 10**6),
+    "accumulate_in": st.sampled_from(["shards", "unsharded"]),
     "disable": st.lists(NAMES, max_size=5),
     "timeout_s": st.floats(0, 86_400, exclude_min=True) | st.integers(1, 86_400),
 }
 
 
 def _consistent(keys: dict[str, Any]) -> dict[str, Any]:
-    """Without the keys that only precision "bf16" takes, where the precision is another."""
-    low = keys.get("precision") == "bf16"
-    return {key: value for key, value in keys.items() if low or key not in ("reduce_dtype", "keep_fp32")}
+    """Without the keys that another precision does not take, and with the one that it needs."""
+    precision = keys.get("precision", "fp32")
+    if precision.endswith("fp16") and keys.get("loss_scale") is None:
+        keys = {**keys, "loss_scale": "dynamic"}
+    if precision not in ("bf16", "fp16"):
+        return {key: value for key, value in keys.items() if key not in ("reduce_dtype", "keep_fp32")}
+    same = keys.get("reduce_dtype") in (None, "fp32", precision)
+    return keys if same else {**keys, "reduce_dtype": precision}
 
 
 PLANS = st.fixed_dictionaries({}, optional=KEYS).map(_consistent).map(Plan.from_dict)
@@ -92,12 +103,16 @@ def test_defaults() -> None:
         "clip_grad_norm": None,
         "clip_grad_norm_p": 2.0,
         "clip_grad_value": None,
+        "loss_scale": None,
+        "loss_scale_init": 65536.0,
+        "loss_scale_growth_interval": 2000,
+        "max_skipped_steps": 20,
+        "accumulate": 1,
+        "accumulate_in": "shards",
         "disable": [],
         "timeout_s": 60.0,
     }
     assert {f.name: f.default for f in RESERVED} == {
-        "loss_scale": None,
-        "accumulate": 1,
         "recompute": "none",
         "offload": "none",
         "memory_budget": None,
@@ -182,7 +197,7 @@ def test_a_plan_survives_pickle_copy_and_asdict(plan: Plan) -> None:
 
 def test_repr_shows_what_is_built_and_reads_back() -> None:
     plan = Plan(mesh={"dp_replicate": 2, "dp": 4}, disable=("a",))
-    assert "mesh=Mesh(dp_replicate=2, dp=4)" in repr(plan) and "accumulate" not in repr(plan)
+    assert "mesh=Mesh(dp_replicate=2, dp=4)" in repr(plan) and "recompute" not in repr(plan)
     assert eval(repr(plan), {"Plan": Plan, "Mesh": Mesh}) == plan
 
 
@@ -325,7 +340,7 @@ def test_axes_need_a_mesh() -> None:
         ({"lowering": None}, ["got None; choose from: eager"]),
         (
             {"precision": "fp16"},
-            ["Plan.precision: expected 'fp32' or 'bf16' or 'autocast:bf16', got 'fp16'; reserved, not built yet"],
+            ["Plan.loss_scale: expected one, with precision in fp16, got None; set loss_scale='dynamic'"],
         ),
         ({"precision": "bfloat16"}, ["got 'bfloat16'; did you mean 'bf16'?"]),
         (
@@ -338,6 +353,15 @@ def test_axes_need_a_mesh() -> None:
         ({"clip_grad_norm": float("inf")}, ["Plan.clip_grad_norm:", "got inf;"]),
         ({"clip_grad_norm": True}, ["Plan.clip_grad_norm:", "got True;"]),
         ({"clip_grad_value": -1.0}, ["Plan.clip_grad_value:", "got -1.0;"]),
+        ({"loss_scale": "auto"}, ["Plan.loss_scale: expected 'dynamic', a finite number above 0, or None, got 'auto'"]),
+        ({"loss_scale": 0}, ["Plan.loss_scale:", "got 0;"]),
+        ({"loss_scale_init": math.inf}, ["Plan.loss_scale_init: expected a finite number above 0, got inf;"]),
+        ({"accumulate": 0}, ["Plan.accumulate: expected an integer of at least 1, got 0;"]),
+        ({"accumulate_in": "rows"}, ["Plan.accumulate_in: expected 'shards' or 'unsharded', got 'rows';"]),
+        (
+            {"reduce_dtype": "fp16", "precision": "bf16"},
+            ["Plan.reduce_dtype: expected precision 'fp16' with it, got 'bf16';"],
+        ),
         ({"clip_grad_norm_p": 0}, ["Plan.clip_grad_norm_p: expected a number above 0, or 'inf', got 0;"]),
         ({"clip_grad_norm_p": -2}, ["Plan.clip_grad_norm_p:", "got -2;"]),
         ({"clip_grad_norm_p": "max"}, ["Plan.clip_grad_norm_p:", "got 'max';"]),
@@ -517,6 +541,11 @@ def test_to_toml_as_people_read_it() -> None:
         'reduce_dtype = "fp32"\n'
         "keep_fp32 = []\n"
         "clip_grad_norm_p = 2.0\n"
+        "loss_scale_init = 65536.0\n"
+        "loss_scale_growth_interval = 2000\n"
+        "max_skipped_steps = 20\n"
+        "accumulate = 1\n"
+        'accumulate_in = "shards"\n'
         'disable = ["bucket_all_gathers"]\n'
         "timeout_s = 30.0\n"
         "\n"

@@ -12,7 +12,7 @@ from torch import fx
 from fxzero.graph import collectives as c10d
 from fxzero.graph import ops
 from fxzero.graph.rules import Context, Violation, equation, schema_of
-from fxzero.graph.step_graph import STATE_KINDS, Sharding, iter_views
+from fxzero.graph.step_graph import CARRIED_KINDS, STATE_KINDS, Sharding, iter_views
 
 aten = torch.ops.aten
 
@@ -209,7 +209,7 @@ def _check_input(node: fx.Node, mesh: dict[str, int]) -> Iterator[Violation]:
     entry, val, sharding = node.meta["entry"], node.meta["val"], node.meta.get("sharding")
     if entry.kind == "coordinate" and entry.name not in mesh:
         yield Violation(node, f"an axis of the mesh {mesh}", entry.name, "use coordinate()")
-    if entry.kind not in STATE_KINDS or not isinstance(val, torch.Tensor):
+    if entry.kind not in (*STATE_KINDS, *CARRIED_KINDS) or not isinstance(val, torch.Tensor):
         return
     shape = (sharding.rows if sharding else val.shape[0], *val.shape[1:]) if val.dim() else ()
     if tuple(shape) != tuple(entry.shape):

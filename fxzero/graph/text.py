@@ -49,6 +49,7 @@ SHORT_NAMES: dict[Any, str] = {
     c10d.wait: "wait",
     ops.release: "release",
     ops.local_shard: "local_shard",
+    ops.nonfinite: "nonfinite",
     operator.getitem: "getitem",
 }
 # A column is as wide as its widest cell up to this; wider cells push only their own line out.
