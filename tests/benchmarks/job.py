@@ -38,8 +38,12 @@ class Size:
     microbatch: int = 2
 
 
-# Parameters: llama 34M, a quarter of them in embedding and head; vocab50m 50M, two thirds.
-JOBS = {"llama": Size(), "vocab50m": Size(layers=5, vocab=32768)}
+# Parameters: llama 34M, a quarter of them in embedding and head; vocab50m 50M, two thirds; demo 0.9M.
+JOBS = {
+    "llama": Size(),
+    "vocab50m": Size(layers=5, vocab=32768),
+    "demo": Size(dim=128, layers=4, heads=4, vocab=256, seq=128, microbatch=8),
+}
 
 
 class RMSNorm(nn.Module):
@@ -156,13 +160,13 @@ def plain_loop(model, optimizer):
     return step
 
 
-def fxzero_step(zero):
-    """The builder of fxzero's step at a ZeRO stage; --plan adds keys to its plan."""
+def fxzero_step(zero, **own):
+    """The builder of fxzero's step at a ZeRO stage, with further keys of the plan; --plan adds more."""
 
     def build(model, plan):
         import fxzero
 
-        keys = {"zero": zero, "mesh": {"dp": dist.get_world_size()}, **plan}
+        keys = {"zero": zero, "mesh": {"dp": dist.get_world_size()}, **own, **plan}
         return fxzero.compile(model, adamw(model.parameters()), fxzero.Plan(**keys))
 
     return build
@@ -175,19 +179,20 @@ def ddp_step(model, _plan):
     return plain_loop(DistributedDataParallel(model, broadcast_buffers=False), adamw(model.parameters()))
 
 
-def fsdp2_step(*, compiled):
+def fsdp2_step(*, compiled=False, bf16=False):
     """The builder of FSDP2's step, one group per layer and one for the rest; `compiled` layer by layer."""
 
     def build(model, _plan):
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
         for layer in model.layers:
             if compiled:
                 layer.compile()
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
         return plain_loop(model, adamw(model.parameters()))
 
     return build
@@ -231,7 +236,9 @@ def deepspeed3_step(model, _plan):
 VARIANTS = {
     **{f"fxzero{zero}": fxzero_step(zero) for zero in range(4)},
     "ddp": ddp_step,
-    "fsdp2": fsdp2_step(compiled=False),
+    "fxzero3+bf16": fxzero_step(3, precision="bf16"),
+    "fsdp2": fsdp2_step(),
+    "fsdp2+bf16": fsdp2_step(bf16=True),
     "fsdp2+compile": fsdp2_step(compiled=True),
     "deepspeed3": deepspeed3_step,
 }
