@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fxzero.errors import PlanError
+from fxzero.plan_compression import check_compression
 from fxzero.plan_values import (
     Check,
     bound,
@@ -147,6 +148,11 @@ class Plan:
         clip_grad_value: the greatest absolute value of a gradient's element; applied before clip_grad_norm.
         reduce_dtype: with precision "bf16", the dtype in which gradients are reduced: "fp32" or "bf16".
         keep_fp32: with precision "bf16", patterns of module paths whose parameters are not cast.
+        compress_gathers: how gathered parameters travel: "none", "int8" or "fp8" (one byte an element, a scale for each
+            `compress_block` of them), "fp8_rows" (a scale a row, on the weights of linear layers only).
+        compress_reductions: how gradients travel to the rank that keeps their rows: "none", "int8" or "fp8".
+        compress_block: elements that share a scale.
+        compress_below: parameters with fewer elements travel as they are.
         disable: names of passes to leave out; kept sorted, since their order means nothing.
         timeout_s: seconds that ranks wait for each other to agree before the first collective.
 
@@ -172,6 +178,10 @@ class Plan:
     clip_grad_norm: float | None = _key(None, bound)
     clip_grad_norm_p: float = _key(2.0, norm_order)
     clip_grad_value: float | None = _key(None, bound)
+    compress_gathers: str = _key("none", one_of("none", "int8", "fp8", "fp8_rows"))
+    compress_reductions: str = _key("none", one_of("none", "int8", "fp8", reserved=("powersgd", "topk")))
+    compress_block: int = _key(256, integer(16, 2**20, fix="write how many elements share a scale"))
+    compress_below: int = _key(4096, integer(0, fix="write a number of elements; 0 compresses every parameter"))
     disable: tuple[str, ...] = _key((), pass_names)
     timeout_s: float = _key(60.0, seconds)
     loss_scale: float | None = _reserved(None)
@@ -190,6 +200,7 @@ class Plan:
                 raise PlanError.of(
                     f"Plan.{key}", expected="precision 'bf16' with it", got=repr(self.precision), fix=fix
                 )
+        check_compression(self)
 
     @property
     def axes(self) -> dict[str, int]:

@@ -15,6 +15,8 @@ from fxzero.passes.choose_collective_algorithms import choose_collective_algorit
 from fxzero.passes.delay_weight_gradients import delay_weight_gradients
 from fxzero.passes.place_updates import place_updates
 from fxzero.passes.prefetch_all_gathers import prefetch_all_gathers
+from fxzero.passes.quantize_all_gathers import quantize_all_gathers
+from fxzero.passes.quantize_reductions import quantize_reductions
 from fxzero.passes.recompute_pointwise import recompute_pointwise
 from fxzero.passes.reduce_gradients import reduce_gradients
 from fxzero.passes.reduce_in_low_precision import reduce_in_low_precision
@@ -24,6 +26,7 @@ from fxzero.passes.shard_gradients import shard_gradients
 from fxzero.passes.shard_optimizer_state import shard_optimizer_state
 from fxzero.passes.shard_parameters import shard_parameters
 from fxzero.plan import Plan
+from fxzero.plan_compression import QUANTIZED
 
 ALL_PASSES: tuple[Pass, ...] = (
     recompute_pointwise,
@@ -32,9 +35,11 @@ ALL_PASSES: tuple[Pass, ...] = (
     shard_gradient_norms,
     shard_gradients,
     shard_parameters,
+    quantize_all_gathers,
     delay_weight_gradients,
     reduce_in_low_precision,
     remove_dead_nodes,
+    quantize_reductions,
     choose_collective_algorithms,
     bucket_all_gathers,
     bucket_reduce_scatters,
@@ -85,11 +90,17 @@ def recipe(plan: Plan, *, backend: str) -> Pipeline:
         if plan.clip_grad_norm is not None:
             passes.append(shard_gradient_norms.using(axis="dp"))
         passes.append(shard_gradients)
+    packed = {"block": plan.compress_block, "below": plan.compress_below}
     if gathers:
-        passes += [shard_parameters.using(**rows, again=plan.zero == 3), delay_weight_gradients]
+        passes.append(shard_parameters.using(**rows, again=plan.zero == 3))
+        if plan.compress_gathers != "none":
+            passes.append(quantize_all_gathers.using(form=plan.compress_gathers, **packed))
+        passes.append(delay_weight_gradients)
     if axes and plan.reduce_dtype != "fp32":
         passes.append(reduce_in_low_precision)
     passes.append(remove_dead_nodes)
+    if shards and plan.compress_reductions in QUANTIZED:
+        passes.append(quantize_reductions.using(form=plan.compress_reductions, **packed))
     if axes:
         passes.append(choose_collective_algorithms.using(**algorithms))
     if gathers:

@@ -47,15 +47,30 @@ KEYS = {
     "clip_grad_norm": st.none() | st.floats(1e-9, 1e9),
     "clip_grad_norm_p": st.floats(1e-3, 1e3) | st.just("inf") | st.just(math.inf),
     "clip_grad_value": st.none() | st.floats(1e-9, 1e9),
+    "compress_gathers": st.sampled_from(["none", "int8", "fp8", "fp8_rows"]),
+    "compress_reductions": st.sampled_from(["none", "int8", "fp8"]),
+    "compress_block": st.integers(16, 2**20),
+    "compress_below": st.integers(0, 2**63 - 1),
     "disable": st.lists(NAMES, max_size=5),
     "timeout_s": st.floats(0, 86_400, exclude_min=True) | st.integers(1, 86_400),
 }
 
 
 def _consistent(keys: dict[str, Any]) -> dict[str, Any]:
-    """Without the keys that only precision "bf16" takes, where the precision is another."""
+    """Without the keys that only precision "bf16" takes, or only some compression, where that is another."""
     low = keys.get("precision") == "bf16"
-    return {key: value for key, value in keys.items() if low or key not in ("reduce_dtype", "keep_fp32")}
+    keys = {key: value for key, value in keys.items() if low or key not in ("reduce_dtype", "keep_fp32")}
+    stage, mesh = keys.get("zero", 3), keys.get("mesh") or {}
+    if stage < (1 if low else 3):
+        keys.pop("compress_gathers", None)
+    if stage < 2 or mesh.get("dp_replicate", 1) > 1:
+        keys.pop("compress_reductions", None)
+    gathers, reductions = keys.get("compress_gathers", "none"), keys.get("compress_reductions", "none")
+    if not {"int8", "fp8"} & {gathers, reductions}:
+        keys.pop("compress_block", None)
+    if gathers == reductions == "none":
+        keys.pop("compress_below", None)
+    return keys
 
 
 PLANS = st.fixed_dictionaries({}, optional=KEYS).map(_consistent).map(Plan.from_dict)
@@ -92,6 +107,10 @@ def test_defaults() -> None:
         "clip_grad_norm": None,
         "clip_grad_norm_p": 2.0,
         "clip_grad_value": None,
+        "compress_gathers": "none",
+        "compress_reductions": "none",
+        "compress_block": 256,
+        "compress_below": 4096,
         "disable": [],
         "timeout_s": 60.0,
     }
@@ -341,6 +360,24 @@ def test_axes_need_a_mesh() -> None:
         ({"clip_grad_norm_p": 0}, ["Plan.clip_grad_norm_p: expected a number above 0, or 'inf', got 0;"]),
         ({"clip_grad_norm_p": -2}, ["Plan.clip_grad_norm_p:", "got -2;"]),
         ({"clip_grad_norm_p": "max"}, ["Plan.clip_grad_norm_p:", "got 'max';"]),
+        ({"compress_gathers": "int4"}, ["Plan.compress_gathers: expected 'none' or 'int8'", "got 'int4'"]),
+        (
+            {"compress_gathers": "int8", "zero": 2},
+            ["Plan.compress_gathers: expected a plan that gathers parameters", "got zero=2, precision='fp32'"],
+        ),
+        (
+            {"compress_gathers": "fp8", "zero": 0, "precision": "bf16"},
+            ["Plan.compress_gathers:", "got zero=0, precision='bf16'"],
+        ),
+        ({"compress_reductions": "int8", "zero": 1}, ["Plan.compress_reductions: expected zero=2 or 3", "got zero=1"]),
+        (
+            {"compress_reductions": "int8", "mesh": {"dp_replicate": 2, "dp": 2}},
+            ["Plan.compress_reductions: expected a mesh without dp_replicate", "got dp_replicate=2;"],
+        ),
+        ({"compress_block": 128}, ["Plan.compress_block: expected compress_gathers or compress_reductions 'int8'"]),
+        ({"compress_block": 128, "compress_gathers": "fp8_rows"}, ["Plan.compress_block:", "got none of them;"]),
+        ({"compress_block": 8, "compress_gathers": "int8"}, ["Plan.compress_block: expected an integer from 16"]),
+        ({"compress_below": 0}, ["Plan.compress_below: expected compress_gathers or compress_reductions with it"]),
         (
             {"disable": "shard_parameters"},
             ["Plan.disable: expected a list of pass names, got 'shard_parameters';"],
@@ -517,6 +554,10 @@ def test_to_toml_as_people_read_it() -> None:
         'reduce_dtype = "fp32"\n'
         "keep_fp32 = []\n"
         "clip_grad_norm_p = 2.0\n"
+        'compress_gathers = "none"\n'
+        'compress_reductions = "none"\n'
+        "compress_block = 256\n"
+        "compress_below = 4096\n"
         'disable = ["bucket_all_gathers"]\n'
         "timeout_s = 30.0\n"
         "\n"

@@ -12,6 +12,7 @@ from fxzero.plan import Plan
 # option of the command line -> key of the plan
 _KEYS: tuple[str, ...] = ("zero", "mesh", "bucket_bytes", "persist_below", "prefetch", "bucket_form")
 _KEYS += ("all_gather", "reduce_scatter")
+_KEYS += ("compress_gathers", "compress_reductions", "compress_block", "compress_below")
 _KEYS += ("precision", "reduce_dtype", "keep_fp32", "clip_grad_norm", "clip_grad_norm_p", "clip_grad_value", "disable")
 _LISTS = ("keep_fp32", "disable")
 
@@ -36,6 +37,10 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--clip-grad-norm", type=_number, metavar="NORM", help="the greatest norm of all gradients")
     group.add_argument("--clip-grad-norm-p", type=_number, metavar="P", help="the order of that norm; default 2")
     group.add_argument("--clip-grad-value", type=_number, metavar="VALUE", help="the greatest element of a gradient")
+    group.add_argument("--compress-gathers", metavar="NAME", help="none, int8, fp8 or fp8_rows")
+    group.add_argument("--compress-reductions", metavar="NAME", help="none, int8 or fp8")
+    group.add_argument("--compress-block", type=_number, metavar="N", help="elements that share a scale; default 256")
+    group.add_argument("--compress-below", type=_number, metavar="N", help="elements below which nothing is compressed")
     group.add_argument("--disable", action="append", metavar="PASS,..", help="passes to leave out")
 
 

@@ -158,11 +158,15 @@ def coordinate(step: StepGraph, axis: str) -> fx.Node:
 
 
 def move_launch(launch: fx.Node, *, before: fx.Node) -> None:
-    """Put the launch of a collective elsewhere, together with casts of inputs that serve it alone."""
+    """Put the launch of a collective elsewhere, together with what makes its messages of inputs, for it alone."""
     for source in launch.all_input_nodes:
-        casts = source.target is aten._to_copy.default and source.all_input_nodes[0].op == "placeholder"
-        if casts and len(source.users) == 1:
-            before.prepend(source)
+        steps = []
+        while source.target in c10d.PREPARES and len(source.users) == 1:
+            steps.append(source)
+            source = source.all_input_nodes[0]
+        if source.op == "placeholder":
+            for node in reversed(steps):
+                before.prepend(node)
     before.prepend(launch)
 
 

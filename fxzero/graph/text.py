@@ -40,7 +40,7 @@ import torch
 from torch import fx
 
 from fxzero.graph import collectives as c10d
-from fxzero.graph import ops
+from fxzero.graph import compression_ops, ops
 from fxzero.graph.step_graph import PHASES, Sharding, StepGraph, num_bytes
 
 SECTIONS = ("inputs", *PHASES, "results")
@@ -49,6 +49,7 @@ SHORT_NAMES: dict[Any, str] = {
     c10d.wait: "wait",
     ops.release: "release",
     ops.local_shard: "local_shard",
+    **{op: op.name().removeprefix("fxzero::") for op in compression_ops.OPS},
     operator.getitem: "getitem",
 }
 # A column is as wide as its widest cell up to this; wider cells push only their own line out.

@@ -38,7 +38,17 @@ def run_ranks(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: list[Any], plan: Plan, *, step: StepGraph
 ) -> Outcome:
     """One step of `step` on all ranks at once; rank i gets `batches[i]`. Model and optimizer are not changed."""
-    size = len(batches)
+    return train_ranks(model, optimizer, [batches], plan, step=step)
+
+
+def train_ranks(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: list[list[Any]], plan: Plan, *, step: StepGraph
+) -> Outcome:
+    """Steps of `step` on all ranks at once; rank i gets `batches[n][i]` at step n. The losses are the last step's.
+
+    State that is a Python number must not change between steps; model and optimizer are not changed.
+    """
+    size = len(batches[0])
     model, optimizer = copy.deepcopy((model, optimizer))
     state = StepState(model, optimizer, Topology(Plan(zero=plan.zero).resolve(1), None, "none"))
     state.bind()
@@ -47,11 +57,13 @@ def run_ranks(
     assert dist.get_world_size() == size
     program = Program(step, groups=dict.fromkeys(plan.axes, dist.group.WORLD))
     values: dict[tuple[str, str], Any] = {}
-    for node in step.placeholders:
-        entry = node.meta["entry"]
-        values[entry.key] = _value(node, entry, state, batches)
-    with compat.local_tensor_mode(size):
-        outputs = program.run(list(values.values()))
+    for batch in batches:
+        for node in step.placeholders:
+            entry = node.meta["entry"]
+            if entry.key not in values or entry.kind == "batch":
+                values[entry.key] = _value(node, entry, state, batch)
+        with compat.local_tensor_mode(size):
+            outputs = program.run(list(values.values()))
     losses = next(v for key, v in zip(program.outputs, outputs, strict=True) if key[0] == "loss")
     after = {}
     for node in step.inputs("parameter", "optimizer"):

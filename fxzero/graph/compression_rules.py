@@ -1,0 +1,66 @@
+"""The rule of a step graph whose collectives carry packed messages: what is read is what was sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+from fxzero.graph import collectives as c10d
+from fxzero.graph.compression_ops import dequantize_blockwise, dequantize_reduce, quantize_blockwise
+from fxzero.graph.rules import Context, Violation, equation
+
+# how a packed message is read -> what may have carried it
+_READERS: dict[Any, tuple[Any, ...]] = {
+    dequantize_blockwise: (c10d.all_gather, c10d.all_gather_coalesced),
+    dequantize_reduce: (c10d.all_to_all,),
+}
+
+
+def check_compression(context: Context) -> Iterator[Violation]:
+    """A packed message is read by its collective, then once, in the form, blocks and shape in which it was packed."""
+    for node in context.calls:
+        if node.target is quantize_blockwise:
+            for reader in node.users:
+                if not c10d.is_collective(reader):
+                    fix = "send it, and dequantize what arrives"
+                    yield Violation(node, "no reader but its collective", f"%{reader.name}", fix)
+        elif node.target in _READERS:
+            yield from _check_reader(node, context.step.mesh)
+        elif c10d.is_wait(node) and packed_by(node) is not None:
+            others = [reader for reader in node.users if reader.target not in _READERS]
+            if others or len(node.users) != 1:
+                got = ", ".join(equation(reader) for reader in node.users) or "none"
+                fix = "let all readers read what it is dequantized into, where it dies"
+                yield Violation(node, "one reader, which dequantizes it", got, fix)
+
+
+def packed_by(wait: fx.Node) -> fx.Node | None:
+    """The call that packed what a wait waits for; None where it travelled as it is."""
+    source = c10d.sent_to(wait)
+    return source if source.target is quantize_blockwise else None
+
+
+def _check_reader(node: fx.Node, mesh: dict[str, int]) -> Iterator[Violation]:
+    wait: Any = node.args[0]
+    packed = packed_by(wait) if c10d.is_wait(wait) else None
+    if packed is None or c10d.launched_by(wait).target not in _READERS[node.target]:
+        names = " or ".join(c10d.TABLE[target].name for target in _READERS[node.target])
+        yield Violation(node, f"the wait of a quantized {names}", f"%{wait}", "dequantize what was quantized")
+        return
+    x: Any = packed.args[0]
+    ranks = mesh[c10d.axis_of(c10d.launched_by(wait))]
+    shape, form, block, parts = node.args[1:5]
+    gathers = node.target is dequantize_blockwise
+    rows = x.meta["val"].shape[0]
+    whole = [rows * ranks if gathers else rows // ranks, *x.meta["val"].shape[1:]]
+    for what, expected, got in (
+        ("form and block", packed.args[1:3], (form, block)),
+        ("parts", ranks, parts),
+        ("parts of what was sent", 1 if gathers else ranks, packed.args[3]),
+        ("shape", whole, list(shape)),  # type: ignore[arg-type]
+    ):
+        if expected != got:
+            fix = f"take it from %{packed.name}, and the ranks from step.mesh"
+            yield Violation(node, f"{what} {expected}", str(got), fix)
