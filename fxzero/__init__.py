@@ -4,6 +4,7 @@ from fxzero.compile import TrainStep, compile
 from fxzero.errors import (
     CaptureError,
     FxzeroError,
+    GradientOverflowError,
     PipelineError,
     PlanError,
     RankMismatchError,
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
     "FxzeroError",
+    "GradientOverflowError",
     "PipelineError",
     "Plan",
     "PlanError",

@@ -11,33 +11,36 @@ import contextlib
 import functools
 import logging
 import time
-import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxzero import compat
+from fxzero import arguments, compat
+from fxzero.arguments import check_model, check_types, device_of
 from fxzero.capture import Capture, Inventory, Signature, capture_step
+from fxzero.capture.accumulation import Accumulation
+from fxzero.capture.loss_scaling import OVERFLOWED, SCALE, SKIPPED
 from fxzero.capture.signature import flatten_batch
 from fxzero.capture.trace import LossFn
 from fxzero.errors import CaptureError, FxzeroError, PlanError
 from fxzero.graph import StepGraph
+from fxzero.graph.step_graph import CARRIED_KINDS
 from fxzero.pass_manager import PassRecord
 from fxzero.plan import Plan
-from fxzero.recipe import captured_as, recipe
+from fxzero.recipe import auxiliary_state, captured_as, recipe
 from fxzero.runtime.agreement import Agreement, agreed_text
 from fxzero.runtime.checkpoint import load_state_dict, state_dict
+from fxzero.runtime.microbatches import Batch, joined_metrics
 from fxzero.runtime.program import Program
+from fxzero.runtime.skipped_steps import SkippedSteps
 from fxzero.runtime.state import Init, StepState
 from fxzero.runtime.topology import Topology
 from fxzero.runtime.unsharded import unsharded
 
 log = logging.getLogger("fxzero")
-
-_owned: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose parameters are a step's
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Compiled:
         text: what other ranks must agree to.
         records: what each pass did.
         seconds: phase of compilation -> time.
+        accumulation: which of the step's microbatches it serves.
     """
 
     captured: StepGraph
@@ -61,6 +65,12 @@ class Compiled:
     text: str
     records: list[PassRecord]
     seconds: dict[str, float]
+    accumulation: Accumulation
+
+    @property
+    def carries(self) -> tuple[str, ...]:
+        """The parameters whose gradients it hands on to the next microbatch."""
+        return tuple(name for kind, name in self.captured.results if kind in CARRIED_KINDS)
 
 
 def compile(
@@ -90,8 +100,8 @@ def compile(
         CaptureError: if model or optimizer can be seen at once not to fit.
     """
     plan = plan if isinstance(plan, Plan) else Plan.from_dict({} if plan is None else plan)
-    _check_types(model, optimizer)
-    _check_model(model)
+    check_types(model, optimizer)
+    check_model(model)
     Inventory.of(model, optimizer)  # raises where the two do not belong together
     return TrainStep(model, optimizer, plan, loss=loss, init=init)
 
@@ -100,7 +110,8 @@ class TrainStep:
     """A compiled training step; call it with a batch.
 
     Attributes:
-        metrics: what else the last step computed, by name (detached tensors).
+        metrics: what else the last step computed, by name (detached tensors). Of several microbatches: theirs
+            stacked; the gradient norm and the loss scale are the step's.
         plan: with its mesh resolved.
     """
 
@@ -117,12 +128,16 @@ class TrainStep:
         self.optimizer = optimizer
         self.loss = loss
         self.metrics: dict[str, torch.Tensor] = {}
-        self._topology = Topology.of(plan, _device_type(model))
+        self._device = device_of(model)
+        self._topology = Topology.of(plan, self._device.type)
         self.plan = self._topology.plan
-        self._state = StepState(model, optimizer, self._topology, init=init)
-        self._compiled: dict[Signature, list[Compiled]] = {}
+        auxiliary = auxiliary_state(self.plan, dict(model.named_parameters()))
+        self._state = StepState(model, optimizer, self._topology, auxiliary=auxiliary, init=init)
+        self._options = captured_as(self.plan)
+        self._compiled: dict[tuple[Signature, Accumulation], list[Compiled]] = {}
         self._agreement = Agreement(timeout_s=self.plan.timeout_s)
-        self._last: Compiled | None = None
+        self._skipped = SkippedSteps(limit=self.plan.max_skipped_steps, dynamic=self._options.scaling.dynamic)
+        self._last: list[Compiled] = []  # one a microbatch
 
     # ---- running
 
@@ -130,30 +145,37 @@ class TrainStep:
         """Forward, backward, reduction and update on one batch.
 
         Args:
-            args, kwargs: this rank's batch, as the model (or `loss`) takes it.
+            args, kwargs: this rank's batch, as the model (or `loss`) takes it. With the plan's `accumulate`, it is
+                split on dim 0; or one list of microbatches, each a tuple of arguments, a dict of keyword arguments, or
+                the one argument. `weights=` then says how much each counts (its number of tokens, say).
 
         Returns:
-            This rank's loss, detached. NaN is returned, not hidden.
+            This rank's loss, detached; its mean over ranks is the loss of the whole batch. NaN is returned, not hidden.
 
         Raises:
             CaptureError: if the step cannot be captured; model and optimizer are then as before.
+            PlanError: if the batch is not what `accumulate` says.
             RankMismatchError: on all ranks, if they are not about to run the same step.
+            GradientOverflowError: if too many steps in a row had to be skipped.
         """
         with self._telling_other_ranks():
+            self._skipped.check()
             self._check_ready()
+            batch = Batch.of(args, kwargs, number=self.plan.accumulate, device=self._device)
             inventory = Inventory.of(self.model, self.optimizer)
-            compiled = self._find(inventory, args, kwargs)
-        self._agreement.settle(compiled.text)
+            programs = self._find_all(inventory, batch)
+        self._agreement.settle(_joined(tuple(compiled.text for compiled in programs)))
         if not self._state.bound:
             self._bind()
             inventory = Inventory.of(self.model, self.optimizer)
-            signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
-            self._compiled.setdefault(signature, []).append(compiled)
-        values = compiled.program.run(self._inputs(compiled, inventory, args, kwargs))
-        loss = self._take_results(compiled.program, values)
+            self._keep(inventory, programs, batch)
+        loss = self._run(programs, inventory, batch)
         self._state.stepped = True
         compat.mark_stepped(self.optimizer)
-        self._last = compiled
+        self._last = programs
+        if self._options.scaling.initial:
+            state = (self._state.lookup(inventory, "auxiliary", name) for name in (SCALE, SKIPPED, OVERFLOWED))
+            self._skipped.note(torch.stack([n.double() for n in state]), programs[-1].capture.gradients)
         return loss
 
     def _check_ready(self) -> None:
@@ -174,62 +196,92 @@ class TrainStep:
                 "step.load_state_dict(sd)",
             )
 
+    def _run(self, programs: list[Compiled], inventory: Inventory, batch: Batch) -> torch.Tensor:
+        """Run one program a microbatch; what one returns for the next is the next one's alone."""
+        losses, metrics = [], []
+        carried: dict[str, torch.Tensor] = {}
+        for index, compiled in enumerate(programs):
+            program = compiled.program
+            values = program.run(self._inputs(compiled, inventory, batch, index, carried))
+            found = dict(zip(program.outputs, values, strict=True))
+            del values
+            losses.append(found.pop(("loss", "loss")))
+            metrics.append({name: found.pop(("metric", name)) for kind, name in [*found] if kind == "metric"})
+            carried = {name: found.pop((kind, name)) for kind, name in [*found] if kind in CARRIED_KINDS}
+            for (kind, name), value in found.items():
+                self._state.write_back(kind, name, value)
+        self.metrics = joined_metrics(metrics)
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
     def _inputs(
-        self, compiled: Compiled, inventory: Inventory, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, compiled: Compiled, inventory: Inventory, batch: Batch, index: int, carried: dict[str, torch.Tensor]
     ) -> list[Any]:
-        batch = dict(flatten_batch(args, kwargs)[0])
+        leaves = {**dict(flatten_batch(*batch.microbatches[index])[0]), **batch.weight_inputs(index)}
         constants = compiled.capture.constants
         inputs = []
         for entry in compiled.program.entries:
             if entry.kind == "batch":
-                inputs.append(batch[entry.name])
+                inputs.append(leaves[entry.name])
             elif entry.kind == "constant":
                 inputs.append(constants[entry.name])
+            elif entry.kind in CARRIED_KINDS:
+                inputs.append(carried.pop(entry.name))
             else:
                 inputs.append(self._state.lookup(inventory, entry.kind, entry.name))
         return inputs
 
-    def _take_results(self, program: Program, values: tuple[Any, ...]) -> torch.Tensor:
-        self.metrics = {}
-        loss = None
-        for (kind, name), value in zip(program.outputs, values, strict=True):
-            if kind == "loss":
-                loss = value
-            elif kind == "metric":
-                self.metrics[name] = value
-            else:
-                self._state.write_back(kind, name, value)
-        assert loss is not None
-        return loss
-
     # ---- compiling
 
-    def _find(self, inventory: Inventory, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
-        lookup = functools.partial(self._state.lookup, inventory)
+    def _find_all(self, inventory: Inventory, batch: Batch) -> list[Compiled]:
+        """The programs of a step, one a microbatch; equal microbatches share theirs."""
         if not self._state.bound:  # so that a failure leaves model and optimizer as they were
-            rehearsal = self._state.rehearsal()
-            Signature.of(rehearsal, args, kwargs, fresh=self._state.fresh)  # refuses a batch that has none
-            return self._compile(self._capture(rehearsal, args, kwargs))
+            inventory = self._state.rehearsal()
+            self._compiled.clear()
+        programs: list[Compiled] = []
+        for index, (args, kwargs) in enumerate(batch.microbatches):
+            carried = programs[-1].carries if programs else ()
+            place = self._options.accumulation.at(index, weighted=batch.weights is not None, carried=carried)
+            programs.append(self._find(inventory, place, args, kwargs))
+        return programs
+
+    def _find(
+        self, inventory: Inventory, place: Accumulation, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Compiled:
         signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
-        known = self._compiled.setdefault(signature, [])
+        known = self._compiled.setdefault((signature, place), [])
+        if not self._state.bound:
+            if not known:
+                known.append(self._compile(self._capture(inventory, place, args, kwargs), place))
+            return known[0]
+        lookup = functools.partial(self._state.lookup, inventory)
         for compiled in known:
             if compiled.capture.guards.hold(lookup, inventory.attributes):
                 return compiled
-        if self._last is not None:
+        if self._last:
             log.info("fxzero: capturing again: the signature or a guard has changed")
         self._state.prime(inventory)  # a parameter may have been unfrozen
-        capture = self._capture(inventory, args, kwargs)
+        capture = self._capture(inventory, place, args, kwargs)
         for compiled in known:
             if compiled.capture.same_as(capture):
                 compiled.capture.guards.relax(lookup, inventory.attributes)
                 return compiled
-        known.append(self._compile(capture))
+        known.append(self._compile(capture, place))
         return known[-1]
 
-    def _capture(self, inventory: Inventory, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
-        return capture_step(inventory, self.loss, args, kwargs, fresh=self._state.fresh, **captured_as(self.plan))
+    def _keep(self, inventory: Inventory, programs: list[Compiled], batch: Batch) -> None:
+        """Programs made before model and optimizer were bound serve those that are."""
+        self._compiled.clear()
+        for compiled, (args, kwargs) in zip(programs, batch.microbatches, strict=True):
+            signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
+            self._compiled[(signature, compiled.accumulation)] = [compiled]
 
-    def _compile(self, capture: Capture) -> Compiled:
+    def _capture(
+        self, inventory: Inventory, place: Accumulation, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Capture:
+        options = replace(self._options, accumulation=place)
+        return capture_step(inventory, self.loss, args, kwargs, options=options, fresh=self._state.fresh)
+
+    def _compile(self, capture: Capture, place: Accumulation) -> Compiled:
         seconds = {"capture": capture.seconds}
         capture.step.mesh = dict(self.plan.axes)
         pipeline = recipe(self.plan, backend=self._topology.backend)
@@ -238,7 +290,7 @@ class TrainStep:
         with _timed(seconds, "lower"):
             program = Program(step, groups=self._topology.groups)
         text = agreed_text(step, plan=self.plan.fingerprint(), passes=pipeline.describe())
-        return Compiled(capture.step, step, program, capture, text, list(pipeline.records), seconds)
+        return Compiled(capture.step, step, program, capture, text, list(pipeline.records), seconds, place)
 
     @contextlib.contextmanager
     def _telling_other_ranks(self) -> Iterator[None]:
@@ -253,23 +305,28 @@ class TrainStep:
 
     @property
     def graph(self) -> StepGraph:
-        """The program of the last step, as an annotated graph; print it."""
-        return self._require_last().step
+        """The program of the last step (of its last microbatch), as an annotated graph; print it."""
+        return self._require_last()[-1].step
+
+    @property
+    def graphs(self) -> list[StepGraph]:
+        """The programs of the last step, one a microbatch; equal ones are the same object."""
+        return [compiled.step for compiled in self._require_last()]
 
     @property
     def captured(self) -> StepGraph:
-        """The graph of the last step before any pass."""
-        return self._require_last().captured
+        """The graph of the last step (of its last microbatch) before any pass."""
+        return self._require_last()[-1].captured
 
     def report(self) -> str:
         """Tables: state on this rank, communication per step, predicted peak, passes, time to compile."""
         from fxzero.report import report
 
-        last = self._require_last()
-        return report(last.step, self.plan, last.records, last.seconds)
+        last = self._require_last()[-1]
+        return report(self.graphs, self.plan, last.records, last.seconds)
 
-    def _require_last(self) -> Compiled:
-        if self._last is None:
+    def _require_last(self) -> list[Compiled]:
+        if not self._last:
             raise CaptureError.of(
                 where="TrainStep",
                 expected="a step that has run",
@@ -282,7 +339,7 @@ class TrainStep:
 
     def _bind(self) -> None:
         self._state.bind()
-        _owned.add(self.model)
+        arguments.owned.add(self.model)
 
     def unsharded(self, *, writeback: bool = False) -> contextlib.AbstractContextManager[nn.Module]:
         """The plain model with whole parameters, until the block ends; all ranks must enter it.
@@ -304,58 +361,14 @@ class TrainStep:
         load_state_dict(self._state, state)
 
 
+@functools.lru_cache(maxsize=64)
+def _joined(texts: tuple[str, ...]) -> str:
+    """What ranks agree on for one step: the text of each of its programs, in order, equal ones once."""
+    return "\n".join(dict.fromkeys(texts)) + (f"\n{len(texts)} microbatches" if len(texts) > 1 else "")
+
+
 @contextlib.contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - start
-
-
-def _device_type(model: nn.Module) -> str:
-    kinds = {p.device.type for p in model.parameters()} - {"meta"}
-    return next(iter(kinds), "cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _check_types(model: Any, optimizer: Any) -> None:
-    for where, value, kind in (("model", model, nn.Module), ("optimizer", optimizer, torch.optim.Optimizer)):
-        if not isinstance(value, kind):
-            raise CaptureError.of(
-                where=f"compile(model, optimizer, plan), {where}",
-                expected=f"a torch {kind.__name__}",
-                got=type(value).__name__,
-                fix="call fxzero.compile(model, optimizer, plan, loss=loss)",
-            )
-
-
-def _check_model(model: nn.Module) -> None:
-    from torch.distributed.tensor import DTensor
-
-    where = f"model {type(model).__name__}"
-    if model in _owned:
-        raise CaptureError.of(
-            where,
-            expected="a model that no step owns",
-            got="one that has a compiled step already",
-            fix="use that step; for another plan, save its state_dict() and load it into a new model's step",
-        )
-    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
-        raise CaptureError.of(
-            where, expected="a plain module", got="one from torch.compile", fix="pass the module that was compiled"
-        )
-    wrapped = [
-        type(m).__name__
-        for m in model.modules()
-        if type(m).__module__.startswith(("torch.nn.parallel", "torch.distributed"))
-    ]
-    if wrapped:
-        raise CaptureError.of(
-            where, expected="a plain module", got=f"one wrapped by {wrapped[0]}", fix="pass the module inside"
-        )
-    sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
-    if sharded:
-        raise CaptureError.of(
-            where,
-            expected="plain parameters",
-            got=f"{sharded[0]} is a DTensor already",
-            fix="compile a model once, before anything shards it",
-        )

@@ -67,5 +67,9 @@ class VerifyError(FxzeroError):
     """Raised when a graph breaks a rule after a pass: a bug in fxzero, not in the user's program."""
 
 
+class GradientOverflowError(FxzeroError):
+    """Raised when too many steps in a row were skipped because gradients overflow at every loss scale."""
+
+
 class RankMismatchError(FxzeroError):
     """Raised on every rank, before the first collective, when ranks hold different plans or programs."""

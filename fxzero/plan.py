@@ -22,6 +22,7 @@ from fxzero.plan_compression import check_compression
 from fxzero.plan_values import (
     Check,
     bound,
+    finite,
     integer,
     nearest,
     norm_order,
@@ -29,6 +30,7 @@ from fxzero.plan_values import (
     one_of,
     pass_names,
     patterns,
+    scale,
     seconds,
     show,
 )
@@ -140,14 +142,24 @@ class Plan:
         bucket_form: "coalesced" (one collective over several tensors), "separate" (one launch a tensor, back
             to back), or "auto": separate over gloo, where that is faster, coalesced elsewhere.
         lowering: what runs the compute: "eager".
-        precision: "fp32" (what parameters and batch have), "bf16" (parameters and the model's floating inputs are cast,
-            before the gather where there is one; the update stays in fp32, on the shards), or "autocast:bf16".
+        precision: "fp32" (what parameters and batch have), "bf16" or "fp16" (parameters and the model's floating inputs
+            are cast, before the gather where there is one; the update stays in fp32, on the shards), "autocast:bf16" or
+            "autocast:fp16".
+        loss_scale: "dynamic" (halved when a gradient overflows, and that step is skipped; doubled after a while, all as
+            by `torch.amp.GradScaler`), or a number that stays. Precision in fp16 must say one; 1.0 scales nothing.
+        loss_scale_init: the first scale, where it is dynamic.
+        loss_scale_growth_interval: number of steps without overflow after which a dynamic scale doubles.
+        max_skipped_steps: so many steps in a row without an update, with a scale of at most 1 or one that stays, end
+            the training with an error.
+        accumulate: number of microbatches in a step: a list of them, or one batch that is split on dim 0.
+        accumulate_in: "shards" (each microbatch's gradients are reduced, and added where they are kept), or "unsharded"
+            (they are added up whole on each rank, and reduced once).
         clip_grad_norm: the greatest norm of all gradients together, over all ranks; larger ones are scaled down, as by
             `torch.nn.utils.clip_grad_norm_`. The norm is in `step.metrics["grad_norm"]`.
         clip_grad_norm_p: order of that norm; "inf" or math.inf is the greatest element.
         clip_grad_value: the greatest absolute value of a gradient's element; applied before clip_grad_norm.
-        reduce_dtype: with precision "bf16", the dtype in which gradients are reduced: "fp32" or "bf16".
-        keep_fp32: with precision "bf16", patterns of module paths whose parameters are not cast.
+        reduce_dtype: with precision "bf16" or "fp16", the dtype in which gradients are reduced: that one, or "fp32".
+        keep_fp32: with precision "bf16" or "fp16", patterns of module paths whose parameters are not cast.
         compress_gathers: how gathered parameters travel: "none", "int8" or "fp8" (one byte an element, a scale for each
             `compress_block` of them), "fp8_rows" (a scale a row, on the weights of linear layers only).
         compress_reductions: how gradients travel to the rank that keeps their rows: "none", "int8" or "fp8".
@@ -172,8 +184,8 @@ class Plan:
     reduce_scatter: str = _key("auto", one_of("auto", "native", "send_recv", "all_to_all"))
     bucket_form: str = _key("auto", one_of("auto", "coalesced", "separate"))
     lowering: str = _key("eager", one_of("eager", reserved=("inductor", "triton")))
-    precision: str = _key("fp32", one_of("fp32", "bf16", "autocast:bf16", reserved=("fp16", "autocast:fp16")))
-    reduce_dtype: str = _key("fp32", one_of("fp32", "bf16", reserved=("fp16",)))
+    precision: str = _key("fp32", one_of("fp32", "bf16", "fp16", "autocast:bf16", "autocast:fp16"))
+    reduce_dtype: str = _key("fp32", one_of("fp32", "bf16", "fp16"))
     keep_fp32: tuple[str, ...] = _key((), patterns)
     clip_grad_norm: float | None = _key(None, bound)
     clip_grad_norm_p: float = _key(2.0, norm_order)
@@ -182,10 +194,14 @@ class Plan:
     compress_reductions: str = _key("none", one_of("none", "int8", "fp8", reserved=("powersgd", "topk")))
     compress_block: int = _key(256, integer(16, 2**20, fix="write how many elements share a scale"))
     compress_below: int = _key(4096, integer(0, fix="write a number of elements; 0 compresses every parameter"))
+    loss_scale: str | float | None = _key(None, scale)
+    loss_scale_init: float = _key(65536.0, finite(fix="write the first scale, such as 65536.0"))
+    loss_scale_growth_interval: int = _key(2000, integer(1, fix="write a number of steps"))
+    max_skipped_steps: int = _key(20, integer(1, fix="write a number of steps in a row"))
+    accumulate: int = _key(1, integer(1, fix="write how many microbatches a step has"))
+    accumulate_in: str = _key("shards", one_of("shards", "unsharded"))
     disable: tuple[str, ...] = _key((), pass_names)
     timeout_s: float = _key(60.0, seconds)
-    loss_scale: float | None = _reserved(None)
-    accumulate: int = _reserved(1)
     recompute: str = _reserved("none")
     offload: str = _reserved("none")
     memory_budget: int | None = _reserved(None)
@@ -194,13 +210,18 @@ class Plan:
         for f in dataclasses.fields(self):
             # The dataclass is frozen; this is the one place where a value becomes canonical.
             object.__setattr__(self, f.name, f.metadata["check"](f"Plan.{f.name}", getattr(self, f.name)))
+        low = self.reduce_dtype if self.reduce_dtype != "fp32" else self.precision
+        wanted = low if low in ("bf16", "fp16") else "bf16"
         for key in ("reduce_dtype", "keep_fp32"):
-            if self.precision != "bf16" and getattr(self, key) not in ("fp32", ()):
-                fix = f"set precision='bf16', or leave {key} out"
+            if self.precision != wanted and getattr(self, key) not in ("fp32", ()):
+                fix = f"set precision={wanted!r}, or leave {key} out"
                 raise PlanError.of(
-                    f"Plan.{key}", expected="precision 'bf16' with it", got=repr(self.precision), fix=fix
+                    f"Plan.{key}", expected=f"precision {wanted!r} with it", got=repr(self.precision), fix=fix
                 )
         check_compression(self)
+        if self.precision.endswith("fp16") and self.loss_scale is None:
+            fix = "set loss_scale='dynamic', or a number (1.0 to go without, gradients below 6e-8 are then 0)"
+            raise PlanError.of("Plan.loss_scale", expected="one, with precision in fp16", got="None", fix=fix)
 
     @property
     def axes(self) -> dict[str, int]:
@@ -213,10 +234,10 @@ class Plan:
     def parameter_stage(self) -> int:
         """The ZeRO stage from which parameters rest as shards.
 
-        With precision "bf16" it is 1: what ranks gather is a copy in low precision, so the fp32 parameter is state of
-        the optimizer.
+        With precision "bf16" or "fp16" it is 1: what ranks gather is a copy in low precision, so the fp32 parameter is
+        state of the optimizer.
         """
-        return 1 if self.precision == "bf16" else 3
+        return 1 if self.precision in ("bf16", "fp16") else 3
 
     def resolve(self, world_size: int) -> Plan:
         """The same plan with a mesh that has a dp axis and exactly `world_size` ranks.

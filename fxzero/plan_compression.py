@@ -36,7 +36,7 @@ def check_compression(plan: Any) -> None:
     if plan.compress_gathers != "none" and plan.zero < plan.parameter_stage:
         raise PlanError.of(
             "Plan.compress_gathers",
-            expected="a plan that gathers parameters: zero=3, or precision='bf16' with zero=1 or more",
+            expected="a plan that gathers parameters: zero=3, or precision 'bf16' or 'fp16' from zero=1 on",
             got=f"zero={plan.zero}, precision={plan.precision!r}",
             fix="set zero=3 or leave compress_gathers out: what lower stages gather are the updated parameters "
             "themselves, which would lose digits at every step",

@@ -92,14 +92,29 @@ def pass_names(where: str, value: Any) -> tuple[str, ...]:
     return tuple(sorted(set(listed)))
 
 
+def finite(*, fix: str, expected: str = "a finite number above 0") -> Check:
+    """A check for finite numbers above 0."""
+
+    def check(where: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise PlanError.of(where, expected=expected, got=show(value), fix=fix)
+        return float(value)
+
+    return check
+
+
 def bound(where: str, value: Any) -> float | None:
     """A finite number above 0, or None."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        fix = "write a number such as 1.0, or leave the key out"
-        raise PlanError.of(where, expected="a finite number above 0, or None", got=show(value), fix=fix)
-    return float(value)
+    fix = "write a number such as 1.0, or leave the key out"
+    return None if value is None else finite(fix=fix, expected="a finite number above 0, or None")(where, value)
+
+
+def scale(where: str, value: Any) -> str | float | None:
+    """What the loss is scaled by: "dynamic", a finite number above 0, or None."""
+    if value is None or value == "dynamic":
+        return value
+    expected = "'dynamic', a finite number above 0, or None"
+    return float(finite(fix="write 'dynamic', or a number such as 1024.0", expected=expected)(where, value))
 
 
 def norm_order(where: str, value: Any) -> float:

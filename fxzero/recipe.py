@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
+import torch
+
+from fxzero.capture.accumulation import Accumulation
 from fxzero.capture.clipping import Clipping
+from fxzero.capture.loss_scaling import LossScaling
+from fxzero.capture.options import CaptureOptions
 from fxzero.capture.precision import Precision
 from fxzero.errors import PlanError
+from fxzero.graph import AuxiliaryState
 from fxzero.graph.contract import Pass
 from fxzero.pass_manager import Pipeline
+from fxzero.passes.agree_on_overflow import agree_on_overflow
 from fxzero.passes.bucket_all_gathers import bucket_all_gathers
 from fxzero.passes.bucket_reduce_scatters import bucket_reduce_scatters
 from fxzero.passes.choose_collective_algorithms import choose_collective_algorithms
@@ -33,6 +40,7 @@ ALL_PASSES: tuple[Pass, ...] = (
     reduce_gradients,
     shard_optimizer_state,
     shard_gradient_norms,
+    agree_on_overflow,
     shard_gradients,
     shard_parameters,
     quantize_all_gathers,
@@ -48,12 +56,25 @@ ALL_PASSES: tuple[Pass, ...] = (
 )
 
 
-def captured_as(plan: Plan) -> dict[str, Any]:
-    """What a plan says of the captured step itself, as arguments of `capture_step`: dtypes and clipping."""
-    return {
-        "precision": Precision.parse(plan.precision, plan.keep_fp32),
-        "clipping": Clipping(plan.clip_grad_norm, plan.clip_grad_norm_p, plan.clip_grad_value),
-    }
+def captured_as(plan: Plan) -> CaptureOptions:
+    """What a plan says of the captured step itself: dtypes, loss scale, microbatches and clipping."""
+    scale = plan.loss_scale_init if isinstance(plan.loss_scale, str) else plan.loss_scale or 0.0
+    return CaptureOptions(
+        Precision.parse(plan.precision, plan.keep_fp32),
+        Clipping(plan.clip_grad_norm, plan.clip_grad_norm_p, plan.clip_grad_value),
+        LossScaling(scale, plan.loss_scale == "dynamic", plan.loss_scale_growth_interval),
+        Accumulation(plan.accumulate, unsharded=plan.accumulate_in == "unsharded"),
+    )
+
+
+def auxiliary_state(plan: Plan, parameters: Mapping[str, torch.Tensor]) -> list[AuxiliaryState]:
+    """What a plan makes a step keep beside parameters, buffers and optimizer state.
+
+    Args:
+        plan: resolved.
+        parameters: the model's, by name.
+    """
+    return [*captured_as(plan).scaling.states]
 
 
 def recipe(plan: Plan, *, backend: str) -> Pipeline:
@@ -86,9 +107,11 @@ def recipe(plan: Plan, *, backend: str) -> Pipeline:
         passes.append(reduce_gradients.using(axes=order))
     if shards and plan.zero >= 1:
         passes.append(shard_optimizer_state.using(**rows))
+    if shards and plan.zero >= 1 and plan.clip_grad_norm is not None:
+        passes.append(shard_gradient_norms.using(axis="dp", only_gathered=plan.zero == 1))
+    if shards and plan.zero >= 1 and plan.loss_scale is not None:
+        passes.append(agree_on_overflow.using(axis="dp"))
     if shards and plan.zero >= 2:
-        if plan.clip_grad_norm is not None:
-            passes.append(shard_gradient_norms.using(axis="dp"))
         passes.append(shard_gradients)
     packed = {"block": plan.compress_block, "below": plan.compress_below}
     if gathers:

@@ -17,14 +17,23 @@ from fxzero.plan import Plan
 MIB = 2**20
 
 
-def report(step: StepGraph, plan: Plan, records: Sequence[PassRecord], seconds: dict[str, float]) -> str:
-    """State, communication, memory, passes and compile time of one program, as text for a terminal."""
-    mesh = " x ".join(f"{axis}={size}" for axis, size in step.mesh.items())
+def report(steps: Sequence[StepGraph], plan: Plan, records: Sequence[PassRecord], seconds: dict[str, float]) -> str:
+    """State, communication, memory, passes and compile time of a step, as text for a terminal.
+
+    Args:
+        steps: its programs, one a microbatch. Communication is that of all together, the peak that of the highest;
+            state, passes and times are those of the last.
+        plan: resolved.
+        records, seconds: what the passes did, and how long each phase of compilation took.
+    """
+    last = steps[-1]
+    mesh = " x ".join(f"{axis}={size}" for axis, size in last.mesh.items())
+    several = f", {len(steps)} microbatches a step" if len(steps) > 1 else ""
     parts = [
-        f"zero {plan.zero} on {mesh or 'one rank'}",
-        _state_table(step),
-        _communication_table(step),
-        _memory_lines(step),
+        f"zero {plan.zero} on {mesh or 'one rank'}{several}",
+        _state_table(last),
+        _communication_table(steps),
+        _memory_lines(steps),
         _pass_table(records),
         "compiled in " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),
     ]
@@ -53,10 +62,10 @@ def _whole_bytes(node) -> float:  # type: ignore[no-untyped-def]
     return size * sharding.rows / val.shape[0] if sharding is not None else size
 
 
-def _communication_table(step: StepGraph) -> str:
+def _communication_table(steps: Sequence[StepGraph]) -> str:
     totals: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0, 0])
-    for node in step.calls():
-        if c10d.is_collective(node):
+    for step in steps:
+        for node in filter(c10d.is_collective, step.calls()):
             row = totals[(node.meta["phase"], c10d.TABLE[node.target].name, c10d.axis_of(node))]
             row[0] += 1
             row[1] += num_bytes(node.meta["val"])
@@ -69,8 +78,9 @@ def _communication_table(step: StepGraph) -> str:
     return tabulate(rows, headers=headers, disable_numparse=True)
 
 
-def _memory_lines(step: StepGraph) -> str:
-    profile = memory_profile(step)
+def _memory_lines(steps: Sequence[StepGraph]) -> str:
+    distinct = {id(step): step for step in steps}.values()
+    profile = max(map(memory_profile, distinct), key=lambda found: found.peak_bytes)
     lines = [
         f"predicted peak {_mib(profile.peak_bytes)} MiB of tensors on this rank, {_mib(profile.state_bytes)} MiB of it "
         f"state and inputs; at %{profile.peak_node.name} ({profile.peak_node.meta.get('phase', '')} of "

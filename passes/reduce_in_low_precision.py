@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import fx
 
@@ -9,6 +11,7 @@ from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor, replace_uses, retype
+from fxzero.graph.step_graph import first_argument
 
 aten = torch.ops.aten
 
@@ -36,8 +39,37 @@ def reduce_in_low_precision(step: StepGraph) -> int:
         source.meta["grad_of"] = gradient.meta["grad_of"]
         step.graph.erase_node(gradient)
         retype(step, [source])
+        if source.meta["val"].dtype == torch.float16:
+            _divide_before(editor, source, last)
         edits += 1
     return edits
+
+
+def _divide_before(editor: Editor, source: fx.Node, last: fx.Node) -> None:
+    """Let the sum over n ranks be divided by about the root of n before it, and by the rest after it.
+
+    A mean in float16 would overflow in its sum though it is finite itself. (FSDP2 divides so.)
+    """
+    launches = []
+    node = last
+    while node is not source:
+        launches += [node] * c10d.is_collective(node)
+        node = first_argument(node)
+    size = math.prod(editor.step.mesh[c10d.axis_of(launch)] for launch in launches)
+    before = 1
+    while size % before == 0 and size // before > before:
+        before *= 2
+    readers = list(source.users)
+    with editor.after(source):
+        scaled = editor.call(aten.div.Tensor, source, before)
+    replace_uses(source, scaled, readers)
+    for launch in launches:
+        launch.args = tuple("sum" if arg == "avg" else arg for arg in launch.args)
+    if size != before:
+        readers = list(last.users)
+        with editor.after(last):
+            rest = editor.call(aten.div.Tensor, last, size / before, sharding=last.meta.get("sharding"))
+        replace_uses(last, rest, readers)
 
 
 def _last_wait(gradient: fx.Node) -> fx.Node | None:

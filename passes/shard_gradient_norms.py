@@ -11,7 +11,8 @@ from torch import fx
 from fxzero.graph import StepGraph
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor
-from fxzero.passes.shard_optimizer_state import is_rows_of
+from fxzero.graph.step_graph import first_argument
+from fxzero.passes.shard_optimizer_state import rows_for
 
 aten = torch.ops.aten
 
@@ -20,23 +21,25 @@ aten = torch.ops.aten
     requires=("optimizer-state-sharded",),
     numerics="sums squares in another order: within 1e-6 of the norm of whole gradients",
 )
-def shard_gradient_norms(step: StepGraph, *, axis: str) -> int:
+def shard_gradient_norms(step: StepGraph, *, axis: str, only_gathered: bool = False) -> int:
     """Take norms of rows, reduce what they add up to over `axis`, and join it with the norms of whole gradients.
 
     Args:
         step: the graph, whose update takes rows of reduced gradients.
         axis: the mesh axis of those rows.
+        only_gathered: leave norms of what every rank has whole anyway.
     """
     edits = 0
     for total in step.calls(aten.linalg_vector_norm.default):
         norms = _norms_under(total)
-        sharded = {norm: rows for norm in norms if (rows := _rows_beside(norm, axis)) is not None}
+        sources = {norm: first_argument(norm) for norm in norms}
+        found = {norm: rows_for(x, axis, only_gathered=only_gathered) for norm, x in sources.items()}
+        sharded = {norm: rows for norm, rows in found.items() if rows is not None}
         if not sharded:
             continue
         p = _order(total)
         for norm, rows in sharded.items():
-            norm.args[0].append(rows)  # type: ignore[union-attr]
-            norm.replace_input_with(norm.args[0], rows)  # type: ignore[arg-type]
+            norm.replace_input_with(sources[norm], rows)
         editor = Editor(step, phase="update")
         with editor.before(total):
             partial = editor.call(aten.stack.default, list(sharded), name="grad_norm_parts")
@@ -63,12 +66,6 @@ def _norms_under(total: fx.Node) -> list[fx.Node]:
 
 def _order(norm: fx.Node) -> float:
     return float(norm.args[1]) if len(norm.args) > 1 else 2.0  # type: ignore[arg-type]
-
-
-def _rows_beside(norm: fx.Node, axis: str) -> fx.Node | None:
-    """The node that takes this rank's rows of what a norm is taken of."""
-    source: Any = norm.args[0]
-    return next((u for u in source.users if is_rows_of(u) and u.meta["sharding"].axis == axis), None)
 
 
 def _over_ranks(editor: Editor, partial: fx.Node, p: float, axis: str) -> fx.Node:

@@ -12,9 +12,10 @@ from torch import fx
 
 from fxzero import compat
 from fxzero.graph import Sharding, StepGraph, ops
+from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor, evaluate
-from fxzero.graph.step_graph import identifier, sharding_of, yields_tensor
+from fxzero.graph.step_graph import first_argument, identifier, sharding_of, yields_tensor
 
 aten = torch.ops.aten
 
@@ -35,7 +36,7 @@ _ROW_WISE = {
 
 @graph_pass(requires=("gradients-reduced",), provides=("optimizer-state-sharded",))
 def shard_optimizer_state(step: StepGraph, *, axis: str, persist_below: int = 0) -> int:
-    """Keep optimizer state as rows of `axis`; update rows, and gather the updated parameter.
+    """Keep optimizer state (and sums of gradients) as rows of `axis`; update rows, and gather the updated parameter.
 
     Args:
         step: the graph.
@@ -53,7 +54,7 @@ def shard_optimizer_state(step: StepGraph, *, axis: str, persist_below: int = 0)
         if "param" in node.meta:
             updates.setdefault(node.meta["param"], []).append(node)
     inputs: dict[str, dict[tuple[str, str], fx.Node]] = {}
-    for node in step.inputs("parameter", "optimizer"):
+    for node in step.inputs("parameter", "optimizer", "accumulated"):
         entry = node.meta["entry"]
         inputs.setdefault(entry.param or entry.name, {})[entry.key] = node
     results = step.results
@@ -64,11 +65,12 @@ def shard_optimizer_state(step: StepGraph, *, axis: str, persist_below: int = 0)
         mine = inputs[name]
         whole = mine[("parameter", name)].meta["entry"].shape
         for (kind, _), node in mine.items():
-            if kind == "optimizer" and node.meta["entry"].shape == whole:
+            if kind != "parameter" and node.meta["entry"].shape == whole:
                 rewrite.shard_input(node)
         for node in updates.get(name, ()):
             rewrite.visit(node)
         rewrite.settle_results(mine, results)
+        rewrite.settle_first_sum(results)
         edits += rewrite.edits
     step.set_results(results)
     return edits
@@ -129,6 +131,12 @@ class _RowWiseUpdate:
             elif source not in self.rows and node in self.rows:
                 results[key] = self._gather(node, self.step.output)
 
+    def settle_first_sum(self, results: dict[tuple[str, str], fx.Node]) -> None:
+        """Hand on rows of a first microbatch's gradient, as later ones do."""
+        key = ("accumulated", self.name)
+        if key in results and results[key] not in self.rows and self.step.input(*key) is None:
+            results[key] = self._take_rows(results[key], self.step.output)
+
     def _is_row_wise(self, node: fx.Node, whole: object) -> bool:
         if not isinstance(whole, torch.Tensor) or not compat.is_op(node.target):
             return False
@@ -160,3 +168,27 @@ class _RowWiseUpdate:
 def is_rows_of(node: fx.Node) -> bool:
     """Whether a node takes this rank's rows of a replicated value."""
     return node.op == "call_function" and node.target is ops.local_shard
+
+
+def rows_for(whole: fx.Node, axis: str, *, only_gathered: bool = False) -> fx.Node | None:
+    """This rank's rows of a value of the update, where some node has them: for a reader that can do with rows.
+
+    Args:
+        whole: the value.
+        axis: the mesh axis of the rows.
+        only_gathered: not rows that are taken of a value which is whole anyway, only those that it is gathered from.
+    """
+    rows = _rows_under_gather(whole)
+    if rows is None and not only_gathered:
+        rows = next((user for user in whole.users if is_rows_of(user)), None)
+        if rows is not None:
+            whole.append(rows)  # where every reader of `whole` can read them
+    return rows if rows is not None and rows.meta["sharding"].axis == axis else None
+
+
+def _rows_under_gather(whole: fx.Node) -> fx.Node | None:
+    node = first_argument(whole) if whole.target is aten.slice.Tensor else whole
+    if not c10d.is_wait(node) or c10d.launched_by(node).target is not c10d.all_gather:
+        return None
+    rows = first_argument(c10d.launched_by(node))
+    return rows if "sharding" in rows.meta else None

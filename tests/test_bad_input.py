@@ -104,7 +104,8 @@ def test_a_mesh_that_does_not_multiply_to_the_world_size() -> None:
 
 
 def test_a_reserved_part() -> None:
-    refused(r"Plan\.accumulate: expected 1, got 4; this part is reserved", plan={"accumulate": 4}, kind=PlanError)
+    says = r"Plan\.offload: expected 'none', got 'host'; this part is reserved"
+    refused(says, plan={"offload": "host"}, kind=PlanError)
 
 
 def test_an_unknown_pass_to_disable() -> None:

@@ -32,6 +32,7 @@ def test_the_doc_has_exactly_the_classes() -> None:
         "PipelineError",
         "RewriteError",
         "VerifyError",
+        "GradientOverflowError",
         "RankMismatchError",
     }
     assert set(entries()) == {c.__name__ for c in CLASSES}
@@ -64,7 +65,7 @@ def test_the_documented_plan_errors_are_the_ones_raised() -> None:
         message(lambda: Plan(zero=4)),
         message(lambda: Plan(zeros=3)),  # type: ignore[call-arg]
         message(lambda: Plan(mesh={"dp": 4}).resolve(8)),
-        message(lambda: Plan(accumulate=4)),
+        message(lambda: Plan(offload="host")),
     ]
 
 

@@ -26,6 +26,7 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "plan_values": frozenset({"errors"}),
     "plan_compression": frozenset({"errors"}),
     "plan": frozenset({"errors", "compat", "plan_values", "plan_compression"}),
+    "arguments": frozenset({"errors"}),
     "graph": BASE,
     "capture": BASE | {"graph"},
     "cost": BASE | {"graph"},

@@ -41,8 +41,8 @@ KEYS = {
     "reduce_scatter": st.sampled_from(["auto", "native", "send_recv", "all_to_all"]),
     "bucket_form": st.sampled_from(["auto", "coalesced", "separate"]),
     "lowering": st.just("eager"),
-    "precision": st.sampled_from(["fp32", "bf16", "autocast:bf16"]),
-    "reduce_dtype": st.sampled_from(["fp32", "bf16"]),
+    "precision": st.sampled_from(["fp32", "bf16", "fp16", "autocast:bf16", "autocast:fp16"]),
+    "reduce_dtype": st.sampled_from(["fp32", "bf16", "fp16"]),
     "keep_fp32": st.lists(st.sampled_from(["*.norm", "head", "layers.[01].*"]), max_size=3),
     "clip_grad_norm": st.none() | st.floats(1e-9, 1e9),
     "clip_grad_norm_p": st.floats(1e-3, 1e3) | st.just("inf") | st.just(math.inf),
@@ -51,17 +51,32 @@ KEYS = {
     "compress_reductions": st.sampled_from(["none", "int8", "fp8"]),
     "compress_block": st.integers(16, 2**20),
     "compress_below": st.integers(0, 2**63 - 1),
+    "loss_scale": st.none() | st.just("dynamic") | st.floats(1e-9, 1e9),
+    "loss_scale_init": st.floats(1e-9, 1e9),
+    "loss_scale_growth_interval": st.integers(1, 10**6),
+    "max_skipped_steps": st.integers(1, 10**6),
+    "accumulate": st.integers(1, 10**6),
+    "accumulate_in": st.sampled_from(["shards", "unsharded"]),
     "disable": st.lists(NAMES, max_size=5),
     "timeout_s": st.floats(0, 86_400, exclude_min=True) | st.integers(1, 86_400),
 }
 
 
 def _consistent(keys: dict[str, Any]) -> dict[str, Any]:
-    """Without the keys that only precision "bf16" takes, or only some compression, where that is another."""
-    low = keys.get("precision") == "bf16"
-    keys = {key: value for key, value in keys.items() if low or key not in ("reduce_dtype", "keep_fp32")}
-    stage, mesh = keys.get("zero", 3), keys.get("mesh") or {}
-    if stage < (1 if low else 3):
+    """Without the keys that another precision or compression does not take, and with what a precision needs."""
+    precision = keys.get("precision", "fp32")
+    if precision.endswith("fp16") and keys.get("loss_scale") is None:
+        keys = {**keys, "loss_scale": "dynamic"}
+    if precision not in ("bf16", "fp16"):
+        keys = {key: value for key, value in keys.items() if key not in ("reduce_dtype", "keep_fp32")}
+    elif keys.get("reduce_dtype") not in (None, "fp32", precision):
+        keys = {**keys, "reduce_dtype": precision}
+    return _compressing_what_can_be(keys)
+
+
+def _compressing_what_can_be(keys: dict[str, Any]) -> dict[str, Any]:
+    keys, stage, mesh = dict(keys), keys.get("zero", 3), keys.get("mesh") or {}
+    if stage < (1 if keys.get("precision") in ("bf16", "fp16") else 3):
         keys.pop("compress_gathers", None)
     if stage < 2 or mesh.get("dp_replicate", 1) > 1:
         keys.pop("compress_reductions", None)
@@ -111,12 +126,16 @@ def test_defaults() -> None:
         "compress_reductions": "none",
         "compress_block": 256,
         "compress_below": 4096,
+        "loss_scale": None,
+        "loss_scale_init": 65536.0,
+        "loss_scale_growth_interval": 2000,
+        "max_skipped_steps": 20,
+        "accumulate": 1,
+        "accumulate_in": "shards",
         "disable": [],
         "timeout_s": 60.0,
     }
     assert {f.name: f.default for f in RESERVED} == {
-        "loss_scale": None,
-        "accumulate": 1,
         "recompute": "none",
         "offload": "none",
         "memory_budget": None,
@@ -201,7 +220,7 @@ def test_a_plan_survives_pickle_copy_and_asdict(plan: Plan) -> None:
 
 def test_repr_shows_what_is_built_and_reads_back() -> None:
     plan = Plan(mesh={"dp_replicate": 2, "dp": 4}, disable=("a",))
-    assert "mesh=Mesh(dp_replicate=2, dp=4)" in repr(plan) and "accumulate" not in repr(plan)
+    assert "mesh=Mesh(dp_replicate=2, dp=4)" in repr(plan) and "recompute" not in repr(plan)
     assert eval(repr(plan), {"Plan": Plan, "Mesh": Mesh}) == plan
 
 
@@ -344,7 +363,7 @@ def test_axes_need_a_mesh() -> None:
         ({"lowering": None}, ["got None; choose from: eager"]),
         (
             {"precision": "fp16"},
-            ["Plan.precision: expected 'fp32' or 'bf16' or 'autocast:bf16', got 'fp16'; reserved, not built yet"],
+            ["Plan.loss_scale: expected one, with precision in fp16, got None; set loss_scale='dynamic'"],
         ),
         ({"precision": "bfloat16"}, ["got 'bfloat16'; did you mean 'bf16'?"]),
         (
@@ -357,6 +376,15 @@ def test_axes_need_a_mesh() -> None:
         ({"clip_grad_norm": float("inf")}, ["Plan.clip_grad_norm:", "got inf;"]),
         ({"clip_grad_norm": True}, ["Plan.clip_grad_norm:", "got True;"]),
         ({"clip_grad_value": -1.0}, ["Plan.clip_grad_value:", "got -1.0;"]),
+        ({"loss_scale": "auto"}, ["Plan.loss_scale: expected 'dynamic', a finite number above 0, or None, got 'auto'"]),
+        ({"loss_scale": 0}, ["Plan.loss_scale:", "got 0;"]),
+        ({"loss_scale_init": math.inf}, ["Plan.loss_scale_init: expected a finite number above 0, got inf;"]),
+        ({"accumulate": 0}, ["Plan.accumulate: expected an integer of at least 1, got 0;"]),
+        ({"accumulate_in": "rows"}, ["Plan.accumulate_in: expected 'shards' or 'unsharded', got 'rows';"]),
+        (
+            {"reduce_dtype": "fp16", "precision": "bf16"},
+            ["Plan.reduce_dtype: expected precision 'fp16' with it, got 'bf16';"],
+        ),
         ({"clip_grad_norm_p": 0}, ["Plan.clip_grad_norm_p: expected a number above 0, or 'inf', got 0;"]),
         ({"clip_grad_norm_p": -2}, ["Plan.clip_grad_norm_p:", "got -2;"]),
         ({"clip_grad_norm_p": "max"}, ["Plan.clip_grad_norm_p:", "got 'max';"]),
@@ -558,6 +586,11 @@ def test_to_toml_as_people_read_it() -> None:
         'compress_reductions = "none"\n'
         "compress_block = 256\n"
         "compress_below = 4096\n"
+        "loss_scale_init = 65536.0\n"
+        "loss_scale_growth_interval = 2000\n"
+        "max_skipped_steps = 20\n"
+        "accumulate = 1\n"
+        'accumulate_in = "shards"\n'
         'disable = ["bucket_all_gathers"]\n'
         "timeout_s = 30.0\n"
         "\n"

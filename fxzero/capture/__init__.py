@@ -2,7 +2,8 @@
 
 from fxzero.capture.guards import Guards
 from fxzero.capture.inventory import Inventory
+from fxzero.capture.options import CaptureOptions
 from fxzero.capture.signature import Signature
 from fxzero.capture.trace import Capture, capture_step
 
-__all__ = ["Capture", "Guards", "Inventory", "Signature", "capture_step"]
+__all__ = ["Capture", "CaptureOptions", "Guards", "Inventory", "Signature", "capture_step"]

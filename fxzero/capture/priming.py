@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from fxzero.capture.twin import clone_optimizer, for_loop_form
+from fxzero import compat
+from fxzero.capture.twin import clone_optimizer, for_loop_form, is_capturable
 from fxzero.errors import CaptureError
 
 
@@ -97,6 +98,6 @@ def _one_step(
         for key, item in state.items():
             table[parameter][key] = item.clone() if isinstance(item, torch.Tensor) else item
     twin.state = table  # type: ignore[assignment]
-    with torch.random.fork_rng(enabled=True):
+    with torch.random.fork_rng(enabled=True), compat.compiling(is_capturable(group)):
         type(twin).step(twin)  # type: ignore[call-arg]
     return table, parameter.detach()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from fxzero.errors import CaptureError
@@ -22,6 +25,11 @@ def clone_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
                 fix="fxzero does not differentiate through updates",
             )
     return twin
+
+
+def is_capturable(group: Mapping[str, Any]) -> bool:
+    """Whether a group asks for updates without reads by the host; torch grants that on the CPU to compilers only."""
+    return bool(group.get("capturable"))
 
 
 def for_loop_form(optimizer: torch.optim.Optimizer) -> None:

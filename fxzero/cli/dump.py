@@ -36,6 +36,8 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("dump", help="print the program of a training step", description=DESCRIPTION)
     add_target_options(parser)
     parser.add_argument("--after", metavar="PASS", help=f"the graph after this pass; '{CAPTURE}': before any")
+    about = "with --accumulate, the program of this one: 0 for the first; default: the last, which updates"
+    parser.add_argument("--microbatch", type=int, default=-1, metavar="INDEX", help=about)
     parser.add_argument("--format", choices=FORMATS, default="text", help="default: text")
     parser.add_argument("--phase", choices=PHASES, action="append", help="only this phase (text; may be repeated)")
     parser.set_defaults(run=run)
@@ -57,11 +59,20 @@ def run(args: argparse.Namespace) -> None:
     check_pass("--after", until, known=names, all_names=[p.name for p in ALL_PASSES])
     check_out(args.out)
     progress = progress_of(args)
-    step = capture_target(args.target, plan, progress)
+    step = capture_target(args.target, plan, progress, microbatch=_microbatch(args, plan))
     step = run_passes(step, pipeline, progress, until=until, check=not args.no_verify)
     with progress.stage("write", f"write {args.format}"):
         text = _render(step, args, plan=plan, pipeline=pipeline, seconds=progress.seconds)
     write(text, args.out)
+
+
+def _microbatch(args: argparse.Namespace, plan: Plan) -> int:
+    index = int(args.microbatch)
+    if not -plan.accumulate <= index < plan.accumulate:
+        fix = f"choose from 0 to {plan.accumulate - 1}" if plan.accumulate > 1 else "add --accumulate, or leave it out"
+        expected = f"one of the step's {plan.accumulate} microbatches"
+        raise UsageError.of("--microbatch", expected=expected, got=str(index), fix=fix)
+    return index
 
 
 def _render(
@@ -72,7 +83,7 @@ def _render(
     if args.format == "dot":
         return to_dot(step)
     if args.format == "report":
-        return report(step, plan, pipeline.records, seconds) + "\n"
+        return report([step], plan, pipeline.records, seconds) + "\n"
     return to_text(step, phases=args.phase, color=wants_color(args.out))
 
 

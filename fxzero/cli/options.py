@@ -13,7 +13,8 @@ from fxzero.plan import Plan
 _KEYS: tuple[str, ...] = ("zero", "mesh", "bucket_bytes", "persist_below", "prefetch", "bucket_form")
 _KEYS += ("all_gather", "reduce_scatter")
 _KEYS += ("compress_gathers", "compress_reductions", "compress_block", "compress_below")
-_KEYS += ("precision", "reduce_dtype", "keep_fp32", "clip_grad_norm", "clip_grad_norm_p", "clip_grad_value", "disable")
+_KEYS += ("precision", "reduce_dtype", "keep_fp32", "clip_grad_norm", "clip_grad_norm_p", "clip_grad_value")
+_KEYS += ("loss_scale", "accumulate", "accumulate_in", "disable")
 _LISTS = ("keep_fp32", "disable")
 
 
@@ -31,9 +32,9 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--all-gather", metavar="NAME", help="native, send_recv or auto")
     group.add_argument("--reduce-scatter", metavar="NAME", help="native, send_recv, all_to_all or auto")
     group.add_argument("--bucket-form", metavar="NAME", help="coalesced, separate or auto")
-    group.add_argument("--precision", metavar="NAME", help="fp32, bf16 or autocast:bf16")
-    group.add_argument("--reduce-dtype", metavar="NAME", help="of gradients under precision bf16: fp32 or bf16")
-    group.add_argument("--keep-fp32", action="append", metavar="PATTERN,..", help="modules that bf16 leaves alone")
+    group.add_argument("--precision", metavar="NAME", help="fp32, bf16, fp16, autocast:bf16 or autocast:fp16")
+    group.add_argument("--reduce-dtype", metavar="NAME", help="of gradients under precision bf16 or fp16")
+    group.add_argument("--keep-fp32", action="append", metavar="PATTERN,..", help="modules that stay fp32")
     group.add_argument("--clip-grad-norm", type=_number, metavar="NORM", help="the greatest norm of all gradients")
     group.add_argument("--clip-grad-norm-p", type=_number, metavar="P", help="the order of that norm; default 2")
     group.add_argument("--clip-grad-value", type=_number, metavar="VALUE", help="the greatest element of a gradient")
@@ -41,6 +42,9 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--compress-reductions", metavar="NAME", help="none, int8 or fp8")
     group.add_argument("--compress-block", type=_number, metavar="N", help="elements that share a scale; default 256")
     group.add_argument("--compress-below", type=_number, metavar="N", help="elements below which nothing is compressed")
+    group.add_argument("--loss-scale", type=_number, metavar="SCALE", help="dynamic, or a number that stays")
+    group.add_argument("--accumulate", type=_number, metavar="K", help="microbatches in a step; default 1")
+    group.add_argument("--accumulate-in", metavar="NAME", help="shards or unsharded")
     group.add_argument("--disable", action="append", metavar="PASS,..", help="passes to leave out")
 
 

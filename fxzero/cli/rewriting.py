@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from fxzero.capture import Inventory, capture_step
 from fxzero.capture.rehearsal import rehearse
 from fxzero.cli.progress import Progress
 from fxzero.cli.target import load_target
 from fxzero.graph import StepGraph
+from fxzero.graph.step_graph import CARRIED_KINDS
 from fxzero.pass_manager import Pipeline
 from fxzero.plan import Plan
 from fxzero.recipe import captured_as
@@ -26,7 +28,7 @@ def progress_of(args: argparse.Namespace) -> Progress:
     return Progress(None if args.quiet else sys.stderr)
 
 
-def capture_target(text: str, plan: Plan, progress: Progress) -> StepGraph:
+def capture_target(text: str, plan: Plan, progress: Progress, *, microbatch: int = -1) -> StepGraph:
     """The step of FILE.py:FUNCTION before any pass.
 
     Nothing is allocated for parameters, gradients or optimizer state, wherever the model lives.
@@ -35,6 +37,7 @@ def capture_target(text: str, plan: Plan, progress: Progress) -> StepGraph:
         text: "FILE.py:FUNCTION".
         plan: resolved; its mesh becomes that of the graph.
         progress: what to tell.
+        microbatch: which of the step's, where the plan accumulates; the last one updates.
     """
     start = time.perf_counter()
     target = load_target(text)
@@ -43,10 +46,21 @@ def capture_target(text: str, plan: Plan, progress: Progress) -> StepGraph:
     count = sum(p.numel() for p in inventory.parameters.values())
     with progress.stage("rehearse", f"optimizer state of {count:,} parameters"):
         inventory, fresh = rehearse(inventory)
-    with progress.stage(CAPTURE, "capture forward, backward, update"):
-        capture = capture_step(inventory, target.loss, target.args, target.kwargs, fresh=fresh, **captured_as(plan))
-    capture.step.mesh = dict(plan.axes)
-    return capture.step
+    options = captured_as(plan)
+    batch = target.args, target.kwargs
+
+    def capture(index: int, carried: Iterable[str] = ()) -> StepGraph:
+        place = options.accumulation.at(index, carried=carried)
+        with progress.stage(CAPTURE, f"capture forward, backward, {'update' if place.updates else 'accumulation'}"):
+            how = replace(options, accumulation=place)
+            return capture_step(inventory, target.loss, *batch, fresh=fresh, options=how).step
+
+    step = capture(0)
+    index = range(plan.accumulate)[microbatch]
+    if index:
+        step = capture(index, [name for kind, name in step.results if kind in CARRIED_KINDS])
+    step.mesh = dict(plan.axes)
+    return step
 
 
 def run_passes(

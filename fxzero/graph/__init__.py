@@ -2,10 +2,11 @@
 
 from fxzero.graph.step_graph import (
     PHASES,
+    AuxiliaryState,
     Result,
     Sharding,
     StateEntry,
     StepGraph,
 )
 
-__all__ = ["PHASES", "Result", "Sharding", "StateEntry", "StepGraph"]
+__all__ = ["PHASES", "AuxiliaryState", "Result", "Sharding", "StateEntry", "StepGraph"]

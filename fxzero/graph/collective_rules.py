@@ -14,7 +14,7 @@ from fxzero.graph import ops
 from fxzero.graph.compression_ops import dequantize_blockwise, quantize_blockwise
 from fxzero.graph.compression_rules import packed_by
 from fxzero.graph.rules import Context, Violation, equation, schema_of
-from fxzero.graph.step_graph import STATE_KINDS, Sharding, first_argument, iter_views
+from fxzero.graph.step_graph import CARRIED_KINDS, STATE_KINDS, Sharding, first_argument, iter_views
 
 aten = torch.ops.aten
 
@@ -204,7 +204,7 @@ def _check_input(node: fx.Node, mesh: dict[str, int]) -> Iterator[Violation]:
     entry, val, sharding = node.meta["entry"], node.meta["val"], node.meta.get("sharding")
     if entry.kind == "coordinate" and entry.name not in mesh:
         yield Violation(node, f"an axis of the mesh {mesh}", entry.name, "use coordinate()")
-    if entry.kind not in STATE_KINDS or not isinstance(val, torch.Tensor):
+    if entry.kind not in (*STATE_KINDS, *CARRIED_KINDS) or not isinstance(val, torch.Tensor):
         return
     shape = (sharding.rows if sharding else val.shape[0], *val.shape[1:]) if val.dim() else ()
     if tuple(shape) != tuple(entry.shape):

@@ -3,15 +3,19 @@
 release(tensors)                            the end of an unsharded parameter's life; returns nothing
 local_shard(x, num_shards, index) -> shard  rows of `x` (dim 0) that rank `index` of an axis owns, padded with
                                             zeros to ceil(rows / num_shards) so that all ranks agree on shapes
+nonfinite(x) -> flag                        1.0 where `x` holds an infinity or a NaN, else 0.0; float32, 0-dim
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 _LIBRARY = torch.library.Library("fxzero", "DEF")
 _LIBRARY.define("release(Tensor[] tensors) -> ()")
 _LIBRARY.define("local_shard(Tensor x, int num_shards, SymInt index) -> Tensor")
+_LIBRARY.define("nonfinite(Tensor x) -> Tensor")
 
 
 def shard_rows(rows: int, num_shards: int) -> int:
@@ -45,5 +49,20 @@ def _release_fake(tensors: list[torch.Tensor]) -> None:
     return None
 
 
+@torch.library.impl(_LIBRARY, "nonfinite", "CompositeExplicitAutograd")
+def _nonfinite(x: torch.Tensor) -> torch.Tensor:
+    if x.numel() == 0:
+        return x.new_zeros((), dtype=torch.float32)
+    # One reading of x: its greatest element is as finite as x is. A sum of squares could overflow by itself.
+    greatest = torch.linalg.vector_norm(x, math.inf)
+    return torch.isfinite(greatest).logical_not().float()
+
+
+@torch.library.register_fake("fxzero::nonfinite", lib=_LIBRARY)
+def _nonfinite_fake(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((), dtype=torch.float32)
+
+
 release = torch.ops.fxzero.release.default
 local_shard = torch.ops.fxzero.local_shard.default
+nonfinite = torch.ops.fxzero.nonfinite.default

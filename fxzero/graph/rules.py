@@ -18,7 +18,7 @@ from torch import fx
 
 from fxzero import compat
 from fxzero.graph.randomness import is_random
-from fxzero.graph.step_graph import INPUT_KINDS, PHASES, STATE_KINDS, StateEntry, StepGraph
+from fxzero.graph.step_graph import CARRIED_KINDS, INPUT_KINDS, PHASES, STATE_KINDS, StateEntry, StepGraph
 
 _NODE_KINDS = ("placeholder", "call_function", "output")
 # the functions of Python that write to their first argument
@@ -48,7 +48,7 @@ class Summary:
         results: keys of what is returned.
         parameters: keys of the parameter inputs.
         random: the random calls, in order.
-        trained: parameters whose next value is computed from their gradient.
+        trained: parameters whose next value, or sum of gradients, is computed from their gradient.
     """
 
     results: frozenset[tuple[str, str]]
@@ -230,9 +230,10 @@ def _check_result(context: Context, key: tuple[str, str], node: fx.Node) -> Iter
         return
     where = f"result {key} from {equation(node)}"
     source = context.entries.get(key)
-    if kind not in STATE_KINDS or (source is None and not _is_new_state(context, key)):
+    kinds = (*STATE_KINDS, *CARRIED_KINDS)
+    if kind not in kinds or (source is None and not _is_new(context, key)):
         fix = "return it under the key of its input"
-        yield Violation(where, f"an entry of a kind in {STATE_KINDS}", "none of that name", fix)
+        yield Violation(where, f"an entry of a kind in {kinds}", "none of that name", fix)
     if source is None:
         return
     for what, expected, got in (
@@ -244,11 +245,14 @@ def _check_result(context: Context, key: tuple[str, str], node: fx.Node) -> Iter
             yield Violation(where, f"{what} {expected}, as %{source.name}", str(got), fix)
 
 
-def _is_new_state(context: Context, key: tuple[str, str]) -> bool:
-    """Whether the optimizer's first step makes a result: no state of its parameter is an input."""
-    param = key[1].rpartition(":")[0]
+def _is_new(context: Context, key: tuple[str, str]) -> bool:
+    """Whether a step is the first to make a result: the optimizer's first, or the first microbatch's."""
+    kind, name = key
+    if kind in CARRIED_KINDS:
+        return ("parameter", name) in context.entries
+    param = name.rpartition(":")[0]
     known = ("parameter", param) in context.entries
-    return key[0] == "optimizer" and known and param not in context.have_state
+    return kind == "optimizer" and known and param not in context.have_state
 
 
 def _dtype_and_shape(node: fx.Node) -> str:
@@ -293,13 +297,13 @@ def check_gradients(context: Context) -> Iterator[Violation]:
     if context.before is None:
         return
     for name in sorted(context.before.trained - context.summary.trained):
-        where, expected = f"result ('parameter', {name!r})", "one computed from its gradient, as before"
+        where, expected = f"result of parameter {name!r}", "one computed from its gradient, as before"
         fix = "keep meta['grad_of'], and the way from that node to the update"
         yield Violation(where, expected, "one that no node of that meta['grad_of'] leads to", fix)
 
 
 def _trained(step: StepGraph) -> set[str]:
-    """Names of the parameters whose next value is computed from their gradient."""
+    """Names of the parameters whose next value, or sum of gradients, is computed from their gradient."""
     bits = {name: 1 << index for index, name in enumerate(step.gradients())}
     reached: dict[fx.Node, int] = {}  # as bit sets: one pass over the graph serves all parameters
     for node in step.calls():
@@ -307,5 +311,6 @@ def _trained(step: StepGraph) -> set[str]:
         for source in node.all_input_nodes:
             mask |= reached.get(source, 0)
         reached[node] = mask
-    returned = ((name, node) for (kind, name), node in step.results.items() if kind == "parameter")
+    kinds = ("parameter", *CARRIED_KINDS)
+    returned = ((name, node) for (kind, name), node in step.results.items() if kind in kinds)
     return {name for name, node in returned if reached.get(node, 0) & bits.get(name, 0)}

@@ -30,8 +30,11 @@ from torch import fx
 from fxzero import compat
 
 PHASES = ("forward", "backward", "update")
-STATE_KINDS = ("parameter", "buffer", "optimizer")
-INPUT_KINDS = (*STATE_KINDS, "hyperparameter", "batch", "constant", "coordinate")
+STATE_KINDS = ("parameter", "buffer", "optimizer", "auxiliary")
+# sums of gradients that one microbatch's program hands to the next: of reduced ones, and of this rank's own
+CARRIED_KINDS = ("accumulated", "unreduced")
+WEIGHTS = "microbatch.weights"  # the batch input that says how much each of a rank's microbatches counts
+INPUT_KINDS = (*STATE_KINDS, *CARRIED_KINDS, "hyperparameter", "batch", "constant", "coordinate")
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,9 @@ class StateEntry:
 
     Args:
         kind: one of INPUT_KINDS.
-        name: parameter or buffer name; "param:key" for optimizer state; "groups.0.lr" for hyperparameters; the
-            path in (args, kwargs) for batch inputs; the mesh axis for coordinates.
+        name: parameter or buffer name, also for carried gradients; "param:key" for optimizer state; that of an
+            AuxiliaryState; "groups.0.lr" for hyperparameters; the path in (args, kwargs) for batch inputs; the mesh
+            axis for coordinates.
         shape: single-device shape of the tensor, () for scalars.
         param: the parameter that an optimizer state belongs to.
     """
@@ -58,8 +62,35 @@ class StateEntry:
 
 
 @dataclass(frozen=True)
+class AuxiliaryState:
+    """A tensor that fxzero itself keeps from step to step: a loss scale, what a compression has left out.
+
+    Args:
+        name: that of its entry, of kind "auxiliary", and in checkpoints: "scaler.scale".
+        shape: single-device shape; where `sharded`, of the rows of all ranks together.
+        dtype: of the tensor.
+        initial: what it is full of at the start.
+        sharded: rests as rows over dp, which divides `shape[0]`; else whole on every rank.
+    """
+
+    name: str
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    initial: float = 0.0
+    sharded: bool = False
+
+    @property
+    def entry(self) -> StateEntry:
+        """What its placeholder in a graph is."""
+        return StateEntry("auxiliary", self.name, self.shape)
+
+
+@dataclass(frozen=True)
 class Result:
-    """What one returned value of a step graph is: "loss", "metric", or the next value of a state entry."""
+    """What one returned value of a step graph is.
+
+    Kinds: "loss", "metric", the next value of a state entry, or a sum of gradients for the next microbatch.
+    """
 
     kind: str
     name: str

@@ -16,7 +16,7 @@ from torch import fx
 
 from fxzero import compat
 from fxzero.graph import collectives as c10d
-from fxzero.graph.step_graph import STATE_KINDS, StepGraph, is_getitem, is_view, yields_tensor
+from fxzero.graph.step_graph import CARRIED_KINDS, STATE_KINDS, StepGraph, is_getitem, is_view, yields_tensor
 
 aten = torch.ops.aten
 
@@ -38,7 +38,9 @@ class InPlace:
         self.storage: dict[fx.Node, fx.Node] = {}
         self.forms: dict[fx.Node, Any] = {}
         self.members: dict[fx.Node, list[fx.Node]] = {}
-        self._writable = {node for node in step.inputs(*STATE_KINDS) if node.meta["entry"].key in step.results}
+        returned = step.results
+        self._writable = {node for node in step.inputs(*STATE_KINDS) if node.meta["entry"].key in returned}
+        self._writable |= {*step.inputs(*CARRIED_KINDS)}  # handed over: nobody else will read them
         self._natural = self._natural_storage(step)
         for node in step.graph.nodes:
             root = self._root(node)

@@ -50,6 +50,7 @@ SHORT_NAMES: dict[Any, str] = {
     ops.release: "release",
     ops.local_shard: "local_shard",
     **{op: op.name().removeprefix("fxzero::") for op in compression_ops.OPS},
+    ops.nonfinite: "nonfinite",
     operator.getitem: "getitem",
 }
 # A column is as wide as its widest cell up to this; wider cells push only their own line out.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,14 +12,18 @@ from fxzero.capture.inventory import hyperparameters
 from fxzero.errors import FxzeroError, PlanError
 from fxzero.runtime.state import StepState
 
+log = logging.getLogger("fxzero")
+
 _STEPPED = "optimizer.stepped"
+_PREFIXES = {"optimizer": "optimizer.state.", "auxiliary": ""}
 
 
 def state_dict(state: StepState) -> dict[str, torch.Tensor]:
     """Everything that a resumed run needs, as tensors (DTensors where sharded) that share memory with the step.
 
     Keys: "model.NAME", "optimizer.state.NAME:KEY", "optimizer.param_groups.0.lr" (numbers, as 0-dim tensors of 64
-    bits). Values of other types in parameter groups are left to the code that builds the optimizer.
+    bits), and what the plan itself keeps under its own names ("scaler.scale"). Values of other types in parameter
+    groups are left to the code that builds the optimizer.
     """
     out = {key: value for key, value, _ in _tensors(state)}
     for key, value in _numbers(state):
@@ -30,10 +35,16 @@ def state_dict(state: StepState) -> dict[str, torch.Tensor]:
 def load_state_dict(state: StepState, values: Mapping[str, Any]) -> None:
     """Take over what a `state_dict()` holds by now; tensors that it shares with the step need no copy.
 
+    What the plan itself keeps may be missing (the checkpoint of another plan has none of it): it stays as it is.
+
     Raises:
-        PlanError: if keys are missing or unknown.
+        PlanError: if other keys are missing or unknown.
     """
     expected = state_dict(state)
+    kept = [name for name in state.auxiliary if name not in values]
+    if kept:
+        log.warning("fxzero: not in the checkpoint, stays as it is: %s", ", ".join(kept))
+        values = {**{name: expected[name] for name in kept}, **values}
     missing, unknown = sorted(expected.keys() - values.keys()), sorted(values.keys() - expected.keys())
     if missing or unknown:
         raise PlanError.of(
@@ -65,8 +76,7 @@ def _tensors(state: StepState) -> Iterator[tuple[str, torch.Tensor, str]]:
     for kind, name, tensor in state.named():
         if not isinstance(tensor, torch.Tensor) or (kind == "buffer" and name not in persistent):
             continue
-        key = f"optimizer.state.{name}" if kind == "optimizer" else f"model.{name}"
-        yield key, tensor.detach(), kind
+        yield _PREFIXES.get(kind, "model.") + name, tensor.detach(), kind
 
 
 def _numbers(state: StepState) -> Iterator[tuple[str, Any]]:

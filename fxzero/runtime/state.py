@@ -9,7 +9,7 @@ local tensor is the unpadded view of that memory, so state dicts, checkpoints an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from fxzero.capture.inventory import Inventory, dense_strides, state_name
 from fxzero.capture.priming import check_state_can_be_sharded, initial_state
 from fxzero.capture.rehearsal import rehearse
 from fxzero.errors import CaptureError
+from fxzero.graph import AuxiliaryState
 from fxzero.graph.ops import local_shard, shard_rows
 from fxzero.runtime.topology import Topology
 
@@ -33,6 +34,7 @@ class StepState:
     Args:
         model, optimizer: the user's; after `bind` they own DTensors.
         topology: this rank's place.
+        auxiliary: what the plan makes the step keep beside the model's and the optimizer's own.
         init: for meta models, fills the parameters and buffers that a module owns itself.
     """
 
@@ -42,11 +44,13 @@ class StepState:
         optimizer: torch.optim.Optimizer,
         topology: Topology,
         *,
+        auxiliary: Sequence[AuxiliaryState] = (),
         init: Init | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.topology = topology
+        self.auxiliary = {state.name: state for state in auxiliary}
         self.init = init
         self.bound = False
         self.special_first_step = False
@@ -93,7 +97,19 @@ class StepState:
             for name, parameter in inventory.parameters.items():
                 self._replace(parameter, self._adopt_parameter(name, parameter.detach()), name=name)
         self.prime(Inventory.of(self.model, self.optimizer))
+        for state in self.auxiliary.values():
+            self._make_auxiliary(state)
         self.bound = True
+
+    def _make_auxiliary(self, state: AuxiliaryState) -> None:
+        size = self.topology.plan.axes.get("dp", 1)
+        shape = (state.shape[0] // size, *state.shape[1:]) if state.sharded else state.shape
+        device = next(self.model.parameters()).device
+        memory = torch.full(shape, state.initial, dtype=state.dtype, device=device)
+        if self.topology.mesh is None:
+            self._local[state.entry.key] = (memory, memory)
+        else:
+            self._wrap(state.entry.key, memory, torch.Size(state.shape), state.sharded)
 
     def _broadcast(self, inventory: Inventory) -> None:
         """All ranks start from rank 0's values, as under DDP."""
@@ -269,6 +285,8 @@ class StepState:
             return memory
         if kind == "buffer":
             return inventory.buffers[name]
+        if kind == "auxiliary":
+            return self._local[(kind, name)][1]
         if kind == "optimizer":
             param, _, key = name.partition(":")
             return self._current((kind, name), self.optimizer.state[inventory.parameters[param]][key])
@@ -338,6 +356,8 @@ class StepState:
             yield "buffer", name, buffer
         for param, key, value in inventory.optimizer_state():
             yield "optimizer", state_name(param, key), value
+        for name, state in self.auxiliary.items():
+            yield "auxiliary", name, self._local[state.entry.key][0]
 
 
 def _check_filled(value: torch.Tensor, name: str) -> None:

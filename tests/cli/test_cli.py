@@ -177,6 +177,18 @@ def test_dump_in_low_precision_with_clipping(printed, golden, tiny) -> None:
     assert "bf16[16/dp, 16]" in out and "%grad_norm_local max dp, 4 B" in out
 
 
+def test_dump_shows_each_program_of_a_step_of_microbatches(printed, call, tiny) -> None:
+    keys = ("dump", f"{tiny}:step", "--world", "4", "--accumulate", "3", "--quiet")
+    first, middle, last = (printed(*keys, "--microbatch", index) for index in ("0", "1", "2"))
+    assert printed(*keys) == last
+    assert "-> accumulated" in first and "-> parameter" not in first and "  accumulated  " not in first
+    assert "-> accumulated" in middle and "  accumulated  " in middle and "-> parameter" not in middle
+    assert "-> accumulated" not in last and "  accumulated  " in last and "-> parameter" in last
+    assert [to_text(from_text(out)) for out in (first, middle, last)] == [first, middle, last]
+    code, _, err = call(*keys, "--microbatch", "3")
+    assert code == 2 and "--microbatch: expected one of the step's 3 microbatches, got 3; choose from 0 to 2" in err
+
+
 def test_dump_says_on_stderr_what_it_does(call, tiny) -> None:
     code, out, err = call("dump", f"{tiny}:step", "--world", "4")
     assert code == 0 and out.startswith("# after place_updates | mesh dp=4")

@@ -784,7 +784,7 @@ def random_call_added(step: StepGraph) -> None:
 # gradients
 
 
-@fault("gradients", "'inner.weight'): expected one computed from its gradient")
+@fault("gradients", "result of parameter 'inner.weight': expected one computed from its gradient")
 def update_without_gradient(step: StepGraph) -> None:
     gradient = next(iter(step.gradients()["inner.weight"].users))
     while not c10d.is_wait(gradient):
@@ -795,7 +795,7 @@ def update_without_gradient(step: StepGraph) -> None:
         user.replace_input_with(gradient, zeros)
 
 
-@fault("gradients", "'outer.bias'): expected one computed from its gradient")
+@fault("gradients", "result of parameter 'outer.bias': expected one computed from its gradient")
 def gradient_without_its_name(step: StepGraph) -> None:
     del step.gradients()["outer.bias"].meta["grad_of"]
 

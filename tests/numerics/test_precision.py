@@ -78,9 +78,15 @@ def run(step: Callable[..., torch.Tensor], model: nn.Module, *, rank: int) -> di
     return values
 
 
-def first_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> str:
-    assert a.keys() == b.keys()
-    return next((f"{k}: {a[k].flatten()[:3]} and {b[k].flatten()[:3]}" for k in a if not torch.equal(a[k], b[k])), "")
+def first_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, rtol: float = 0.0) -> str:
+    """The first value that two runs do not agree on, NaN being equal to NaN; "" where there is none."""
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+
+    def alike(x: torch.Tensor, y: torch.Tensor) -> bool:
+        near = torch.allclose(x.double(), y.double(), rtol=rtol, atol=rtol * float(x.abs().max()), equal_nan=True)
+        return x.dtype == y.dtype and near
+
+    return next((f"{k}: {a[k].flatten()[:3]} and {b[k].flatten()[:3]}" for k in a if not alike(a[k], b[k])), "")
 
 
 def plain_loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[..., torch.Tensor]:

@@ -1,0 +1,126 @@
+"""The update of a traced step: the optimizer's own code, on traced gradients."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fxzero import compat
+from fxzero.capture.checks import check_hyperparameters_unchanged
+from fxzero.capture.inputs import is_tensor_or_number
+from fxzero.capture.inventory import Inventory, hyperparameters, state_name, with_hyperparameters
+from fxzero.capture.loss_scaling import METRICS, SCALE, Overflow, check_can_be_skipped
+from fxzero.capture.options import CaptureOptions
+from fxzero.capture.twin import clone_optimizer, for_loop_form, is_capturable
+from fxzero.errors import CaptureError
+from fxzero.graph import StateEntry
+
+GRADIENT_NORM = "grad_norm"  # the metric under which a clipped step reports the norm before clipping
+
+Table = dict[tuple[str, str], Any]
+
+
+def update(
+    inventory: Inventory,
+    table: Table,
+    gradients: dict[str, torch.Tensor],
+    *,
+    options: CaptureOptions,
+    fresh: bool,
+) -> Table:
+    """Clip and unscale gradients and step the optimizer; returns what the step returns for it, by key.
+
+    Args:
+        inventory: the live objects; the optimizer is not changed.
+        table: key of an entry -> its traced value; parameters among them are updated in place.
+        gradients: traced, by name.
+        options: clipping and loss scaling.
+        fresh: the optimizer's first step, with no state.
+    """
+    parameters = {name: table[("parameter", name)] for name in inventory.parameters}
+    optimizer = _traced_optimizer(inventory, table, parameters, fresh=fresh)
+    overflow = options.scaling.overflow(gradients)
+    before: Table = {}
+    if overflow is not None:
+        _check_can_skip(inventory, parameters, fresh=fresh)
+        before = {key: v.clone() for key, v in _state_of(optimizer, parameters).items() if isinstance(v, torch.Tensor)}
+    gradients = options.scaling.unscaled(gradients, table)
+    gradients, norm = options.clipping.apply(gradients)
+    for name, gradient in gradients.items():
+        parameters[name].grad = gradient
+    unchanged = [dict(hyperparameters(group)) for group in optimizer.param_groups]
+    with compat.compiling(any(map(is_capturable, optimizer.param_groups))):
+        type(optimizer).step(optimizer)  # type: ignore[call-arg]
+    check_hyperparameters_unchanged(optimizer, unchanged)
+    for parameter in parameters.values():
+        parameter.grad = None
+    out = _state_of(optimizer, parameters)
+    if norm is not None:
+        out[("metric", GRADIENT_NORM)] = norm
+    if overflow is not None:
+        out |= _skipping(overflow, before, out, set(gradients))
+        out |= options.scaling.next(table, overflow)
+        values = (table[("auxiliary", SCALE)].clone(), overflow.found.float())
+        out |= {("metric", name): value for name, value in zip(METRICS, values, strict=True)}
+    return out
+
+
+def reported(options: CaptureOptions) -> tuple[str, ...]:
+    """The names of the metrics that an update reports by itself."""
+    return (GRADIENT_NORM,) * (options.clipping.norm is not None) + METRICS * bool(options.scaling.initial)
+
+
+def _traced_optimizer(
+    inventory: Inventory, table: Table, parameters: Mapping[str, torch.Tensor], *, fresh: bool
+) -> torch.optim.Optimizer:
+    optimizer = clone_optimizer(inventory.optimizer)
+    optimizer.param_groups = []
+    for index, group in enumerate(inventory.optimizer.param_groups):
+        names = {path: ("hyperparameter", f"groups.{index}.{path}") for path, _ in hyperparameters(group)}
+        traced = {path: table[key] for path, key in names.items() if key in table}
+        held = [parameters[name] for name in inventory.groups[index]]
+        optimizer.param_groups.append({**with_hyperparameters(group, traced), "params": held})
+    for_loop_form(optimizer)
+    optimizer.state = defaultdict(dict)
+    for param, key, value in inventory.optimizer_state():
+        entry = ("optimizer", state_name(param, key))
+        if not fresh and (entry in table or not is_tensor_or_number(value)):
+            optimizer.state[parameters[param]][key] = table.get(entry, value)
+    return optimizer
+
+
+def _state_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> Table:
+    """Parameters and optimizer state as they are at this point of the trace."""
+    out: Table = {("parameter", name): value for name, value in parameters.items()}
+    for name, value in parameters.items():
+        for key, item in optimizer.state.get(value, {}).items():
+            if is_tensor_or_number(item):
+                out[("optimizer", state_name(name, key))] = item
+    return out
+
+
+def _skipping(overflow: Overflow, before: Table, after: Table, updated: set[str]) -> Table:
+    """What an update has changed, or what was before it where a gradient has overflowed."""
+    changed = {
+        (kind, name): value
+        for (kind, name), value in after.items()
+        if (kind == "parameter" and name in updated) or (kind == "optimizer" and name.rpartition(":")[0] in updated)
+    }
+    return overflow.select(before, changed)
+
+
+def _check_can_skip(inventory: Inventory, parameters: Mapping[str, torch.Tensor], *, fresh: bool) -> None:
+    if fresh:
+        raise CaptureError.of(
+            where=f"{type(inventory.optimizer).__name__}, with loss_scale",
+            expected="a first step like all others, so that it can be skipped",
+            got="one that makes its state from the first gradient",
+            fix="use dampening=0, or train without a loss scale",
+        )
+    for param, key, value in inventory.optimizer_state():
+        if is_tensor_or_number(value):
+            entry = StateEntry("optimizer", state_name(param, key), (), param)
+            check_can_be_skipped(entry, value, parameters[param].device.type)
