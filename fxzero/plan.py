@@ -23,6 +23,7 @@ from fxzero.plan_values import (
     Check,
     bound,
     finite,
+    fraction,
     integer,
     nearest,
     norm_order,
@@ -162,7 +163,9 @@ class Plan:
         keep_fp32: with precision "bf16" or "fp16", patterns of module paths whose parameters are not cast.
         compress_gathers: how gathered parameters travel: "none", "int8" or "fp8" (one byte an element, a scale for each
             `compress_block` of them), "fp8_rows" (a scale a row, on the weights of linear layers only).
-        compress_reductions: how gradients travel to the rank that keeps their rows: "none", "int8" or "fp8".
+        compress_reductions: how gradients travel: "none", "int8" or "fp8" (to the rank that keeps their rows),
+            "powersgd" (two factors of `powersgd_rank` columns) or "topk" (the `topk_fraction` of largest elements); the
+            last two add what they miss to the next gradient.
         compress_block: elements that share a scale.
         compress_below: parameters with fewer elements travel as they are.
         disable: names of passes to leave out; kept sorted, since their order means nothing.
@@ -191,9 +194,11 @@ class Plan:
     clip_grad_norm_p: float = _key(2.0, norm_order)
     clip_grad_value: float | None = _key(None, bound)
     compress_gathers: str = _key("none", one_of("none", "int8", "fp8", "fp8_rows"))
-    compress_reductions: str = _key("none", one_of("none", "int8", "fp8", reserved=("powersgd", "topk")))
+    compress_reductions: str = _key("none", one_of("none", "int8", "fp8", "powersgd", "topk"))
     compress_block: int = _key(256, integer(16, 2**20, fix="write how many elements share a scale"))
     compress_below: int = _key(4096, integer(0, fix="write a number of elements; 0 compresses every parameter"))
+    powersgd_rank: int = _key(4, integer(1, 2**20, fix="write how many columns the two factors have"))
+    topk_fraction: float = _key(0.01, fraction)
     loss_scale: str | float | None = _key(None, scale)
     loss_scale_init: float = _key(65536.0, finite(fix="write the first scale, such as 65536.0"))
     loss_scale_growth_interval: int = _key(2000, integer(1, fix="write a number of steps"))

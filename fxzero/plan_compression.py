@@ -7,6 +7,7 @@ from typing import Any
 from fxzero.errors import PlanError
 
 QUANTIZED = ("int8", "fp8")
+WITH_FEEDBACK = ("powersgd", "topk")
 
 # key -> (its default, whether a plan reads it, what must be set for that)
 _READ_WITH: dict[str, tuple[Any, Any, str]] = {
@@ -20,6 +21,8 @@ _READ_WITH: dict[str, tuple[Any, Any, str]] = {
         lambda plan: plan.compress_gathers != "none" or plan.compress_reductions != "none",
         "compress_gathers or compress_reductions",
     ),
+    "powersgd_rank": (4, lambda plan: plan.compress_reductions == "powersgd", "compress_reductions 'powersgd'"),
+    "topk_fraction": (0.01, lambda plan: plan.compress_reductions == "topk", "compress_reductions 'topk'"),
 }
 
 
@@ -31,8 +34,8 @@ def check_compression(plan: Any) -> None:
     """
     for key, (default, is_read, expected) in _READ_WITH.items():
         if getattr(plan, key) != default and not is_read(plan):
-            fix = f"set one of them, or leave {key} out"
-            raise PlanError.of(f"Plan.{key}", expected=f"{expected} with it", got="none of them", fix=fix)
+            fix = f"set that, or leave {key} out"
+            raise PlanError.of(f"Plan.{key}", expected=f"{expected} with it", got="none of that", fix=fix)
     if plan.compress_gathers != "none" and plan.zero < plan.parameter_stage:
         raise PlanError.of(
             "Plan.compress_gathers",
@@ -47,6 +50,14 @@ def check_compression(plan: Any) -> None:
             expected=f"zero=2 or 3 with {plan.compress_reductions!r}, which sends each rank its rows",
             got=f"zero={plan.zero}",
             fix="set zero=2: it keeps no more than gradients do, and sends less",
+        )
+    if plan.compress_reductions in WITH_FEEDBACK and plan.loss_scale is not None:
+        raise PlanError.of(
+            "Plan.compress_reductions",
+            expected=f"no loss_scale with {plan.compress_reductions!r}, which keeps what it does not send",
+            got=f"loss_scale={plan.loss_scale!r}",
+            fix="train in bf16, or set compress_reductions='int8': what is kept would be in units of another scale, "
+            "and hold an overflow for good",
         )
     replicas = 1 if plan.mesh is None else plan.mesh.get("dp_replicate", 1)
     if plan.compress_reductions != "none" and replicas > 1:

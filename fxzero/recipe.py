@@ -19,6 +19,8 @@ from fxzero.passes.agree_on_overflow import agree_on_overflow
 from fxzero.passes.bucket_all_gathers import bucket_all_gathers
 from fxzero.passes.bucket_reduce_scatters import bucket_reduce_scatters
 from fxzero.passes.choose_collective_algorithms import choose_collective_algorithms
+from fxzero.passes.compress_with_powersgd import compress_with_powersgd, powersgd_states
+from fxzero.passes.compress_with_top_k import compress_with_top_k, top_k_states
 from fxzero.passes.delay_weight_gradients import delay_weight_gradients
 from fxzero.passes.place_updates import place_updates
 from fxzero.passes.prefetch_all_gathers import prefetch_all_gathers
@@ -48,6 +50,8 @@ ALL_PASSES: tuple[Pass, ...] = (
     reduce_in_low_precision,
     remove_dead_nodes,
     quantize_reductions,
+    compress_with_powersgd,
+    compress_with_top_k,
     choose_collective_algorithms,
     bucket_all_gathers,
     bucket_reduce_scatters,
@@ -74,7 +78,17 @@ def auxiliary_state(plan: Plan, parameters: Mapping[str, torch.Tensor]) -> list[
         plan: resolved.
         parameters: the model's, by name.
     """
-    return [*captured_as(plan).scaling.states]
+    return [*captured_as(plan).scaling.states, *_kept_back(plan, parameters)]
+
+
+def _kept_back(plan: Plan, parameters: Mapping[str, torch.Tensor]) -> list[AuxiliaryState]:
+    """What compressed reductions keep from step to step."""
+    ranks, below = plan.axes["dp"], plan.compress_below
+    if ranks > 1 and plan.compress_reductions == "powersgd":
+        return powersgd_states(parameters, ranks=ranks, rank=plan.powersgd_rank, below=below)
+    if ranks > 1 and plan.compress_reductions == "topk":
+        return top_k_states(parameters, ranks=ranks, fraction=plan.topk_fraction, below=below)
+    return []
 
 
 def recipe(plan: Plan, *, backend: str) -> Pipeline:
@@ -124,6 +138,11 @@ def recipe(plan: Plan, *, backend: str) -> Pipeline:
     passes.append(remove_dead_nodes)
     if shards and plan.compress_reductions in QUANTIZED:
         passes.append(quantize_reductions.using(form=plan.compress_reductions, **packed))
+    feedback = {"axis": "dp", "below": plan.compress_below}
+    if shards and plan.compress_reductions == "powersgd":
+        passes.append(compress_with_powersgd.using(**feedback, rank=plan.powersgd_rank))
+    if shards and plan.compress_reductions == "topk":
+        passes.append(compress_with_top_k.using(**feedback, fraction=plan.topk_fraction))
     if axes:
         passes.append(choose_collective_algorithms.using(**algorithms))
     if gathers:

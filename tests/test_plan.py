@@ -48,7 +48,9 @@ KEYS = {
     "clip_grad_norm_p": st.floats(1e-3, 1e3) | st.just("inf") | st.just(math.inf),
     "clip_grad_value": st.none() | st.floats(1e-9, 1e9),
     "compress_gathers": st.sampled_from(["none", "int8", "fp8", "fp8_rows"]),
-    "compress_reductions": st.sampled_from(["none", "int8", "fp8"]),
+    "compress_reductions": st.sampled_from(["none", "int8", "fp8", "powersgd", "topk"]),
+    "powersgd_rank": st.integers(1, 2**20),
+    "topk_fraction": st.floats(1e-6, 1.0),
     "compress_block": st.integers(16, 2**20),
     "compress_below": st.integers(0, 2**63 - 1),
     "loss_scale": st.none() | st.just("dynamic") | st.floats(1e-9, 1e9),
@@ -78,9 +80,14 @@ def _compressing_what_can_be(keys: dict[str, Any]) -> dict[str, Any]:
     keys, stage, mesh = dict(keys), keys.get("zero", 3), keys.get("mesh") or {}
     if stage < (1 if keys.get("precision") in ("bf16", "fp16") else 3):
         keys.pop("compress_gathers", None)
-    if stage < 2 or mesh.get("dp_replicate", 1) > 1:
-        keys.pop("compress_reductions", None)
     gathers, reductions = keys.get("compress_gathers", "none"), keys.get("compress_reductions", "none")
+    scaled = keys.get("loss_scale") is not None and reductions in ("powersgd", "topk")
+    if (stage < 2 and reductions in ("int8", "fp8")) or mesh.get("dp_replicate", 1) > 1 or scaled:
+        keys.pop("compress_reductions", None)
+        reductions = "none"
+    for name, key in (("powersgd", "powersgd_rank"), ("topk", "topk_fraction")):
+        if reductions != name:
+            keys.pop(key, None)
     if not {"int8", "fp8"} & {gathers, reductions}:
         keys.pop("compress_block", None)
     if gathers == reductions == "none":
@@ -126,6 +133,8 @@ def test_defaults() -> None:
         "compress_reductions": "none",
         "compress_block": 256,
         "compress_below": 4096,
+        "powersgd_rank": 4,
+        "topk_fraction": 0.01,
         "loss_scale": None,
         "loss_scale_init": 65536.0,
         "loss_scale_growth_interval": 2000,
@@ -403,8 +412,17 @@ def test_axes_need_a_mesh() -> None:
             ["Plan.compress_reductions: expected a mesh without dp_replicate", "got dp_replicate=2;"],
         ),
         ({"compress_block": 128}, ["Plan.compress_block: expected compress_gathers or compress_reductions 'int8'"]),
-        ({"compress_block": 128, "compress_gathers": "fp8_rows"}, ["Plan.compress_block:", "got none of them;"]),
+        ({"compress_block": 128, "compress_gathers": "fp8_rows"}, ["Plan.compress_block:", "got none of that;"]),
         ({"compress_block": 8, "compress_gathers": "int8"}, ["Plan.compress_block: expected an integer from 16"]),
+        (
+            {"compress_reductions": "topk", "loss_scale": "dynamic"},
+            ["Plan.compress_reductions: expected no loss_scale with 'topk'", "got loss_scale='dynamic';"],
+        ),
+        ({"powersgd_rank": 8}, ["Plan.powersgd_rank: expected compress_reductions 'powersgd' with it"]),
+        ({"powersgd_rank": 0, "compress_reductions": "powersgd"}, ["Plan.powersgd_rank: expected an integer from 1"]),
+        ({"topk_fraction": 0.5, "compress_reductions": "int8"}, ["Plan.topk_fraction: expected compress_reductions"]),
+        ({"topk_fraction": 0.0, "compress_reductions": "topk"}, ["Plan.topk_fraction: expected a number above 0"]),
+        ({"topk_fraction": 1.5, "compress_reductions": "topk"}, ["at most 1, got 1.5;"]),
         ({"compress_below": 0}, ["Plan.compress_below: expected compress_gathers or compress_reductions with it"]),
         (
             {"disable": "shard_parameters"},
@@ -586,6 +604,8 @@ def test_to_toml_as_people_read_it() -> None:
         'compress_reductions = "none"\n'
         "compress_block = 256\n"
         "compress_below = 4096\n"
+        "powersgd_rank = 4\n"
+        "topk_fraction = 0.01\n"
         "loss_scale_init = 65536.0\n"
         "loss_scale_growth_interval = 2000\n"
         "max_skipped_steps = 20\n"

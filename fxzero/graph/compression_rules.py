@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import fx
 
 from fxzero.graph import collectives as c10d
 from fxzero.graph.compression_ops import dequantize_blockwise, dequantize_reduce, quantize_blockwise
+from fxzero.graph.error_feedback_ops import drop_top_k, pack_top_k, sum_top_k
 from fxzero.graph.rules import Context, Violation, equation
 
 # how a packed message is read -> what may have carried it
@@ -26,6 +28,10 @@ def check_compression(context: Context) -> Iterator[Violation]:
                 if not c10d.is_collective(reader):
                     fix = "send it, and dequantize what arrives"
                     yield Violation(node, "no reader but its collective", f"%{reader.name}", fix)
+        elif node.target is pack_top_k:
+            yield from _check_kept_back(node)
+        elif node.target is sum_top_k:
+            yield from _check_sum(node, context.step.mesh)
         elif node.target in _READERS:
             yield from _check_reader(node, context.step.mesh)
         elif c10d.is_wait(node) and packed_by(node) is not None:
@@ -64,3 +70,27 @@ def _check_reader(node: fx.Node, mesh: dict[str, int]) -> Iterator[Violation]:
         if expected != got:
             fix = f"take it from %{packed.name}, and the ranks from step.mesh"
             yield Violation(node, f"{what} {expected}", str(got), fix)
+
+
+def _check_kept_back(packed: fx.Node) -> Iterator[Violation]:
+    """What is chosen of a gradient is sent, and taken out of what is kept back."""
+    x = packed.args[0]
+    sends = [user for user in packed.users if user.target is c10d.all_gather]
+    drops = [user for user in packed.users if user.target is drop_top_k and user.args[0] is x]
+    if len(sends) != 1 or len(drops) != 1 or len(packed.users) != 2:
+        got = ", ".join(equation(user) for user in packed.users) or "none"
+        fix = "gather what was chosen, and keep back the rest of the same tensor"
+        yield Violation(packed, f"one all_gather and one drop_top_k of %{x}", got, fix)
+
+
+def _check_sum(node: fx.Node, mesh: dict[str, int]) -> Iterator[Violation]:
+    wait: Any = node.args[0]
+    packed = c10d.sent_to(wait) if c10d.is_wait(wait) else None
+    if packed is None or packed.target is not pack_top_k:
+        yield Violation(node, "the wait of gathered pack_top_k", f"%{wait}", "add up what was packed")
+        return
+    ranks = mesh[c10d.axis_of(c10d.launched_by(wait))]
+    elements = packed.args[0].meta["val"].numel()  # type: ignore[union-attr]
+    if node.args[2] != ranks or math.prod(node.args[1]) != elements:  # type: ignore[arg-type]
+        got = f"{node.args[2]} parts of {node.args[1]}"
+        yield Violation(node, f"{ranks} parts of {elements} elements", got, f"take the shape from %{packed.name}")

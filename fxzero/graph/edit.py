@@ -14,7 +14,7 @@ from fxzero.errors import RewriteError
 from fxzero.graph import collectives as c10d
 from fxzero.graph import ops
 from fxzero.graph.randomness import is_random
-from fxzero.graph.step_graph import Sharding, StateEntry, StepGraph, yields_scalar
+from fxzero.graph.step_graph import AuxiliaryState, Sharding, StateEntry, StepGraph, identifier, yields_scalar
 
 aten = torch.ops.aten
 
@@ -154,6 +154,30 @@ def coordinate(step: StepGraph, axis: str) -> fx.Node:
     with step.graph.inserting_after(step.placeholders[-1]):
         node = step.graph.placeholder(f"{axis}_index")
     node.meta = {"entry": StateEntry("coordinate", axis), "val": 0, "phase": "forward", "module": ""}
+    return node
+
+
+def auxiliary_input(step: StepGraph, state: AuxiliaryState, axis: str) -> fx.Node:
+    """The input that holds what a pass keeps from step to step, made when it is first needed.
+
+    Args:
+        step: the graph.
+        state: what it is; where it is sharded, over `axis`, whose ranks divide its rows.
+        axis: a mesh axis.
+    """
+    found = step.input(*state.entry.key)
+    if found is not None:
+        return found
+    sharding = Sharding(axis, step.mesh[axis], state.shape[0]) if state.sharded else None
+    shape = state.shape if sharding is None else (state.shape[0] // sharding.num_shards, *state.shape[1:])
+    device = next(node.meta["val"].device for node in step.inputs("parameter"))
+    with step.graph.inserting_after(step.placeholders[-1]):
+        node = step.graph.placeholder(identifier(state.name))
+    with fake_mode(step):
+        val = torch.empty(shape, dtype=state.dtype, device=device)
+    node.meta = {"entry": state.entry, "val": val, "phase": "forward", "module": ""}
+    if sharding is not None:
+        node.meta["sharding"] = sharding
     return node
 
 

@@ -16,9 +16,11 @@ from fxzero.graph import collectives as c10d
 from fxzero.graph import verify as verifier
 from fxzero.graph.compression_ops import dequantize_blockwise, dequantize_reduce, quantize_blockwise
 from fxzero.graph.edit import Editor, replace_uses, retype
+from fxzero.graph.error_feedback_ops import drop_top_k, sum_top_k
 from fxzero.graph.randomness import is_random
 from fxzero.graph.step_graph import iter_views
 from fxzero.graph.verify import RULES, verify
+from fxzero.passes.compress_with_top_k import compress_with_top_k
 from fxzero.passes.quantize_all_gathers import quantize_all_gathers
 from fxzero.passes.quantize_reductions import quantize_reductions
 
@@ -115,7 +117,10 @@ def graphs() -> dict[str, StepGraph]:
     packed.title = "packed by hand"
     assert quantize_all_gathers.run(packed, form="int8", block=16) == 3
     assert quantize_reductions.run(packed, form="int8", block=16) == 2
-    return {"captured": captured, "sharded": sharded, "packed": packed}
+    chosen = sharded.copy()
+    chosen.title = "chosen by hand"
+    assert compress_with_top_k.run(chosen, axis="dp", fraction=0.1, below=50) == 2
+    return {"captured": captured, "sharded": sharded, "packed": packed, "chosen": chosen}
 
 
 # ---- sound graphs
@@ -132,6 +137,7 @@ def test_a_sharded_graph_keeps_all_rules(graphs: dict[str, StepGraph]) -> None:
 
 def test_a_packed_graph_keeps_all_rules(graphs: dict[str, StepGraph]) -> None:
     verify(graphs["packed"], before=graphs["sharded"])
+    verify(graphs["chosen"], before=graphs["sharded"])
 
 
 def test_the_first_step_of_an_optimizer_keeps_all_rules() -> None:
@@ -748,6 +754,31 @@ def dequantized_without_a_gather(step: StepGraph) -> None:
     wait.replace_all_uses_with(step.inputs("batch")[0])
     for node in (wait, launch, packed):
         step.graph.erase_node(node)
+
+
+@fault("compression", "one all_gather and one drop_top_k", graph="chosen")
+def nothing_taken_out_of_what_is_kept(step: StepGraph) -> None:
+    drop = step.calls(drop_top_k)[0]
+    drop.replace_all_uses_with(drop.args[0])
+    step.graph.erase_node(drop)
+
+
+@fault("compression", "one all_gather and one drop_top_k", graph="chosen")
+def taken_out_of_what_was_kept_before(step: StepGraph) -> None:
+    drop = step.calls(drop_top_k)[0]
+    drop.replace_input_with(drop.args[0], drop.args[0].args[0])
+
+
+@fault("compression", f"{RANKS} parts of 60 elements, got 2 parts of [10, 6]", graph="chosen")
+def fewer_parts_added_up(step: StepGraph) -> None:
+    with_argument(next(n for n in step.calls(sum_top_k) if n.meta["param"] == "inner.weight"), 2, 2)
+
+
+@fault("compression", "the wait of gathered pack_top_k", graph="chosen")
+def something_else_added_up(step: StepGraph) -> None:
+    node = step.calls(sum_top_k)[0]
+    wait = the(step, c10d.wait, phase="backward")
+    node.replace_input_with(node.args[0], wait)
 
 
 @fault("sharding", "axis dp of Sharding", graph="packed")

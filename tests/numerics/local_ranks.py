@@ -66,7 +66,7 @@ def train_ranks(
             outputs = program.run(list(values.values()))
     losses = next(v for key, v in zip(program.outputs, outputs, strict=True) if key[0] == "loss")
     after = {}
-    for node in step.inputs("parameter", "optimizer"):
+    for node in step.inputs("parameter", "optimizer", "auxiliary"):
         value = values[node.meta["entry"].key]
         if isinstance(value, torch.Tensor):
             parts = compat.local_values(value) if not isinstance(value, torch.nn.Parameter) else {0: value}
@@ -80,6 +80,9 @@ def _value(node: Any, entry: Any, state: StepState, batches: list[Any]) -> Any:
         return compat.local_int({rank: rank for rank in ranks})
     if entry.kind == "batch":
         return compat.local_tensor({rank: batches[rank][int(entry.name.split(".")[1])] for rank in ranks})
+    if entry.kind == "auxiliary":
+        val = node.meta["val"]
+        return compat.local_tensor({rank: torch.zeros(val.shape, dtype=val.dtype) for rank in ranks})
     value = state.lookup(Inventory.of(state.model, state.optimizer), entry.kind, entry.name)
     if not isinstance(value, torch.Tensor):
         return value
