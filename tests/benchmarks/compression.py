@@ -12,8 +12,8 @@ interrupted goes on with the parts that are missing. Columns:
                                 together: counted in the graph, as a factor of the uncompressed run's
     loss, - none                nats per byte of held-out text after the last step, and its distance to uncompressed
     weights off                 norm of what rounding takes off the trained weights, relative to theirs
-    gradients off               the same of a mean gradient; with error feedback (marked *) of what a rank keeps back
-                                for the next step, relative to the gradient that it adds it to
+    gradients off               the same of a mean gradient; marked * the norm of what a rank keeps back for later
+                                steps, as a multiple of its gradient's
     s                           of a step, median: four ranks share what cores there are, so it says little
 
 What is measured is the loss; on loopback the smaller messages save no time. The exit code is 1 if a part failed.
@@ -51,6 +51,8 @@ VARIANTS = {
     "fp8 reductions": {"compress_reductions": "fp8"},
     "int8": {"compress_gathers": "int8", "compress_reductions": "int8"},
     "fp8": {"compress_gathers": "fp8", "compress_reductions": "fp8"},
+    "powersgd": {"compress_reductions": "powersgd"},
+    "topk": {"compress_reductions": "topk"},
 }
 
 
@@ -106,6 +108,17 @@ def gradient_error(step, model, batch, world):
     return relative(pairs)
 
 
+def kept_back(kept, model, batch):
+    """What this rank keeps back (name in checkpoints -> rows), relative to its gradient; None where nothing is kept."""
+    if not kept:
+        return None
+    own = dict(model.named_parameters())
+    names = [name.partition(".residual.")[2] for name in kept]
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(train_gpt.loss_fn(model, *batch), [own[name] for name in names])
+    return relative((g, g - value.to_local()[0]) for g, value in zip(gradients, kept.values(), strict=True))
+
+
 def train(args):
     """Runs one part; returns its figures on rank 0."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -126,10 +139,12 @@ def train(args):
             where = f"world {world}, {args.rank_of}: step {i} of {args.steps}"
             print(f"{where}, loss {loss:.3f}, {statistics.median(times_s):.2f} s a step", flush=True)
     result = {"held_out_loss": train_gpt.held_out_loss(step, held_out, args), "step_s": statistics.median(times_s)}
+    kept = {name: value for name, value in step.state_dict().items() if ".residual." in name}
     with step.unsharded() as whole:
         result["weights_off"] = weight_error(step, whole, world)
         batch = train_gpt.batch(data, args, step=args.steps + 1, rank=rank)
         result["gradients_off"] = gradient_error(step, whole, batch, world)
+        result["kept_back"] = kept_back(kept, whole, batch)
     return result | {"bytes": sent_bytes(step.graph), "plan": plan.to_dict()}
 
 
@@ -183,6 +198,7 @@ def table(args):
             loss = part["held_out_loss"]
             distance = f"{loss - plain['held_out_loss']:+.3f}" if plain else ""
             off = ["" if part[key] is None else f"{part[key]:.2%}" for key in ("weights_off", "gradients_off")]
+            off[1] = off[1] if part["kept_back"] is None else f"{part['kept_back']:.2f} *"
             ratios = ["" if ratio is None else f"{ratio:.3f}" for ratio in ratios]
             rows.append([world, name, *ratios, f"{loss:.3f}", distance, *off, f"{part['step_s']:.2f}"])
     headers = ["ranks", "compression", "gathers", "reductions", "step", "loss", "- none"]
