@@ -168,6 +168,9 @@ class Plan:
             last two add what they miss to the next gradient.
         compress_block: elements that share a scale.
         compress_below: parameters with fewer elements travel as they are.
+        powersgd_rank: columns of powersgd's factors.
+        topk_fraction: of a gradient's elements, how many topk sends.
+        node_size: of dp, how many share a node: backward gathers inside it what forward gathered over all; 0: over dp.
         disable: names of passes to leave out; kept sorted, since their order means nothing.
         timeout_s: seconds that ranks wait for each other to agree before the first collective.
 
@@ -199,6 +202,7 @@ class Plan:
     compress_below: int = _key(4096, integer(0, fix="write a number of elements; 0 compresses every parameter"))
     powersgd_rank: int = _key(4, integer(1, 2**20, fix="write how many columns the two factors have"))
     topk_fraction: float = _key(0.01, fraction)
+    node_size: int = _key(0, integer(0, fix="write how many ranks share a node; 0 gathers over all of them"))
     loss_scale: str | float | None = _key(None, scale)
     loss_scale_init: float = _key(65536.0, finite(fix="write the first scale, such as 65536.0"))
     loss_scale_growth_interval: int = _key(2000, integer(1, fix="write a number of steps"))

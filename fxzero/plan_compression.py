@@ -59,6 +59,7 @@ def check_compression(plan: Any) -> None:
             fix="train in bf16, or set compress_reductions='int8': what is kept would be in units of another scale, "
             "and hold an overflow for good",
         )
+    _check_node_size(plan)
     replicas = 1 if plan.mesh is None else plan.mesh.get("dp_replicate", 1)
     if plan.compress_reductions != "none" and replicas > 1:
         raise PlanError.of(
@@ -66,4 +67,23 @@ def check_compression(plan: Any) -> None:
             expected="a mesh without dp_replicate: only the reduction over dp is compressed",
             got=f"dp_replicate={replicas}",
             fix="put all ranks on dp, or leave compress_reductions out",
+        )
+
+
+def _check_node_size(plan: Any) -> None:
+    if plan.node_size and plan.zero != 3:
+        raise PlanError.of(
+            "Plan.node_size",
+            expected="zero=3, which gathers again in backward",
+            got=f"zero={plan.zero}",
+            fix="leave node_size out",
+        )
+    size = 1 if plan.mesh is None else plan.mesh.get("dp", 1)
+    alone = size == 1  # or not known yet
+    if plan.node_size and not alone and (size % plan.node_size or not 1 < plan.node_size < size):
+        raise PlanError.of(
+            "Plan.node_size",
+            expected=f"0, or a divisor of dp={size} above 1 and below it",
+            got=str(plan.node_size),
+            fix="write how many neighbouring ranks of dp share a node, or leave node_size out",
         )

@@ -22,6 +22,7 @@ from fxzero.passes.choose_collective_algorithms import choose_collective_algorit
 from fxzero.passes.compress_with_powersgd import compress_with_powersgd, powersgd_states
 from fxzero.passes.compress_with_top_k import compress_with_top_k, top_k_states
 from fxzero.passes.delay_weight_gradients import delay_weight_gradients
+from fxzero.passes.gather_within_nodes import gather_within_nodes
 from fxzero.passes.place_updates import place_updates
 from fxzero.passes.prefetch_all_gathers import prefetch_all_gathers
 from fxzero.passes.quantize_all_gathers import quantize_all_gathers
@@ -46,6 +47,7 @@ ALL_PASSES: tuple[Pass, ...] = (
     shard_gradients,
     shard_parameters,
     quantize_all_gathers,
+    gather_within_nodes,
     delay_weight_gradients,
     reduce_in_low_precision,
     remove_dead_nodes,
@@ -132,6 +134,8 @@ def recipe(plan: Plan, *, backend: str) -> Pipeline:
         passes.append(shard_parameters.using(**rows, again=plan.zero == 3))
         if plan.compress_gathers != "none":
             passes.append(quantize_all_gathers.using(form=plan.compress_gathers, **packed))
+        if plan.node_size:
+            passes.append(gather_within_nodes.using(axis="dp", node=plan.node_size))
         passes.append(delay_weight_gradients)
     if axes and plan.reduce_dtype != "fp32":
         passes.append(reduce_in_low_precision)

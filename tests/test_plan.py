@@ -51,6 +51,7 @@ KEYS = {
     "compress_reductions": st.sampled_from(["none", "int8", "fp8", "powersgd", "topk"]),
     "powersgd_rank": st.integers(1, 2**20),
     "topk_fraction": st.floats(1e-6, 1.0),
+    "node_size": st.sampled_from([0, 2, 8]),
     "compress_block": st.integers(16, 2**20),
     "compress_below": st.integers(0, 2**63 - 1),
     "loss_scale": st.none() | st.just("dynamic") | st.floats(1e-9, 1e9),
@@ -80,6 +81,9 @@ def _compressing_what_can_be(keys: dict[str, Any]) -> dict[str, Any]:
     keys, stage, mesh = dict(keys), keys.get("zero", 3), keys.get("mesh") or {}
     if stage < (1 if keys.get("precision") in ("bf16", "fp16") else 3):
         keys.pop("compress_gathers", None)
+    size = mesh.get("dp", 1)
+    if stage != 3 or (size > 1 and (size % (keys.get("node_size") or 1) or keys.get("node_size", 0) >= size)):
+        keys.pop("node_size", None)
     gathers, reductions = keys.get("compress_gathers", "none"), keys.get("compress_reductions", "none")
     scaled = keys.get("loss_scale") is not None and reductions in ("powersgd", "topk")
     if (stage < 2 and reductions in ("int8", "fp8")) or mesh.get("dp_replicate", 1) > 1 or scaled:
@@ -135,6 +139,7 @@ def test_defaults() -> None:
         "compress_below": 4096,
         "powersgd_rank": 4,
         "topk_fraction": 0.01,
+        "node_size": 0,
         "loss_scale": None,
         "loss_scale_init": 65536.0,
         "loss_scale_growth_interval": 2000,
@@ -268,6 +273,7 @@ def test_resolve_appends_a_missing_dp_axis() -> None:
 @given(PLANS, st.integers(1, 64))
 @quick
 def test_a_resolved_mesh_has_exactly_the_ranks_or_is_refused(plan: Plan, world_size: int) -> None:
+    plan = plan.replace(node_size=0)  # it need not divide any number of ranks
     product = 1
     for size in (plan.mesh or {"dp": world_size}).values():
         product *= size
@@ -418,6 +424,10 @@ def test_axes_need_a_mesh() -> None:
             {"compress_reductions": "topk", "loss_scale": "dynamic"},
             ["Plan.compress_reductions: expected no loss_scale with 'topk'", "got loss_scale='dynamic';"],
         ),
+        ({"node_size": 2, "zero": 2}, ["Plan.node_size: expected zero=3", "got zero=2;"]),
+        ({"node_size": 3, "mesh": {"dp": 4}}, ["Plan.node_size: expected 0, or a divisor of dp=4", "got 3;"]),
+        ({"node_size": 4, "mesh": {"dp": 4}}, ["Plan.node_size:", "above 1 and below it, got 4;"]),
+        ({"node_size": 1, "mesh": {"dp": 4}}, ["Plan.node_size:", "got 1;"]),
         ({"powersgd_rank": 8}, ["Plan.powersgd_rank: expected compress_reductions 'powersgd' with it"]),
         ({"powersgd_rank": 0, "compress_reductions": "powersgd"}, ["Plan.powersgd_rank: expected an integer from 1"]),
         ({"topk_fraction": 0.5, "compress_reductions": "int8"}, ["Plan.topk_fraction: expected compress_reductions"]),
@@ -606,6 +616,7 @@ def test_to_toml_as_people_read_it() -> None:
         "compress_below = 4096\n"
         "powersgd_rank = 4\n"
         "topk_fraction = 0.01\n"
+        "node_size = 0\n"
         "loss_scale_init = 65536.0\n"
         "loss_scale_growth_interval = 2000\n"
         "max_skipped_steps = 20\n"

@@ -103,12 +103,34 @@ def sent_to(wait: fx.Node) -> fx.Node:
     return sent(launched_by(wait))[0 if is_collective(source) else source.args[1]]  # type: ignore[index]
 
 
-def parameter_sent(shard: fx.Node) -> fx.Node | None:
-    """The parameter input that a tensor is, or is a message made of; None where it is something else."""
-    while shard.target in PREPARES:
-        shard = shard.args[0]  # type: ignore[assignment]
-    is_parameter = shard.op == "placeholder" and shard.meta["entry"].kind == "parameter"
-    return shard if is_parameter else None
+def node_axis(axis: str) -> str:
+    """The part of a mesh axis that lies within a node; in the mesh of a graph it stands beside that axis."""
+    return f"{axis}_node"
+
+
+def gathered_before(source: fx.Node) -> fx.Node | None:
+    """The wait of an earlier gather of which a tensor is the part that this rank has kept; None for other tensors."""
+    kept = source.target is ops.local_shard and isinstance(source.args[0], fx.Node)
+    wait: Any = source.args[0] if kept else None
+    return wait if kept and is_wait(wait) and launched_by(wait).target in (all_gather, all_gather_coalesced) else None
+
+
+def first_sent_to(wait: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """What a wait waits for, as it was sent before any rank kept a part of it: (collective, tensor that it took)."""
+    source = sent_to(wait)
+    before = gathered_before(source)
+    return (launched_by(wait), source) if before is None else first_sent_to(before)
+
+
+def parameter_sent(source: fx.Node) -> fx.Node | None:
+    """The parameter input that a tensor is, is a message made of, or is a kept part of; None where it is none of it."""
+    before = gathered_before(source)
+    if before is not None:
+        source = first_sent_to(before)[1]
+    while source.target in PREPARES:
+        source = source.args[0]  # type: ignore[assignment]
+    is_parameter = source.op == "placeholder" and source.meta["entry"].kind == "parameter"
+    return source if is_parameter else None
 
 
 def gathers_parameters(node: fx.Node) -> bool:

@@ -35,8 +35,8 @@ def check_compression(context: Context) -> Iterator[Violation]:
         elif node.target in _READERS:
             yield from _check_reader(node, context.step.mesh)
         elif c10d.is_wait(node) and packed_by(node) is not None:
-            others = [reader for reader in node.users if reader.target not in _READERS]
-            if others or len(node.users) != 1:
+            readers = [user for user in node.users if c10d.gathered_before(user) is not node]  # a part may be kept
+            if len(readers) != 1 or readers[0].target not in _READERS:
                 got = ", ".join(equation(reader) for reader in node.users) or "none"
                 fix = "let all readers read what it is dequantized into, where it dies"
                 yield Violation(node, "one reader, which dequantizes it", got, fix)
@@ -44,7 +44,7 @@ def check_compression(context: Context) -> Iterator[Violation]:
 
 def packed_by(wait: fx.Node) -> fx.Node | None:
     """The call that packed what a wait waits for; None where it travelled as it is."""
-    source = c10d.sent_to(wait)
+    source = c10d.first_sent_to(wait)[1]
     return source if source.target is quantize_blockwise else None
 
 
@@ -56,7 +56,7 @@ def _check_reader(node: fx.Node, mesh: dict[str, int]) -> Iterator[Violation]:
         yield Violation(node, f"the wait of a quantized {names}", f"%{wait}", "dequantize what was quantized")
         return
     x: Any = packed.args[0]
-    ranks = mesh[c10d.axis_of(c10d.launched_by(wait))]
+    ranks = mesh[c10d.axis_of(c10d.first_sent_to(wait)[0])]
     shape, form, block, parts = node.args[1:5]
     gathers = node.target is dequantize_blockwise
     rows = x.meta["val"].shape[0]

@@ -21,6 +21,7 @@ from fxzero.graph.randomness import is_random
 from fxzero.graph.step_graph import iter_views
 from fxzero.graph.verify import RULES, verify
 from fxzero.passes.compress_with_top_k import compress_with_top_k
+from fxzero.passes.gather_within_nodes import gather_within_nodes
 from fxzero.passes.quantize_all_gathers import quantize_all_gathers
 from fxzero.passes.quantize_reductions import quantize_reductions
 
@@ -120,7 +121,10 @@ def graphs() -> dict[str, StepGraph]:
     chosen = sharded.copy()
     chosen.title = "chosen by hand"
     assert compress_with_top_k.run(chosen, axis="dp", fraction=0.1, below=50) == 2
-    return {"captured": captured, "sharded": sharded, "packed": packed, "chosen": chosen}
+    kept = packed.copy()
+    kept.title = "kept by hand"
+    assert gather_within_nodes.run(kept, axis="dp", node=2) == 1
+    return {"captured": captured, "sharded": sharded, "packed": packed, "chosen": chosen, "kept": kept}
 
 
 # ---- sound graphs
@@ -138,6 +142,7 @@ def test_a_sharded_graph_keeps_all_rules(graphs: dict[str, StepGraph]) -> None:
 def test_a_packed_graph_keeps_all_rules(graphs: dict[str, StepGraph]) -> None:
     verify(graphs["packed"], before=graphs["sharded"])
     verify(graphs["chosen"], before=graphs["sharded"])
+    verify(graphs["kept"], before=graphs["packed"])
 
 
 def test_the_first_step_of_an_optimizer_keeps_all_rules() -> None:
@@ -779,6 +784,29 @@ def something_else_added_up(step: StepGraph) -> None:
     node = step.calls(sum_top_k)[0]
     wait = the(step, c10d.wait, phase="backward")
     node.replace_input_with(node.args[0], wait)
+
+
+@fault("sharding", "axis dp_node of Sharding", graph="kept")
+def kept_part_gathered_over_all_nodes(step: StepGraph) -> None:
+    launch = the(step, c10d.all_gather, phase="backward")
+    launch.args = (launch.args[0], RANKS, "dp")
+
+
+@fault("compression", f"parts {RANKS}, got 2", graph="kept")
+def kept_parts_read_as_those_of_a_node(step: StepGraph) -> None:
+    with_argument(the(step, dequantize_blockwise, phase="backward"), 4, 2)
+
+
+@fault("compression", "one reader, which dequantizes it", graph="kept")
+def packed_bytes_read_beside_what_is_kept(step: StepGraph) -> None:
+    kept = the(step, ops.local_shard)
+    with Editor(step, phase="forward").after(kept) as editor:
+        editor.call(aten.neg.default, kept.args[0])
+
+
+@fault("release", "a release of this gathered parameter, got none", graph="kept")
+def forgotten_release_of_what_a_node_gathered(step: StepGraph) -> None:
+    step.graph.erase_node(the(step, ops.release, phase="backward"))
 
 
 @fault("sharding", "axis dp of Sharding", graph="packed")

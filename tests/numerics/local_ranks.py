@@ -55,7 +55,10 @@ def train_ranks(
     if not dist.is_initialized():
         compat.fake_process_group(size)
     assert dist.get_world_size() == size
-    program = Program(step, groups=dict.fromkeys(plan.axes, dist.group.WORLD))
+    groups: dict[str, Any] = dict.fromkeys(plan.axes, dist.group.WORLD)
+    if plan.node_size:
+        groups["dp_node"] = dist.new_group(list(range(plan.node_size)))
+    program = Program(step, groups=groups)
     values: dict[tuple[str, str], Any] = {}
     for batch in batches:
         for node in step.placeholders:
@@ -77,7 +80,8 @@ def train_ranks(
 def _value(node: Any, entry: Any, state: StepState, batches: list[Any]) -> Any:
     ranks = range(len(batches))
     if entry.kind == "coordinate":
-        return compat.local_int({rank: rank for rank in ranks})
+        size = node.users and entry.name == "dp_node" and next(iter(node.users)).args[1]
+        return compat.local_int({rank: rank % size if size else rank for rank in ranks})
     if entry.kind == "batch":
         return compat.local_tensor({rank: batches[rank][int(entry.name.split(".")[1])] for rank in ranks})
     if entry.kind == "auxiliary":

@@ -31,7 +31,9 @@ from fxzero.graph.compression_ops import (
     quantize_blockwise,
     wire_ratio,
 )
+from fxzero.graph.ops import local_shard
 from fxzero.passes.quantize_all_gathers import check_dtype
+from fxzero.runtime.topology import node_ranks
 from tests.numerics.local_ranks import compile_for, run_ranks, train_ranks
 from tests.numerics.reference import planted
 from tests.numerics.worker import launch
@@ -312,6 +314,56 @@ def test_a_dtype_that_cannot_be_quantized_is_refused(keys: dict[str, Any]) -> No
         compile_for(model, optimizer, (torch.ones(2, 64, dtype=torch.complex64),), plan_of(**keys))
     with pytest.raises(PlanError, match="gradient of 'x': expected a real floating-point dtype, got int32"):
         check_dtype(torch.int32, "gradient of 'x'")
+
+
+# ---- backward gathers inside nodes
+
+NODES: list[dict[str, Any]] = [
+    {},
+    {"compress_gathers": "int8"},
+    {"compress_gathers": "fp8_rows", "bucket_form": "coalesced", "prefetch": 2},
+    {"bucket_bytes": 0, "persist_below": 500},
+]
+
+
+@pytest.mark.parametrize("keys", NODES, ids=str)
+def test_gathering_inside_nodes_changes_no_bit(keys: dict[str, Any]) -> None:
+    over_all, inside = (train({**keys, **nodes}, 2) for nodes in ({}, {"node_size": 2}))
+    assert over_all.losses == inside.losses
+    assert all(torch.equal(inside.state[key], value) for key, value in over_all.state.items())
+
+
+def test_neighbours_on_dp_share_a_node() -> None:
+    ranks = torch.arange(8)
+    assert node_ranks(ranks.view(2, 4), ("dp_replicate", "dp"), 2) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert node_ranks(ranks.view(4, 2), ("dp", "dp_replicate"), 2) == [[0, 2], [4, 6], [1, 3], [5, 7]]
+
+
+def keep_parts_of_first(step: StepGraph) -> None:
+    """Every rank of a node keeps the part of its first one."""
+    for node in step.calls(local_shard):
+        if c10d.gathered_before(node) is not None:
+            node.args = (*node.args[:2], 0)
+
+
+def test_a_rank_that_keeps_the_wrong_part_is_seen() -> None:
+    over_all, inside = train({}, 2), train({"node_size": 2}, 2, fault=keep_parts_of_first)
+    assert not all(torch.equal(inside.state[key], value) for key, value in over_all.state.items())
+
+
+def test_bytes_between_nodes() -> None:
+    """What backward gathers stays inside a node; each rank keeps a half of what forward gathered."""
+    for keys in ({}, {"compress_gathers": "int8"}):
+        plain, step = compiled(**keys), compiled(**keys, node_size=2, bucket_bytes=0)
+        gathers = [n for n in step.calls() if c10d.gathers_parameters(n)]
+        axes = {(n.meta["phase"], c10d.axis_of(n)) for n in gathers}
+        assert axes == {("forward", "dp"), ("backward", "dp_node")}
+        forward = [n for n in gathers if n.meta["phase"] == "forward"]
+        sent_over = sum(c10d.wire_bytes(n, step.mesh) for n in forward)
+        backward = sum(c10d.wire_bytes(n, step.mesh) for n in gathers if n not in forward)
+        bias = c10d.wire_bytes(next(n for n in forward if n.meta["param"] == "up.bias"), step.mesh)
+        # half of a message instead of three quarters; the bias is gathered once in both
+        assert (sent_over, backward) == ((sent(plain, gathers=True) + bias) // 2, (sent_over - bias) * 2 // 3)
 
 
 # ---- several steps
