@@ -106,6 +106,10 @@ def _tails(nodes: list[fx.Node], group_of: dict[fx.Node, int]) -> dict[fx.Node, 
             readers = [tail[u] for u in node.users if u in tail]
             if readers:
                 tail[node] = min(readers)
+    for node in nodes:  # what follows from no gradient, yet reads what has moved
+        moved = [tail[n] for n in node.all_input_nodes if n in tail]
+        if node.meta["phase"] == "update" and node not in tail and moved:
+            tail[node] = max(moved)
     for node in nodes:
         if c10d.is_release(node) and node.meta["phase"] == "update":
             released = [alias for source in node.all_input_nodes for alias in (source, *iter_views(source))]

@@ -9,7 +9,7 @@ from torch import fx
 
 from fxzero.graph import Result, StateEntry, StepGraph
 from fxzero.graph.edit import erase_dead
-from fxzero.graph.step_graph import ancestors, identifier, yields_tensor
+from fxzero.graph.step_graph import CARRIED_KINDS, ancestors, identifier, yields_tensor
 
 aten = torch.ops.aten
 _ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default}
@@ -45,7 +45,7 @@ def clean(
     kept = {
         key: node
         for key, node in returned.items()
-        if key[0] != "gradient" and not (node.op == "placeholder" and node.meta["entry"].key == key)
+        if key[0] != "gradient" and (key[0] in CARRIED_KINDS or not _is_state_itself(node, key))
     }
     output = rebuild.graph.output(tuple(kept.values()))
     output.meta["results"] = tuple(Result(*key) for key in kept)
@@ -54,6 +54,11 @@ def clean(
     _drop_unused_inputs(step)
     _mark_parameters(step)
     return step, {name: value for name, value in rebuild.constants.items() if step.input("constant", name)}
+
+
+def _is_state_itself(node: fx.Node, key: tuple[str, str]) -> bool:
+    """Whether the step leaves a state as it is."""
+    return node.op == "placeholder" and bool(node.meta["entry"].key == key)
 
 
 class _Rebuild:

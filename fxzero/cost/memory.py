@@ -1,14 +1,15 @@
-"""Memory of a step on one rank: what is alive after each node, from the graph alone."""
+"""Memory of a step on one rank: what is alive at each node, from the graph alone."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
-from fxzero.graph.step_graph import num_bytes
+from fxzero.graph.step_graph import CARRIED_KINDS, STATE_KINDS, num_bytes
 from fxzero.graph.storage import InPlace
 
 
@@ -30,38 +31,50 @@ class MemoryProfile:
 
 
 def memory_profile(step: StepGraph) -> MemoryProfile:
-    """Follow the memory of a program that frees each tensor at its last use and updates in place.
+    """Follow the memory of a program to its peak; see `memory_timeline`."""
+    state = sum(num_bytes(n.meta["val"]) for n in step.placeholders if not _is_handed_over(n))
+    peak, peak_node, at_peak = state, step.placeholders[0], {}
+    for node, total, alive in memory_timeline(step):
+        if state + total > peak:
+            peak, peak_node, at_peak = state + total, node, dict(alive)
+    largest = sorted(((n.name, size) for n, size in at_peak.items()), key=lambda item: -item[1])
+    return MemoryProfile(state, peak, peak_node, tuple(largest))
 
-    A collective's input stays alive until its wait. Workspace inside ops is not counted.
+
+def memory_timeline(step: StepGraph) -> Iterator[tuple[fx.Node, int, Mapping[fx.Node, int]]]:
+    """For each call, in order: it, the bytes alive beside the state while it runs, and the node that made each.
+
+    The program frees each tensor at its last use, and updates in place. A collective's input stays alive until its
+    wait. Gradients that an earlier microbatch hands over die like any other value; what the step returns stays.
+    Workspace inside ops is not counted. The mapping is one and the same object, changed from call to call.
     """
     storage = InPlace(step)
-    nodes = list(step.graph.nodes)
     position = storage.position
-    state = sum(num_bytes(n.meta["val"]) for n in step.placeholders)
     ends: dict[int, list[fx.Node]] = {}
     sizes: dict[fx.Node, int] = {}
+    returned = {storage.storage[node] for (kind, _), node in step.results.items() if kind not in STATE_KINDS}
     for root, members in storage.members.items():
-        if root.op != "call_function":
+        if root.op != "call_function" and not _is_handed_over(root):
             continue
-        sizes[root] = num_bytes(root.meta.get("val")) * (_parts_received(root, step.mesh))
+        sizes[root] = num_bytes(root.meta.get("val")) * _parts_received(root, step.mesh)
         readers = [u for member in members for u in member.users]
         waits = [w for u in readers if c10d.is_collective(u) for w in _waits(u)]
-        last = max((position[n] for n in (*readers, *waits, *members) if n.op != "output"), default=position[root])
+        last = max(position[n] for n in (*readers, *waits, *members) if n.op != "output" or root in returned)
         ends.setdefault(last, []).append(root)
-    alive: set[fx.Node] = set()
-    current = peak = state
-    peak_node, at_peak = nodes[0], set()
-    for index, node in enumerate(nodes):
+    alive: dict[fx.Node, int] = {}
+    total = 0
+    for index, node in enumerate(step.graph.nodes):
         if node in sizes:
-            alive.add(node)
-            current += sizes[node]
-        if current > peak:
-            peak, peak_node, at_peak = current, node, set(alive)
+            alive[node] = sizes[node]
+            total += sizes[node]
+        if node.op == "call_function":
+            yield node, total, alive
         for dead in ends.get(index, ()):
-            alive.discard(dead)
-            current -= sizes[dead]
-    largest = sorted(((n.name, sizes[n]) for n in at_peak), key=lambda item: -item[1])
-    return MemoryProfile(state, peak, peak_node, tuple(largest))
+            total -= alive.pop(dead)
+
+
+def _is_handed_over(node: fx.Node) -> bool:
+    return node.op == "placeholder" and node.meta["entry"].kind in CARRIED_KINDS
 
 
 def _parts_received(node: fx.Node, mesh: dict[str, int]) -> int:

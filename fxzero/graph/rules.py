@@ -139,7 +139,7 @@ def check_structure(context: Context) -> Iterator[Violation]:
     try:
         graph.lint()
     except RuntimeError as error:
-        yield Violation("graph", "what fx lint accepts", str(error), fix)
+        yield Violation("graph", "what fx lint accepts", str(error).partition(" graph():")[0], fix)
     yield from _check_output(context.step.output, fix)
 
 
