@@ -6,6 +6,7 @@ module, this file is what each of those does.
 
 import contextlib
 import copy
+import functools
 import json
 import sys
 import traceback
@@ -36,7 +37,7 @@ from fxzero.passes.quantize_all_gathers import check_dtype
 from fxzero.runtime.topology import node_ranks
 from tests.numerics.local_ranks import compile_for, run_ranks, train_ranks
 from tests.numerics.reference import planted
-from tests.numerics.worker import launch
+from tests.numerics.worker import launch, sharing_first_capture, verifying_less
 
 WORLD, WORDS, WIDTH = 4, 62, 32
 BELOW = 500  # the matrices of Tied, not its vectors
@@ -85,7 +86,13 @@ def make() -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def compiled(**keys: Any) -> StepGraph:
-    return compile_for(*make(), batch(0, 0), plan_of(**keys))
+    """A copy of the graph of a plan."""
+    return _compiled(json.dumps(keys)).copy()
+
+
+@functools.cache
+def _compiled(keys: str) -> StepGraph:
+    return compile_for(*make(), batch(0, 0), plan_of(**json.loads(keys)))
 
 
 def plan_of(**keys: Any) -> Plan:
@@ -484,13 +491,19 @@ def main(path: str) -> None:
     """Rank 0 writes what each rank found of each job."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, results = dist.get_rank(), {}
+    captures: dict[str, Any] = {}
     for name, keys, fault in [
         ("none", {}, None),
         *((name_of(keys), keys, None) for keys, _ in CONVERGING),
         *((f"fault {name_of(keys)}", keys, forget_what_was_kept) for keys in RESUMED),
     ]:
+        options = f"{keys.get('precision')} {keys.get('accumulate')}"  # what else a capture knows of a plan
         try:
-            with planted(fault) if fault else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(planted(fault) if fault else sharing_first_capture(captures, options))
+                stack.enter_context(
+                    verifying_less({"zero": 0})
+                )  # the same graphs, but for their axes, are verified above
                 mine: Any = run_rank(keys, rank)
         except Exception:
             mine = traceback.format_exc()

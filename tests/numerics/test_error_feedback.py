@@ -18,13 +18,14 @@ from fxzero.errors import PlanError
 from fxzero.graph import collectives as c10d
 from fxzero.graph.error_feedback_ops import drop_top_k, pack_top_k, power_basis, sum_top_k
 from fxzero.recipe import auxiliary_state
-from tests.numerics.local_ranks import compile_for, train_ranks
+from tests.numerics.local_ranks import train_ranks
 from tests.numerics.test_compression import (
     BELOW,
     MATRICES,
     WORLD,
     Tied,
     batch,
+    compiled,
     forget_what_was_kept,
     make,
     plan_of,
@@ -52,10 +53,6 @@ def _no_group_left() -> Iterator[None]:
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def compiled(keys: dict[str, Any]) -> StepGraph:
-    return compile_for(*make(), batch(0, 0), plan_of(**keys))
 
 
 # ---- references, on lists with an entry for each rank
@@ -128,7 +125,7 @@ def differences(keys: dict[str, Any], step: StepGraph) -> list[str]:
 
 @pytest.mark.parametrize("keys", [*CASES, *WAYS], ids=str)
 def test_several_steps_are_the_published_algorithm(keys: dict[str, Any]) -> None:
-    assert differences(keys, compiled(keys)) == []
+    assert differences(keys, compiled(**keys)) == []
 
 
 def keep_what_was_sent(step: StepGraph) -> None:
@@ -176,14 +173,14 @@ FAULTS: list[tuple[Callable[[StepGraph], Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("fault", "keys"), FAULTS, ids=str)
 def test_a_step_that_does_otherwise_is_seen(fault: Callable[[StepGraph], Any], keys: dict[str, Any]) -> None:
-    step = compiled(keys)
+    step = compiled(**keys)
     fault(step)
     assert [name for name in differences(keys, step) if name in MATRICES] != []
 
 
 def test_ranks_that_keep_other_factors_are_seen() -> None:
     """`train_ranks` compares what is whole on every rank."""
-    step = compiled(CASES[1])
+    step = compiled(**CASES[1])
     take_own_factor(step)
     with pytest.raises(AssertionError, match="ranks differ"):
         differences(CASES[1], step)
@@ -207,12 +204,12 @@ def reduction_bytes(keys: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("keys", [CASES[0], CASES[2]], ids=str)
 def test_bytes_on_the_wire(keys: dict[str, Any]) -> None:
-    assert sent(compiled(keys), gathers=False) == reduction_bytes(keys)
+    assert sent(compiled(**keys), gathers=False) == reduction_bytes(keys)
 
 
 @pytest.mark.parametrize("keys", CASES, ids=str)
 def test_the_state_of_a_graph_is_what_the_recipe_announces(keys: dict[str, Any]) -> None:
-    step, model = compiled(keys), make()[0]
+    step, model = compiled(**keys), make()[0]
     announced = auxiliary_state(plan_of(**keys), dict(model.named_parameters()))
     assert {s.entry: s.dtype for s in announced} == {
         n.meta["entry"]: n.meta["val"].dtype for n in step.inputs("auxiliary")
@@ -234,7 +231,7 @@ def test_the_state_of_a_graph_is_what_the_recipe_announces(keys: dict[str, Any])
 )
 def test_a_plan_that_compresses_nothing_is_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        compiled(keys)
+        compiled(**keys)
 
 
 # ---- the ops alone
