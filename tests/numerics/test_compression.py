@@ -411,6 +411,7 @@ def test_a_rank_that_computes_with_other_weights_is_seen() -> None:
 # ---- two real ranks: training converges, and ends with the same values everywhere
 
 STEPS, TAIL = 80, 20
+OVERFLOWING = {"precision": "fp16", "loss_scale": "dynamic", "loss_scale_init": 2.0**20}
 UNSHARDED = {"accumulate_in": "unsharded"}
 # plan keys -> the most by which the loss may exceed that of the uncompressed run, as a factor
 CONVERGING: list[tuple[dict[str, Any], float]] = [
@@ -421,6 +422,7 @@ CONVERGING: list[tuple[dict[str, Any], float]] = [
     ({"compress_reductions": "fp8", "zero": 2}, 1.02),
     ({"compress_gathers": "int8", "compress_reductions": "int8", "bucket_form": "coalesced"}, 1.02),
     ({"compress_gathers": "int8", "compress_reductions": "int8", "precision": "bf16", "zero": 2}, 1.02),
+    ({"compress_gathers": "int8", "compress_reductions": "int8", **OVERFLOWING}, 1.05),
     ({"compress_reductions": "powersgd"}, 1.05),
     ({"compress_reductions": "powersgd", "zero": 1, "accumulate": 2}, 1.05),
     ({"compress_reductions": "topk", "topk_fraction": 0.01}, 1.15),
@@ -483,8 +485,9 @@ def run_rank(keys: dict[str, Any], rank: int) -> dict[str, Any]:
     shared = step(*batch(STEPS, 0)).item()
     with step.unsharded() as whole:
         values = {name: p.detach().double().sum().item() for name, p in whole.named_parameters()}
+    scale = step.metrics["loss_scale"].item() if "loss_scale" in keys else None
     resumed = resume(keys, rank) if keys in RESUMED and step.graph.title != "after planted_fault" else None
-    return {"losses": losses, "shared": shared, "values": values, "resumed": resumed}
+    return {"losses": losses, "shared": shared, "values": values, "resumed": resumed, "scale": scale}
 
 
 def main(path: str) -> None:
@@ -540,6 +543,8 @@ def test_training_converges(keys: dict[str, Any], factor: float, trained: dict[s
     assert found[0]["losses"] != plain[0]["losses"]
     assert found[0]["shared"] == found[1]["shared"]
     assert found[0]["values"] == found[1]["values"]
+    if found[0]["scale"] is not None:  # overflows are seen through the messages
+        assert found[0]["scale"] < keys["loss_scale_init"]
 
 
 @pytest.mark.multirank
