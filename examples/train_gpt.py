@@ -205,6 +205,11 @@ def start_ranks():
     return device
 
 
+def scale(text):
+    """A loss scale of the command line."""
+    return text if text == "dynamic" else float(text)
+
+
 def parse_arguments():
     """The command line, with the defaults that make the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -217,7 +222,9 @@ def parse_arguments():
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--warmup", type=int, default=80, help="steps of rising learning rate")
     parser.add_argument("--zero", type=int, default=3, help="ZeRO stage, 0 to 3")
-    parser.add_argument("--precision", default="fp32", help="fp32, bf16 or autocast:bf16")
+    parser.add_argument("--precision", default="fp32", help="fp32, bf16, fp16, autocast:bf16 or autocast:fp16")
+    parser.add_argument("--loss-scale", type=scale, help="dynamic, or a number that stays; fp16 needs one")
+    parser.add_argument("--accumulate", type=int, default=1, help="microbatches that a step's batch is split into")
     parser.add_argument("--clip-grad-norm", type=float, help="greatest norm of all gradients; default: none")
     parser.add_argument("--eval-every", type=int, default=100)
     parser.add_argument("--eval-windows", type=int, default=512)
@@ -243,6 +250,8 @@ def main():
         mesh={"dp": dist.get_world_size()},
         precision=args.precision,
         clip_grad_norm=args.clip_grad_norm,
+        loss_scale=args.loss_scale,
+        accumulate=args.accumulate,
     )
     step = fxzero.compile(model, optimizer, plan, loss=loss_fn)
 

@@ -11,6 +11,7 @@ from fxzero.cost.memory import memory_profile
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.step_graph import STATE_KINDS, num_bytes
+from fxzero.graph.synchronisation import synchronisations
 from fxzero.pass_manager import PassRecord
 from fxzero.plan import Plan
 
@@ -34,6 +35,7 @@ def report(steps: Sequence[StepGraph], plan: Plan, records: Sequence[PassRecord]
         _state_table(last),
         _communication_table(steps),
         _memory_lines(steps),
+        _waiting_lines(last),
         _pass_table(records),
         "compiled in " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),
     ]
@@ -88,6 +90,15 @@ def _memory_lines(steps: Sequence[StepGraph]) -> str:
     ]
     rows = [[f"%{name}", _mib(size)] for name, size in profile.alive[:8]]
     return "\n".join([*lines, tabulate(rows, headers=["largest alive at the peak", "MiB"], disable_numparse=True)])
+
+
+def _waiting_lines(step: StepGraph) -> str:
+    waits = synchronisations(step)
+    if not waits:
+        return "the host waits for the device nowhere inside the step"
+    where = {node.name: node.meta.get("module") or node.meta.get("phase", "") for node in step.calls()}
+    rows = [[f"%{name}", where[name], reason] for name, reason in waits.items()]
+    return tabulate(rows, headers=["the host waits for the device at", "in", "because it"], disable_numparse=True)
 
 
 def _pass_table(records: Sequence[PassRecord]) -> str:

@@ -26,7 +26,7 @@ def bucket_reduce_scatters(step: StepGraph, *, bucket_bytes: int, form: str = "c
     for target in (c10d.reduce_scatter, c10d.all_reduce):
         nodes = _independent([n for n in step.calls(target) if n.meta["phase"] == "backward"])
         for bucket in make_buckets(nodes, bucket_bytes, size_of=lambda n: num_bytes(first_argument(n).meta["val"])):
-            _delay_waits(step, bucket)
+            _delay_waits(bucket, step.positions())
             launch_together(step, bucket, at=bucket[-1], form=form)
             edits += len(bucket)
     return edits
@@ -56,11 +56,17 @@ def _downstream(launches: list[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _delay_waits(step: StepGraph, bucket: list[fx.Node]) -> None:
-    """Waits of a bucket, and what hangs on them in backward, move behind its launch."""
-    position = step.positions()
-    anchor = launch = bucket[-1]
-    early = [node for node in _downstream(bucket) if position[node] < position[launch]]
-    for node in sorted(early, key=position.__getitem__):
-        anchor.append(node)
-        anchor = node
+def _delay_waits(bucket: list[fx.Node], position: dict[fx.Node, int]) -> None:
+    """What hangs on the reductions of a bucket, and stands before the last of them, moves behind it."""
+    last = bucket[-1]
+    found: set[fx.Node] = set()
+    stack = [user for node in bucket for user in node.users]
+    while stack:
+        user = stack.pop()
+        if user.op == "call_function" and user not in found and position[user] < position[last]:
+            found.add(user)
+            stack.extend(user.users)
+    anchor = last
+    for user in sorted(found, key=position.__getitem__):
+        anchor.append(user)
+        anchor = user

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import fx
 from fxzero import compat
 from fxzero.graph.randomness import is_random
 from fxzero.graph.step_graph import CARRIED_KINDS, INPUT_KINDS, PHASES, STATE_KINDS, StateEntry, StepGraph
+from fxzero.graph.synchronisation import synchronisations
 
 _NODE_KINDS = ("placeholder", "call_function", "output")
 # the functions of Python that write to their first argument
@@ -49,19 +50,30 @@ class Summary:
         parameters: keys of the parameter inputs.
         random: the random calls, in order.
         trained: parameters whose next value, or sum of gradients, is computed from their gradient.
+        waits: names of the calls at which the host would wait for the device.
+        evaluated: what calls were seen to yield, by all that it depends on; grows with each verification.
     """
 
     results: frozenset[tuple[str, str]]
     parameters: tuple[tuple[str, str], ...]
     random: tuple[str, ...]
     trained: frozenset[str]
+    waits: frozenset[str] = frozenset()
+    evaluated: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def of(cls, step: StepGraph) -> Summary:
-        """Sum up a graph."""
+    def of(cls, step: StepGraph, *, before: Summary | None = None) -> Summary:
+        """Sum up a graph, and keep what was learned `before`."""
         parameters = tuple(node.meta["entry"].key for node in step.inputs("parameter"))
         random = tuple(_random_calls(step.calls()))
-        return cls(frozenset(step.results), parameters, random, frozenset(_trained(step)))
+        return cls(
+            frozenset(step.results),
+            parameters,
+            random,
+            frozenset(_trained(step)),
+            frozenset(synchronisations(step)),
+            {} if before is None else before.evaluated,
+        )
 
 
 @dataclass
@@ -79,7 +91,7 @@ class Context:
     @cached_property
     def summary(self) -> Summary:
         """What the next verification will compare with."""
-        return Summary.of(self.step)
+        return Summary.of(self.step, before=self.before)
 
     @cached_property
     def calls(self) -> list[fx.Node]:
@@ -291,6 +303,16 @@ def _random_calls(calls: Iterable[fx.Node]) -> list[str]:
 
 def _at(names: Sequence[str], index: int) -> str:
     return names[index] if index < len(names) else "nothing"
+
+
+def check_synchronisation(context: Context) -> Iterator[Violation]:
+    """The host waits for the device nowhere where it did not before the pass: it runs ahead of a step."""
+    if context.before is None or context.summary.waits <= context.before.waits:
+        return
+    reasons = synchronisations(context.step)
+    for name in sorted(context.summary.waits - context.before.waits):
+        fix = "compute on the device what the device knows, and select there"
+        yield Violation(f"%{name}", "no wait of the host for the device, as before the pass", reasons[name], fix)
 
 
 def check_gradients(context: Context) -> Iterator[Violation]:

@@ -220,8 +220,10 @@ def yields_scalar(node: fx.Node) -> bool:
 
 
 def num_bytes(val: Any) -> int:
-    """Bytes of a value: a tensor, or any nesting of tensors; 0 for everything else."""
+    """Bytes of a value: a tensor, or any nesting of tensors; 0 for all else, and for sizes known only when it runs."""
     if isinstance(val, torch.Tensor):
+        if not isinstance(val.numel(), int):
+            return 0
         return val.numel() * val.element_size()
     if isinstance(val, (list, tuple)):
         return sum(num_bytes(item) for item in val)

@@ -27,6 +27,7 @@ from fxzero.graph.rules import (
     check_random,
     check_state,
     check_structure,
+    check_synchronisation,
     equation,
     schema_of,
 )
@@ -70,14 +71,14 @@ def check_values(context: Context) -> Iterator[Violation]:
 
     [Note: evaluating once]
     What an op yields under fake mode depends only on the op and on dtype, shape, strides and device of its
-    inputs, so each distinct combination is evaluated once: repeated layers cost a look-up. Sizes known only
-    when the step runs (the rows that a mask selects) cannot be compared: a node that reads or yields such a
-    tensor is left out.
+    inputs, so each distinct combination is evaluated once, in all verifications of a pipeline together: repeated
+    layers, and what a pass has left alone, cost a look-up. Sizes known only when the step runs (the rows that a
+    mask selects) cannot be compared: a node that reads or yields such a tensor is left out.
     """
     mode = fake_mode(context.step)
     symbolic = {n for n in context.step.graph.nodes if n.op != "output" and _has_symbols(n.meta["val"])}
     signatures: dict[fx.Node, Hashable] = {}
-    evaluated: dict[Hashable, Any] = {}
+    evaluated = context.summary.evaluated
     fix = "call retype() on what a pass changed, or let Editor make the node"
     for node in context.calls:
         if symbolic and (node in symbolic or any(n in symbolic for n in node.all_input_nodes)):
@@ -167,6 +168,7 @@ RULES: dict[str, Callable[[Context], Iterator[Violation]]] = {
     "sharding": check_sharding,
     "release": check_release,
     "random": check_random,
+    "synchronisation": check_synchronisation,
     "gradients": check_gradients,
     "values": check_values,
 }

@@ -55,3 +55,20 @@ def test_one_gpu_equals_the_plain_loop(name):
         assert torch.allclose(loss.detach(), mine, rtol=1e-5)
     for (path, mine), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.allclose(mine, other, rtol=1e-4, atol=1e-6), path
+
+
+@pytest.mark.parametrize("plan", [{}, {"precision": "bf16", "clip_grad_norm": 1.0}, {"accumulate": 2}, {"fp16": True}])
+def test_the_host_never_waits_inside_a_step(plan):
+    """The step's own check of the graph, made by CUDA: a wait of the host raises."""
+    if plan.pop("fp16", False):
+        plan = {"precision": "fp16", "loss_scale": "dynamic"}
+    model = Block().cuda()
+    step = fxzero.compile(model, torch.optim.AdamW(model.parameters(), lr=1e-2, capturable="loss_scale" in plan), plan)
+    batch = torch.randint(64, (4, 16), device="cuda")
+    step(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

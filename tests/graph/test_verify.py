@@ -840,6 +840,17 @@ def random_call_added(step: StepGraph) -> None:
         editor.call(second.target, *second.args)
 
 
+# synchronisation
+
+
+@fault("synchronisation", "no wait of the host for the device, as before the pass, got reads a tensor's value")
+def read_by_host(step: StepGraph) -> None:
+    loss = step.results[("loss", "loss")]
+    with Editor(step, phase="update").before(step.output) as editor:
+        node = editor.graph.call_function(aten._local_scalar_dense.default, (loss,))
+    node.meta = {"phase": "update", "module": "", "val": 1.0}
+
+
 # gradients
 
 

@@ -100,7 +100,7 @@ def features() -> list[Job]:
         for zero in (range(4) if name in EVERY_STAGE else (1, 3))
     ]
     jobs += [Job("adamw", options) for options in OPTIONS]
-    jobs += [Job(name, {"zero": zero}, rtol=1e-6 * (zero > 1)) for name in clipped_cases() for zero in range(4)]
+    jobs += [_clipped(name, zero) for name in clipped_cases() for zero in range(4)]
     jobs += [Job("clip_norm2", {"zero": zero}, rtol=1e-6, fault=reference.forget_ranks_norm) for zero in (2, 3)]
     jobs += [
         Job("adam", {"zero": 0}, fault=reference.skip_ranks),
@@ -115,6 +115,16 @@ def features() -> list[Job]:
         Job("one_cycle_sgd", {"zero": 3}, fault=reference.double_gradient),
     ]
     return jobs
+
+
+def _clipped(name: str, zero: int) -> Job:
+    """Norms of rows add up in another order: from stage 2 on, and where values that are rows already are bounded.
+
+    With p = 3 the norm that torch takes of whole gradients is itself 1.2e-6 from the true one, that of rows 1e-7.
+    """
+    if name == "clip_value_norm3":
+        return Job(name, {"zero": zero}, rtol=2e-6 * (zero > 0))
+    return Job(name, {"zero": zero}, rtol=1e-6 * (zero > 1))
 
 
 def four_ranks() -> list[Job]:
