@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from fxzero.errors import PlanError
+from fxzero.plan_compression import check_compression
 from fxzero.plan_values import (
     Check,
     bound,
     finite,
+    fraction,
     integer,
     nearest,
     norm_order,
@@ -159,6 +161,16 @@ class Plan:
         clip_grad_value: the greatest absolute value of a gradient's element; applied before clip_grad_norm.
         reduce_dtype: with precision "bf16" or "fp16", the dtype in which gradients are reduced: that one, or "fp32".
         keep_fp32: with precision "bf16" or "fp16", patterns of module paths whose parameters are not cast.
+        compress_gathers: how gathered parameters travel: "none", "int8" or "fp8" (one byte an element, a scale for each
+            `compress_block` of them), "fp8_rows" (a scale a row, on the weights of linear layers only).
+        compress_reductions: how gradients travel: "none", "int8" or "fp8" (to the rank that keeps their rows),
+            "powersgd" (two factors of `powersgd_rank` columns) or "topk" (the `topk_fraction` of largest elements); the
+            last two add what they miss to the next gradient.
+        compress_block: elements that share a scale.
+        compress_below: parameters with fewer elements travel as they are.
+        powersgd_rank: columns of powersgd's factors.
+        topk_fraction: of a gradient's elements, how many topk sends.
+        node_size: of dp, how many share a node: backward gathers inside it what forward gathered over all; 0: over dp.
         disable: names of passes to leave out; kept sorted, since their order means nothing.
         timeout_s: seconds that ranks wait for each other to agree before the first collective.
 
@@ -184,6 +196,13 @@ class Plan:
     clip_grad_norm: float | None = _key(None, bound)
     clip_grad_norm_p: float = _key(2.0, norm_order)
     clip_grad_value: float | None = _key(None, bound)
+    compress_gathers: str = _key("none", one_of("none", "int8", "fp8", "fp8_rows"))
+    compress_reductions: str = _key("none", one_of("none", "int8", "fp8", "powersgd", "topk"))
+    compress_block: int = _key(256, integer(16, 2**20, fix="write how many elements share a scale"))
+    compress_below: int = _key(4096, integer(0, fix="write a number of elements; 0 compresses every parameter"))
+    powersgd_rank: int = _key(4, integer(1, 2**20, fix="write how many columns the two factors have"))
+    topk_fraction: float = _key(0.01, fraction)
+    node_size: int = _key(0, integer(0, fix="write how many ranks share a node; 0 gathers over all of them"))
     loss_scale: str | float | None = _key(None, scale)
     loss_scale_init: float = _key(65536.0, finite(fix="write the first scale, such as 65536.0"))
     loss_scale_growth_interval: int = _key(2000, integer(1, fix="write a number of steps"))
@@ -208,6 +227,7 @@ class Plan:
                 raise PlanError.of(
                     f"Plan.{key}", expected=f"precision {wanted!r} with it", got=repr(self.precision), fix=fix
                 )
+        check_compression(self)
         if self.precision.endswith("fp16") and self.loss_scale is None:
             fix = "set loss_scale='dynamic', or a number (1.0 to go without, gradients below 6e-8 are then 0)"
             raise PlanError.of("Plan.loss_scale", expected="one, with precision in fp16", got="None", fix=fix)

@@ -133,3 +133,11 @@ def patterns(where: str, value: Any) -> tuple[str, ...]:
         fix = "write a list of patterns as for file names, such as ['*.norm', 'head']"
         raise PlanError.of(where, expected="a list of patterns of module paths", got=show(value), fix=fix)
     return tuple(sorted(set(listed)))
+
+
+def fraction(where: str, value: Any) -> float:
+    """A part of a whole: a number above 0 and at most 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        fix = "write a fraction such as 0.01"
+        raise PlanError.of(where, expected="a number above 0 and at most 1", got=show(value), fix=fix)
+    return float(value)

@@ -19,9 +19,14 @@ from fxzero.passes.agree_on_overflow import agree_on_overflow
 from fxzero.passes.bucket_all_gathers import bucket_all_gathers
 from fxzero.passes.bucket_reduce_scatters import bucket_reduce_scatters
 from fxzero.passes.choose_collective_algorithms import choose_collective_algorithms
+from fxzero.passes.compress_with_powersgd import compress_with_powersgd, powersgd_states
+from fxzero.passes.compress_with_top_k import compress_with_top_k, top_k_states
 from fxzero.passes.delay_weight_gradients import delay_weight_gradients
+from fxzero.passes.gather_within_nodes import gather_within_nodes
 from fxzero.passes.place_updates import place_updates
 from fxzero.passes.prefetch_all_gathers import prefetch_all_gathers
+from fxzero.passes.quantize_all_gathers import quantize_all_gathers
+from fxzero.passes.quantize_reductions import quantize_reductions
 from fxzero.passes.recompute_pointwise import recompute_pointwise
 from fxzero.passes.reduce_gradients import reduce_gradients
 from fxzero.passes.reduce_in_low_precision import reduce_in_low_precision
@@ -31,6 +36,7 @@ from fxzero.passes.shard_gradients import shard_gradients
 from fxzero.passes.shard_optimizer_state import shard_optimizer_state
 from fxzero.passes.shard_parameters import shard_parameters
 from fxzero.plan import Plan
+from fxzero.plan_compression import QUANTIZED
 
 ALL_PASSES: tuple[Pass, ...] = (
     recompute_pointwise,
@@ -40,9 +46,14 @@ ALL_PASSES: tuple[Pass, ...] = (
     agree_on_overflow,
     shard_gradients,
     shard_parameters,
+    quantize_all_gathers,
+    gather_within_nodes,
     delay_weight_gradients,
     reduce_in_low_precision,
     remove_dead_nodes,
+    quantize_reductions,
+    compress_with_powersgd,
+    compress_with_top_k,
     choose_collective_algorithms,
     bucket_all_gathers,
     bucket_reduce_scatters,
@@ -69,7 +80,17 @@ def auxiliary_state(plan: Plan, parameters: Mapping[str, torch.Tensor]) -> list[
         plan: resolved.
         parameters: the model's, by name.
     """
-    return [*captured_as(plan).scaling.states]
+    return [*captured_as(plan).scaling.states, *_kept_back(plan, parameters)]
+
+
+def _kept_back(plan: Plan, parameters: Mapping[str, torch.Tensor]) -> list[AuxiliaryState]:
+    """What compressed reductions keep from step to step."""
+    ranks, below = plan.axes["dp"], plan.compress_below
+    if ranks > 1 and plan.compress_reductions == "powersgd":
+        return powersgd_states(parameters, ranks=ranks, rank=plan.powersgd_rank, below=below)
+    if ranks > 1 and plan.compress_reductions == "topk":
+        return top_k_states(parameters, ranks=ranks, fraction=plan.topk_fraction, below=below)
+    return []
 
 
 def recipe(plan: Plan, *, backend: str) -> Pipeline:
@@ -108,11 +129,24 @@ def recipe(plan: Plan, *, backend: str) -> Pipeline:
         passes.append(agree_on_overflow.using(axis="dp"))
     if shards and plan.zero >= 2:
         passes.append(shard_gradients)
+    packed = {"block": plan.compress_block, "below": plan.compress_below}
     if gathers:
-        passes += [shard_parameters.using(**rows, again=plan.zero == 3), delay_weight_gradients]
+        passes.append(shard_parameters.using(**rows, again=plan.zero == 3))
+        if plan.compress_gathers != "none":
+            passes.append(quantize_all_gathers.using(form=plan.compress_gathers, **packed))
+        if plan.node_size:
+            passes.append(gather_within_nodes.using(axis="dp", node=plan.node_size))
+        passes.append(delay_weight_gradients)
     if axes and plan.reduce_dtype != "fp32":
         passes.append(reduce_in_low_precision)
     passes.append(remove_dead_nodes)
+    if shards and plan.compress_reductions in QUANTIZED:
+        passes.append(quantize_reductions.using(form=plan.compress_reductions, **packed))
+    feedback = {"axis": "dp", "below": plan.compress_below}
+    if shards and plan.compress_reductions == "powersgd":
+        passes.append(compress_with_powersgd.using(**feedback, rank=plan.powersgd_rank))
+    if shards and plan.compress_reductions == "topk":
+        passes.append(compress_with_top_k.using(**feedback, fraction=plan.topk_fraction))
     if axes:
         passes.append(choose_collective_algorithms.using(**algorithms))
     if gathers:

@@ -28,7 +28,7 @@ def report(steps: Sequence[StepGraph], plan: Plan, records: Sequence[PassRecord]
         records, seconds: what the passes did, and how long each phase of compilation took.
     """
     last = steps[-1]
-    mesh = " x ".join(f"{axis}={size}" for axis, size in last.mesh.items())
+    mesh = " x ".join(f"{axis}={size}" for axis, size in plan.axes.items())
     several = f", {len(steps)} microbatches a step" if len(steps) > 1 else ""
     parts = [
         f"zero {plan.zero} on {mesh or 'one rank'}{several}",

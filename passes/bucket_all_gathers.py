@@ -22,11 +22,11 @@ def bucket_all_gathers(step: StepGraph, *, bucket_bytes: int, form: str = "coale
 
     Args:
         step: the graph.
-        bucket_bytes: bytes of gathered tensors in a bucket; 0 leaves each gather alone.
+        bucket_bytes: bytes of gathered tensors, as they travel, in a bucket; 0 leaves each gather alone.
         form: "coalesced" (one collective over several tensors) or "separate" (launched back to back, which gloo
             runs faster).
     """
-    gathers = [n for n in step.calls(c10d.all_gather) if n.meta["phase"] != "update"]
+    gathers = [n for n in step.calls(c10d.all_gather) if c10d.gathers_parameters(n)]
     buckets = make_buckets(gathers, bucket_bytes, size_of=lambda n: num_bytes(n.meta["val"]))
     for bucket in buckets:
         launch_together(step, bucket, at=bucket[0], form=form)

@@ -24,12 +24,36 @@ def bucket_reduce_scatters(step: StepGraph, *, bucket_bytes: int, form: str = "c
         return 0
     edits = 0
     for target in (c10d.reduce_scatter, c10d.all_reduce):
-        nodes = [n for n in step.calls(target) if n.meta["phase"] == "backward"]
+        nodes = _independent([n for n in step.calls(target) if n.meta["phase"] == "backward"])
         for bucket in make_buckets(nodes, bucket_bytes, size_of=lambda n: num_bytes(first_argument(n).meta["val"])):
             _delay_waits(bucket, step.positions())
             launch_together(step, bucket, at=bucket[-1], form=form)
             edits += len(bucket)
     return edits
+
+
+def _independent(launches: list[fx.Node]) -> list[fx.Node]:
+    """Those that follow from no other one over their axis (the second reduction of PowerSGD does)."""
+    follows: dict[str, set[fx.Node]] = {}
+    found = []
+    for launch in launches:
+        after = follows.setdefault(c10d.axis_of(launch), set())
+        if launch not in after:
+            found.append(launch)
+            after |= _downstream([launch])
+    return found
+
+
+def _downstream(launches: list[fx.Node]) -> set[fx.Node]:
+    """What hangs on collectives in backward, themselves left out."""
+    found: set[fx.Node] = set()
+    stack = [user for launch in launches for user in launch.users]
+    while stack:
+        node = stack.pop()
+        if node not in found and node.op == "call_function" and node.meta["phase"] == "backward":
+            found.add(node)
+            stack.extend(node.users)
+    return found
 
 
 def _delay_waits(bucket: list[fx.Node], position: dict[fx.Node, int]) -> None:

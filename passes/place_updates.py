@@ -69,12 +69,12 @@ def _births(nodes: list[fx.Node], bucket_bytes: int) -> list[list[fx.Node]]:
 
 
 def _first_reductions(nodes: list[fx.Node]) -> list[fx.Node]:
-    """The reductions of gradients that follow from no other one (hybrid sharding reduces twice)."""
-    gathers = (c10d.all_gather, c10d.all_gather_coalesced)
+    """The reductions of gradients that follow from no other one (hybrid sharding and PowerSGD reduce twice)."""
     downstream: set[fx.Node] = set()
     first = []
     for node in nodes:
-        is_reduction = c10d.is_collective(node) and node.meta["phase"] == "backward" and node.target not in gathers
+        launched = c10d.is_collective(node) and node.meta["phase"] == "backward"
+        is_reduction = launched and not c10d.gathers_parameters(node)
         follows = any(n in downstream for n in node.all_input_nodes)
         if is_reduction and not follows:
             first.append(node)

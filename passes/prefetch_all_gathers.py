@@ -49,7 +49,7 @@ def _buckets(step: StepGraph) -> list[tuple[fx.Node, list[fx.Node]]]:
     for node in step.calls():
         if node.meta["phase"] == "update":
             continue
-        if node.target in (c10d.all_gather, c10d.all_gather_coalesced):
+        if c10d.gathers_parameters(node):
             launched.append(node)
         elif c10d.is_wait(node) and launched and c10d.launched_by(node) in launched:
             buckets.append((node, launched))

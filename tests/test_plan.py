@@ -47,6 +47,13 @@ KEYS = {
     "clip_grad_norm": st.none() | st.floats(1e-9, 1e9),
     "clip_grad_norm_p": st.floats(1e-3, 1e3) | st.just("inf") | st.just(math.inf),
     "clip_grad_value": st.none() | st.floats(1e-9, 1e9),
+    "compress_gathers": st.sampled_from(["none", "int8", "fp8", "fp8_rows"]),
+    "compress_reductions": st.sampled_from(["none", "int8", "fp8", "powersgd", "topk"]),
+    "powersgd_rank": st.integers(1, 2**20),
+    "topk_fraction": st.floats(1e-6, 1.0),
+    "node_size": st.sampled_from([0, 2, 8]),
+    "compress_block": st.integers(16, 2**20),
+    "compress_below": st.integers(0, 2**63 - 1),
     "loss_scale": st.none() | st.just("dynamic") | st.floats(1e-9, 1e9),
     "loss_scale_init": st.floats(1e-9, 1e9),
     "loss_scale_growth_interval": st.integers(1, 10**6),
@@ -59,14 +66,37 @@ KEYS = {
 
 
 def _consistent(keys: dict[str, Any]) -> dict[str, Any]:
-    """Without the keys that another precision does not take, and with the one that it needs."""
+    """Without the keys that another precision or compression does not take, and with what a precision needs."""
     precision = keys.get("precision", "fp32")
     if precision.endswith("fp16") and keys.get("loss_scale") is None:
         keys = {**keys, "loss_scale": "dynamic"}
     if precision not in ("bf16", "fp16"):
-        return {key: value for key, value in keys.items() if key not in ("reduce_dtype", "keep_fp32")}
-    same = keys.get("reduce_dtype") in (None, "fp32", precision)
-    return keys if same else {**keys, "reduce_dtype": precision}
+        keys = {key: value for key, value in keys.items() if key not in ("reduce_dtype", "keep_fp32")}
+    elif keys.get("reduce_dtype") not in (None, "fp32", precision):
+        keys = {**keys, "reduce_dtype": precision}
+    return _compressing_what_can_be(keys)
+
+
+def _compressing_what_can_be(keys: dict[str, Any]) -> dict[str, Any]:
+    keys, stage, mesh = dict(keys), keys.get("zero", 3), keys.get("mesh") or {}
+    if stage < (1 if keys.get("precision") in ("bf16", "fp16") else 3):
+        keys.pop("compress_gathers", None)
+    size = mesh.get("dp", 1)
+    if stage != 3 or (size > 1 and (size % (keys.get("node_size") or 1) or keys.get("node_size", 0) >= size)):
+        keys.pop("node_size", None)
+    gathers, reductions = keys.get("compress_gathers", "none"), keys.get("compress_reductions", "none")
+    scaled = keys.get("loss_scale") is not None and reductions in ("powersgd", "topk")
+    if (stage < 2 and reductions in ("int8", "fp8")) or mesh.get("dp_replicate", 1) > 1 or scaled:
+        keys.pop("compress_reductions", None)
+        reductions = "none"
+    for name, key in (("powersgd", "powersgd_rank"), ("topk", "topk_fraction")):
+        if reductions != name:
+            keys.pop(key, None)
+    if not {"int8", "fp8"} & {gathers, reductions}:
+        keys.pop("compress_block", None)
+    if gathers == reductions == "none":
+        keys.pop("compress_below", None)
+    return keys
 
 
 PLANS = st.fixed_dictionaries({}, optional=KEYS).map(_consistent).map(Plan.from_dict)
@@ -103,6 +133,13 @@ def test_defaults() -> None:
         "clip_grad_norm": None,
         "clip_grad_norm_p": 2.0,
         "clip_grad_value": None,
+        "compress_gathers": "none",
+        "compress_reductions": "none",
+        "compress_block": 256,
+        "compress_below": 4096,
+        "powersgd_rank": 4,
+        "topk_fraction": 0.01,
+        "node_size": 0,
         "loss_scale": None,
         "loss_scale_init": 65536.0,
         "loss_scale_growth_interval": 2000,
@@ -236,6 +273,7 @@ def test_resolve_appends_a_missing_dp_axis() -> None:
 @given(PLANS, st.integers(1, 64))
 @quick
 def test_a_resolved_mesh_has_exactly_the_ranks_or_is_refused(plan: Plan, world_size: int) -> None:
+    plan = plan.replace(node_size=0)  # it need not divide any number of ranks
     product = 1
     for size in (plan.mesh or {"dp": world_size}).values():
         product *= size
@@ -365,6 +403,37 @@ def test_axes_need_a_mesh() -> None:
         ({"clip_grad_norm_p": 0}, ["Plan.clip_grad_norm_p: expected a number above 0, or 'inf', got 0;"]),
         ({"clip_grad_norm_p": -2}, ["Plan.clip_grad_norm_p:", "got -2;"]),
         ({"clip_grad_norm_p": "max"}, ["Plan.clip_grad_norm_p:", "got 'max';"]),
+        ({"compress_gathers": "int4"}, ["Plan.compress_gathers: expected 'none' or 'int8'", "got 'int4'"]),
+        (
+            {"compress_gathers": "int8", "zero": 2},
+            ["Plan.compress_gathers: expected a plan that gathers parameters", "got zero=2, precision='fp32'"],
+        ),
+        (
+            {"compress_gathers": "fp8", "zero": 0, "precision": "bf16"},
+            ["Plan.compress_gathers:", "got zero=0, precision='bf16'"],
+        ),
+        ({"compress_reductions": "int8", "zero": 1}, ["Plan.compress_reductions: expected zero=2 or 3", "got zero=1"]),
+        (
+            {"compress_reductions": "int8", "mesh": {"dp_replicate": 2, "dp": 2}},
+            ["Plan.compress_reductions: expected a mesh without dp_replicate", "got dp_replicate=2;"],
+        ),
+        ({"compress_block": 128}, ["Plan.compress_block: expected compress_gathers or compress_reductions 'int8'"]),
+        ({"compress_block": 128, "compress_gathers": "fp8_rows"}, ["Plan.compress_block:", "got none of that;"]),
+        ({"compress_block": 8, "compress_gathers": "int8"}, ["Plan.compress_block: expected an integer from 16"]),
+        (
+            {"compress_reductions": "topk", "loss_scale": "dynamic"},
+            ["Plan.compress_reductions: expected no loss_scale with 'topk'", "got loss_scale='dynamic';"],
+        ),
+        ({"node_size": 2, "zero": 2}, ["Plan.node_size: expected zero=3", "got zero=2;"]),
+        ({"node_size": 3, "mesh": {"dp": 4}}, ["Plan.node_size: expected 0, or a divisor of dp=4", "got 3;"]),
+        ({"node_size": 4, "mesh": {"dp": 4}}, ["Plan.node_size:", "above 1 and below it, got 4;"]),
+        ({"node_size": 1, "mesh": {"dp": 4}}, ["Plan.node_size:", "got 1;"]),
+        ({"powersgd_rank": 8}, ["Plan.powersgd_rank: expected compress_reductions 'powersgd' with it"]),
+        ({"powersgd_rank": 0, "compress_reductions": "powersgd"}, ["Plan.powersgd_rank: expected an integer from 1"]),
+        ({"topk_fraction": 0.5, "compress_reductions": "int8"}, ["Plan.topk_fraction: expected compress_reductions"]),
+        ({"topk_fraction": 0.0, "compress_reductions": "topk"}, ["Plan.topk_fraction: expected a number above 0"]),
+        ({"topk_fraction": 1.5, "compress_reductions": "topk"}, ["at most 1, got 1.5;"]),
+        ({"compress_below": 0}, ["Plan.compress_below: expected compress_gathers or compress_reductions with it"]),
         (
             {"disable": "shard_parameters"},
             ["Plan.disable: expected a list of pass names, got 'shard_parameters';"],
@@ -541,6 +610,13 @@ def test_to_toml_as_people_read_it() -> None:
         'reduce_dtype = "fp32"\n'
         "keep_fp32 = []\n"
         "clip_grad_norm_p = 2.0\n"
+        'compress_gathers = "none"\n'
+        'compress_reductions = "none"\n'
+        "compress_block = 256\n"
+        "compress_below = 4096\n"
+        "powersgd_rank = 4\n"
+        "topk_fraction = 0.01\n"
+        "node_size = 0\n"
         "loss_scale_init = 65536.0\n"
         "loss_scale_growth_interval = 2000\n"
         "max_skipped_steps = 20\n"

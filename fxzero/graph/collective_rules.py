@@ -11,8 +11,10 @@ from torch import fx
 
 from fxzero.graph import collectives as c10d
 from fxzero.graph import ops
+from fxzero.graph.compression_ops import dequantize_blockwise, quantize_blockwise
+from fxzero.graph.compression_rules import packed_by
 from fxzero.graph.rules import Context, Violation, equation, schema_of
-from fxzero.graph.step_graph import CARRIED_KINDS, STATE_KINDS, Sharding, iter_views
+from fxzero.graph.step_graph import CARRIED_KINDS, STATE_KINDS, Sharding, first_argument, iter_views
 
 aten = torch.ops.aten
 
@@ -44,7 +46,7 @@ def _check_launch(node: fx.Node, mesh: dict[str, int]) -> Iterator[Violation]:
         if size != mesh[axis]:
             fix = "take the size from step.mesh"
             yield Violation(node, f"{name} for the {mesh[axis]} ranks of {axis}", str(size), fix)
-    for source in _sent(node):
+    for source in c10d.sent(node):
         if not source.meta["val"].is_contiguous():
             got = f"%{source.name} with strides {source.meta['val'].stride()}"
             yield Violation(node, "contiguous tensors", got, "pass it through Editor.contiguous")
@@ -57,11 +59,6 @@ def _group_sizes(node: fx.Node) -> Iterator[tuple[str, Any]]:
             yield argument.name, value
         elif argument.name.endswith("_split_sizes"):
             yield f"{argument.name} {value}", len(value)  # type: ignore[arg-type]
-
-
-def _sent(node: fx.Node) -> list[fx.Node]:
-    first: Any = node.args[0]
-    return list(first) if isinstance(first, (list, tuple)) else [first]
 
 
 def _check_waits(node: fx.Node) -> Iterator[Violation]:
@@ -100,21 +97,21 @@ def check_release(context: Context) -> Iterator[Violation]:
     alone = _computed_from_parameters(context)
     for node in context.calls:
         for value in node.args[0] if c10d.is_release(node) else ():  # type: ignore[union-attr]
-            wait = _gathered_by(value)  # type: ignore[arg-type]
-            if wait is None or not ("param" in wait.meta or gathered_shard(wait) in alone):
-                fix = "release the wait of the gather"
+            full = _unsharded(value)  # type: ignore[arg-type]
+            if full is None or not ("param" in full.meta or c10d.sent_to(_wait_of(full)) in alone):
+                fix = "release the wait of the gather, or what that is dequantized into"
                 yield Violation(node, "the gather of a parameter", f"%{value}", fix)
-            elif wait in ends:
+            elif full in ends:
                 fix = "release once, after the last reader"
-                yield Violation(node, f"%{wait.name} alive", f"released by %{ends[wait].name}", fix)
+                yield Violation(node, f"%{full.name} alive", f"released by %{ends[full].name}", fix)
             else:
-                ends[wait] = node
-    for wait, end in ends.items():
-        yield from _check_use_after(context, wait, end)
-    for wait in context.step.calls(c10d.wait):
-        if wait not in ends and wait.meta["phase"] != "update" and _gathers_parameter(wait):
+                ends[full] = node
+    for full, end in ends.items():
+        yield from _check_use_after(context, full, end)
+    for full in context.step.calls(c10d.wait, dequantize_blockwise):
+        if full not in ends and full.meta["phase"] != "update" and _gathers_parameter(full):
             fix = "release it after the last reader of it and of its views"
-            yield Violation(wait, "a release of this gathered parameter", "none", fix)
+            yield Violation(full, "a release of this gathered parameter", "none", fix)
 
 
 def _check_use_after(context: Context, wait: fx.Node, end: fx.Node) -> Iterator[Violation]:
@@ -126,28 +123,24 @@ def _check_use_after(context: Context, wait: fx.Node, end: fx.Node) -> Iterator[
                 yield Violation(wait, "no use after release", got, fix)
 
 
-def _gathered_by(value: fx.Node) -> fx.Node | None:
-    """The wait of an all_gather that a value is, or is the true rows of."""
+def _unsharded(value: fx.Node) -> fx.Node | None:
+    """The whole tensor that a value is, or is the true rows of: the wait of an all_gather, or what it is read into."""
     if value.target is aten.slice.Tensor and value.args[1:3] == (0, 0):
         value = value.args[0]  # type: ignore[assignment]
-    return value if c10d.is_wait(value) and c10d.launched_by(value).target in _GATHERS else None
+    wait = _wait_of(value)
+    if not c10d.is_wait(wait) or c10d.launched_by(wait).target not in _GATHERS:
+        return None
+    # packed bytes die where they are dequantized; what lives until a release is the tensor made of them
+    return value if (value is wait) == (packed_by(wait) is None) else None
 
 
-def gathered_shard(wait: fx.Node) -> fx.Node:
-    """The shard that went into the all_gather which a wait waits for."""
-    source = wait.args[0]
-    index = 0 if c10d.is_collective(source) else source.args[1]  # type: ignore[arg-type, union-attr]
-    return _sent(c10d.launched_by(wait))[index]  # type: ignore[index]
+def _wait_of(full: fx.Node) -> fx.Node:
+    return first_argument(full) if full.target is dequantize_blockwise else full
 
 
-def _gathers_parameter(wait: fx.Node) -> bool:
-    """Whether a wait yields a gathered parameter input, as it is or cast before it travels."""
-    if _gathered_by(wait) is None:
-        return False
-    shard = gathered_shard(wait)
-    while shard.target is aten._to_copy.default:
-        shard = shard.args[0]  # type: ignore[assignment]
-    return shard.op == "placeholder" and shard.meta["entry"].kind == "parameter"
+def _gathers_parameter(full: fx.Node) -> bool:
+    """Whether a node yields a gathered parameter input, as it is or as it was cast or packed to travel."""
+    return _unsharded(full) is not None and c10d.parameter_sent(c10d.sent_to(_wait_of(full))) is not None
 
 
 def _computed_from_parameters(context: Context) -> set[fx.Node]:
@@ -172,8 +165,8 @@ def check_sharding(context: Context) -> Iterator[Violation]:
             if node.meta["entry"].kind == "parameter" and "sharding" in node.meta:
                 shards.add(node)
         read = [source for source in node.all_input_nodes if source in shards]
-        if not read or node.meta["phase"] == "update" or node.target in _GATHERS:
-            continue
+        if not read or node.meta["phase"] == "update" or node.target in (*_GATHERS, quantize_blockwise):
+            continue  # the rule 'compression' sees to it that a packed shard is gathered
         if node.meta.get("sharding") != read[0].meta["sharding"]:
             got = f"a read of the shard %{read[0].name} as if it were the whole tensor"
             yield Violation(node, "gathered parameters", got, "read the wait of an all_gather")
@@ -198,7 +191,9 @@ def _check_axis(node: fx.Node) -> Iterator[Violation]:
     """A shard is gathered over the axis that it is split over, and scattered over the axis that it says."""
     if node.target not in (*_GATHERS, c10d.reduce_scatter):
         return
-    for shard in _sent(node) if node.target in _GATHERS else [node]:
+    for shard in c10d.sent(node) if node.target in _GATHERS else [node]:
+        if shard.target is quantize_blockwise:
+            shard = first_argument(shard)
         sharding: Sharding | None = shard.meta.get("sharding")
         if sharding is not None and sharding.axis != c10d.axis_of(node):
             fix = "name the axis of meta['sharding']"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxzero.graph import ops
+from fxzero.graph import compression_ops, ops
 from fxzero.graph.step_graph import num_bytes
 
 # the namespace of torch's functional collectives; the names in it are what torch documents
@@ -59,6 +59,8 @@ COALESCED = {
     reduce_scatter: reduce_scatter_coalesced,
     all_reduce: all_reduce_coalesced,
 }
+# what makes a message of a shard: to fewer bits, or packed
+PREPARES = {torch.ops.aten._to_copy.default, compression_ops.quantize_blockwise}
 
 
 def is_collective(node: fx.Node) -> bool:
@@ -88,6 +90,55 @@ def launched_by(node: fx.Node) -> fx.Node:
     return source if is_collective(source) else source.args[0]  # type: ignore[return-value]
 
 
+def sent(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a collective takes."""
+    first: Any = node.args[0]
+    return list(first) if isinstance(first, (list, tuple)) else [first]
+
+
+def sent_to(wait: fx.Node) -> fx.Node:
+    """The tensor that the collective which a wait waits for took for it."""
+    source = wait.args[0]
+    assert isinstance(source, fx.Node)
+    return sent(launched_by(wait))[0 if is_collective(source) else source.args[1]]  # type: ignore[index]
+
+
+def node_axis(axis: str) -> str:
+    """The part of a mesh axis that lies within a node; in the mesh of a graph it stands beside that axis."""
+    return f"{axis}_node"
+
+
+def gathered_before(source: fx.Node) -> fx.Node | None:
+    """The wait of an earlier gather of which a tensor is the part that this rank has kept; None for other tensors."""
+    kept = source.target is ops.local_shard and isinstance(source.args[0], fx.Node)
+    wait: Any = source.args[0] if kept else None
+    return wait if kept and is_wait(wait) and launched_by(wait).target in (all_gather, all_gather_coalesced) else None
+
+
+def first_sent_to(wait: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """What a wait waits for, as it was sent before any rank kept a part of it: (collective, tensor that it took)."""
+    source = sent_to(wait)
+    before = gathered_before(source)
+    return (launched_by(wait), source) if before is None else first_sent_to(before)
+
+
+def parameter_sent(source: fx.Node) -> fx.Node | None:
+    """The parameter input that a tensor is, is a message made of, or is a kept part of; None where it is none of it."""
+    before = gathered_before(source)
+    if before is not None:
+        source = first_sent_to(before)[1]
+    while source.target in PREPARES:
+        source = source.args[0]  # type: ignore[assignment]
+    is_parameter = source.op == "placeholder" and source.meta["entry"].kind == "parameter"
+    return source if is_parameter else None
+
+
+def gathers_parameters(node: fx.Node) -> bool:
+    """Whether a node launches the gather of parameters, for forward or backward."""
+    gathers = node.target in (all_gather, all_gather_coalesced) and node.meta["phase"] != "update"
+    return gathers and all(parameter_sent(source) is not None for source in sent(node))
+
+
 def wire_bytes(node: fx.Node, mesh: dict[str, int]) -> int:
     """Bytes that one rank sends for a collective, by the bandwidth-optimal algorithm.
 
@@ -95,7 +146,5 @@ def wire_bytes(node: fx.Node, mesh: dict[str, int]) -> int:
     it by `all_to_all` there.
     """
     size = mesh[axis_of(node)]
-    first = node.args[0]
-    sent = [n.meta["val"] for n in (first if isinstance(first, (list, tuple)) else [first])]  # type: ignore[union-attr]
-    larger = max(num_bytes(sent), num_bytes(node.meta["val"]))
+    larger = max(num_bytes([n.meta["val"] for n in sent(node)]), num_bytes(node.meta["val"]))
     return int(TABLE[node.target].wire * larger * (size - 1) / size)

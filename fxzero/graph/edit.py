@@ -14,7 +14,7 @@ from fxzero.errors import RewriteError
 from fxzero.graph import collectives as c10d
 from fxzero.graph import ops
 from fxzero.graph.randomness import is_random
-from fxzero.graph.step_graph import Sharding, StateEntry, StepGraph, yields_scalar
+from fxzero.graph.step_graph import AuxiliaryState, Sharding, StateEntry, StepGraph, identifier, yields_scalar
 
 aten = torch.ops.aten
 
@@ -157,12 +157,40 @@ def coordinate(step: StepGraph, axis: str) -> fx.Node:
     return node
 
 
+def auxiliary_input(step: StepGraph, state: AuxiliaryState, axis: str) -> fx.Node:
+    """The input that holds what a pass keeps from step to step, made when it is first needed.
+
+    Args:
+        step: the graph.
+        state: what it is; where it is sharded, over `axis`, whose ranks divide its rows.
+        axis: a mesh axis.
+    """
+    found = step.input(*state.entry.key)
+    if found is not None:
+        return found
+    sharding = Sharding(axis, step.mesh[axis], state.shape[0]) if state.sharded else None
+    shape = state.shape if sharding is None else (state.shape[0] // sharding.num_shards, *state.shape[1:])
+    device = next(node.meta["val"].device for node in step.inputs("parameter"))
+    with step.graph.inserting_after(step.placeholders[-1]):
+        node = step.graph.placeholder(identifier(state.name))
+    with fake_mode(step):
+        val = torch.empty(shape, dtype=state.dtype, device=device)
+    node.meta = {"entry": state.entry, "val": val, "phase": "forward", "module": ""}
+    if sharding is not None:
+        node.meta["sharding"] = sharding
+    return node
+
+
 def move_launch(launch: fx.Node, *, before: fx.Node) -> None:
-    """Put the launch of a collective elsewhere, together with casts of inputs that serve it alone."""
+    """Put the launch of a collective elsewhere, together with what makes its messages of inputs, for it alone."""
     for source in launch.all_input_nodes:
-        casts = source.target is aten._to_copy.default and source.all_input_nodes[0].op == "placeholder"
-        if casts and len(source.users) == 1:
-            before.prepend(source)
+        steps = []
+        while source.target in c10d.PREPARES and len(source.users) == 1:
+            steps.append(source)
+            source = source.all_input_nodes[0]
+        if source.op == "placeholder":
+            for node in reversed(steps):
+                before.prepend(node)
     before.prepend(launch)
 
 

@@ -227,7 +227,8 @@ def check_state(context: Context) -> Iterator[Violation]:
         yield from _check_result(context, key, node)
     if context.before is None:
         return
-    changed = set(results) ^ context.before.results
+    own = {key for key in results if key[0] == "auxiliary"}  # a pass may begin to keep state of its own
+    changed = (set(results) ^ context.before.results) - (own - context.before.results)
     for key in sorted(changed):
         now, then = ("returned", "not returned") if key in results else ("not returned", "returned")
         yield Violation(f"result {key}", f"{then}, as before the pass", now, "keep all results")

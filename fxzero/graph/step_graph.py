@@ -117,7 +117,8 @@ class StepGraph:
     Args:
         graph: functional ATen ops, scalars as Python numbers; collectives name a mesh axis where torch expects a
             group name, so that a graph holds no handle of a running process group.
-        mesh: axis -> size, in order.
+        mesh: axis -> size, in order; after its axis a pass may put the part of it within a node ("dp_node"), which is
+            no axis of its own: the sizes of the others multiply to the number of ranks.
         title: what the text form says first.
         facts: what passes have provided.
     """

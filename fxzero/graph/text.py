@@ -40,7 +40,7 @@ import torch
 from torch import fx
 
 from fxzero.graph import collectives as c10d
-from fxzero.graph import ops
+from fxzero.graph import compression_ops, error_feedback_ops, ops
 from fxzero.graph.step_graph import PHASES, Sharding, StepGraph, num_bytes
 
 SECTIONS = ("inputs", *PHASES, "results")
@@ -49,6 +49,7 @@ SHORT_NAMES: dict[Any, str] = {
     c10d.wait: "wait",
     ops.release: "release",
     ops.local_shard: "local_shard",
+    **{op: op.name().removeprefix("fxzero::") for op in (*compression_ops.OPS, *error_feedback_ops.OPS)},
     ops.nonfinite: "nonfinite",
     operator.getitem: "getitem",
 }

@@ -14,6 +14,7 @@ from torch import fx
 
 from fxzero.errors import VerifyError
 from fxzero.graph.collective_rules import check_collectives, check_release, check_sharding
+from fxzero.graph.compression_rules import check_compression
 from fxzero.graph.edit import describe, evaluate, fake_mode
 from fxzero.graph.rules import (
     Context,
@@ -163,6 +164,7 @@ RULES: dict[str, Callable[[Context], Iterator[Violation]]] = {
     "state": check_state,
     "phases": check_phases,
     "collectives": check_collectives,
+    "compression": check_compression,
     "sharding": check_sharding,
     "release": check_release,
     "random": check_random,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fxzero.graph.collectives import node_axis
 from fxzero.plan import Plan
 
 
@@ -39,6 +42,8 @@ class Topology:
         axes = plan.axes
         mesh = init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
         groups = {axis: mesh.get_group(axis) for axis in axes}
+        if plan.node_size and axes["dp"] > 1:
+            groups[node_axis("dp")] = _node_group(mesh, tuple(axes), plan.node_size)
         backend = dist.get_backend(mesh.get_group(next(iter(axes))))
         return cls(plan, mesh, backend, groups)
 
@@ -53,5 +58,24 @@ class Topology:
         return self.mesh.size() if self.mesh is not None else 1
 
     def coordinate(self, axis: str) -> Any:
-        """This rank's index on an axis."""
+        """This rank's index on an axis, or on the part of dp within a node."""
+        if axis == node_axis("dp"):
+            return self.coordinate("dp") % self.plan.node_size
         return self.mesh.get_local_rank(axis) if self.mesh is not None else 0
+
+
+def node_ranks(ranks: torch.Tensor, axes: Sequence[str], node_size: int) -> list[list[int]]:
+    """The ranks of each node: neighbours on dp.
+
+    Args:
+        ranks: global ranks by their place in the mesh.
+        axes: names of its dims.
+        node_size: ranks of a node.
+    """
+    return ranks.movedim(list(axes).index("dp"), -1).reshape(-1, node_size).tolist()
+
+
+def _node_group(mesh: DeviceMesh, axes: Sequence[str], node_size: int) -> Any:
+    """The group of this rank's node; all ranks must call this."""
+    group, _ = dist.new_subgroups_by_enumeration(node_ranks(mesh.mesh, axes, node_size))
+    return group

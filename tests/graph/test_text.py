@@ -179,6 +179,17 @@ def test_a_rewritten_step_reads_back(backend, capture) -> None:
     verify(from_text(to_text(step)))
 
 
+@pytest.mark.parametrize("reductions", ["int8", "powersgd", "topk"])
+def test_a_compressed_step_reads_back(reductions, capture) -> None:
+    model = Attention()
+    step = capture(model, torch.optim.AdamW(model.parameters()), *batch_of(model))
+    plan = Plan(mesh={"dp": 4}, compress_gathers="fp8", compress_reductions=reductions, compress_below=200)
+    step.mesh = dict(plan.axes)
+    step = recipe(plan, backend="gloo").run(step)
+    check_round_trip(step)
+    verify(from_text(to_text(step)))
+
+
 def test_two_captures_have_one_text(capture) -> None:
     texts = set()
     for seed in range(2):

@@ -14,10 +14,16 @@ from fxzero.errors import VerifyError
 from fxzero.graph import Sharding, StateEntry, StepGraph, ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph import verify as verifier
+from fxzero.graph.compression_ops import dequantize_blockwise, dequantize_reduce, quantize_blockwise
 from fxzero.graph.edit import Editor, replace_uses, retype
+from fxzero.graph.error_feedback_ops import drop_top_k, sum_top_k
 from fxzero.graph.randomness import is_random
 from fxzero.graph.step_graph import iter_views
 from fxzero.graph.verify import RULES, verify
+from fxzero.passes.compress_with_top_k import compress_with_top_k
+from fxzero.passes.gather_within_nodes import gather_within_nodes
+from fxzero.passes.quantize_all_gathers import quantize_all_gathers
+from fxzero.passes.quantize_reductions import quantize_reductions
 
 aten = torch.ops.aten
 RANKS = 4
@@ -108,7 +114,17 @@ def graphs() -> dict[str, StepGraph]:
     shard(sharded, "inner.weight")
     shard(sharded, "outer.weight")
     reduce_together(sharded, "inner.bias", "norm.weight")
-    return {"captured": captured, "sharded": sharded}
+    packed = sharded.copy()
+    packed.title = "packed by hand"
+    assert quantize_all_gathers.run(packed, form="int8", block=16) == 3
+    assert quantize_reductions.run(packed, form="int8", block=16) == 2
+    chosen = sharded.copy()
+    chosen.title = "chosen by hand"
+    assert compress_with_top_k.run(chosen, axis="dp", fraction=0.1, below=50) == 2
+    kept = packed.copy()
+    kept.title = "kept by hand"
+    assert gather_within_nodes.run(kept, axis="dp", node=2) == 1
+    return {"captured": captured, "sharded": sharded, "packed": packed, "chosen": chosen, "kept": kept}
 
 
 # ---- sound graphs
@@ -121,6 +137,12 @@ def test_a_captured_graph_keeps_all_rules(graphs: dict[str, StepGraph]) -> None:
 
 def test_a_sharded_graph_keeps_all_rules(graphs: dict[str, StepGraph]) -> None:
     verify(graphs["sharded"], before=graphs["captured"])
+
+
+def test_a_packed_graph_keeps_all_rules(graphs: dict[str, StepGraph]) -> None:
+    verify(graphs["packed"], before=graphs["sharded"])
+    verify(graphs["chosen"], before=graphs["sharded"])
+    verify(graphs["kept"], before=graphs["packed"])
 
 
 def test_the_first_step_of_an_optimizer_keeps_all_rules() -> None:
@@ -641,6 +663,157 @@ def released_reduction(step: StepGraph) -> None:
     wait = next(iter(the(step, c10d.reduce_scatter, phase="backward").users))
     with Editor(step, phase="update").before(step.output) as editor:
         editor.call(ops.release, [wait])
+
+
+# compression
+
+
+def with_argument(node: fx.Node, index: int, value: object) -> None:
+    node.args = (*node.args[:index], value, *node.args[index + 1 :])
+
+
+@fault("release", "no use after release", graph="packed")
+def use_of_what_was_dequantized_after_release(step: StepGraph) -> None:
+    release = the(step, ops.release)
+    with Editor(step, phase="forward").after(release) as editor:
+        editor.call(aten.neg.default, release.args[0][0])
+
+
+@fault("release", "a release of this gathered parameter, got none", graph="packed")
+def forgotten_release_of_what_was_dequantized(step: StepGraph) -> None:
+    step.graph.erase_node(the(step, ops.release, phase="backward"))
+
+
+@fault("release", "alive, got released by", graph="packed")
+def dequantized_and_released_twice(step: StepGraph) -> None:
+    release = the(step, ops.release)
+    with Editor(step, phase="forward").after(release) as editor:
+        editor.call(ops.release, [release.args[0][0]])
+
+
+@fault("release", "expected the gather of a parameter", graph="packed")
+def released_mean_of_packed_gradients(step: StepGraph) -> None:
+    with Editor(step, phase="update").before(step.output) as editor:
+        editor.call(ops.release, [step.calls(dequantize_reduce)[0]])
+
+
+@fault("compression", "one reader, which dequantizes it", graph="packed")
+def released_packed_bytes(step: StepGraph) -> None:
+    full = the(step, dequantize_blockwise)
+    with Editor(step, phase="forward").after(full) as editor:
+        editor.call(ops.release, [full.args[0]])
+
+
+@fault("compression", "one reader, which dequantizes it", graph="packed")
+def packed_bytes_read_twice(step: StepGraph) -> None:
+    full = the(step, dequantize_blockwise)
+    with Editor(step, phase="forward").after(full) as editor:
+        editor.call(dequantize_blockwise, *full.args)
+
+
+@fault("compression", "one reader, which dequantizes it, got none", graph="packed")
+def packed_bytes_never_read(step: StepGraph) -> None:
+    mean = step.calls(dequantize_reduce)[0]
+    mean.replace_all_uses_with(step.input("parameter", mean.meta["param"]))
+    step.graph.erase_node(mean)
+
+
+@fault("compression", "no reader but its collective", graph="packed")
+def quantized_rows_read_at_once(step: StepGraph) -> None:
+    packed = the(step, quantize_blockwise)
+    with Editor(step, phase="forward").after(packed) as editor:
+        editor.call(aten.neg.default, packed)
+
+
+@fault("compression", "form and block ('int8', 16)", graph="packed")
+def read_in_another_form(step: StepGraph) -> None:
+    with_argument(the(step, dequantize_blockwise), 2, "fp8")
+
+
+@fault("compression", "form and block ('int8', 16)", graph="packed")
+def read_in_other_blocks(step: StepGraph) -> None:
+    with_argument(step.calls(dequantize_reduce)[0], 3, 32)
+
+
+@fault("compression", f"parts {RANKS}, got 2", graph="packed")
+def read_as_fewer_parts(step: StepGraph) -> None:
+    with_argument(the(step, dequantize_blockwise), 4, 2)
+
+
+@fault("compression", f"parts of what was sent {RANKS}, got 1", graph="packed")
+def packed_for_one_rank(step: StepGraph) -> None:
+    mean = step.calls(dequantize_reduce)[0]
+    with_argument(c10d.sent_to(mean.args[0]), 3, 1)
+
+
+@fault("compression", "shape [8, 10], got [4, 20]", graph="packed")
+def read_as_another_shape(step: StepGraph) -> None:
+    full = next(n for n in step.calls(dequantize_blockwise) if n.meta["param"] == "outer.weight")
+    with_argument(full, 1, [4, 20])
+
+
+@fault("compression", "the wait of a quantized all_gather", graph="packed")
+def dequantized_without_a_gather(step: StepGraph) -> None:
+    wait = the(step, dequantize_blockwise).args[0]
+    launch, packed = c10d.launched_by(wait), c10d.sent_to(wait)
+    wait.replace_all_uses_with(step.inputs("batch")[0])
+    for node in (wait, launch, packed):
+        step.graph.erase_node(node)
+
+
+@fault("compression", "one all_gather and one drop_top_k", graph="chosen")
+def nothing_taken_out_of_what_is_kept(step: StepGraph) -> None:
+    drop = step.calls(drop_top_k)[0]
+    drop.replace_all_uses_with(drop.args[0])
+    step.graph.erase_node(drop)
+
+
+@fault("compression", "one all_gather and one drop_top_k", graph="chosen")
+def taken_out_of_what_was_kept_before(step: StepGraph) -> None:
+    drop = step.calls(drop_top_k)[0]
+    drop.replace_input_with(drop.args[0], drop.args[0].args[0])
+
+
+@fault("compression", f"{RANKS} parts of 60 elements, got 2 parts of [10, 6]", graph="chosen")
+def fewer_parts_added_up(step: StepGraph) -> None:
+    with_argument(next(n for n in step.calls(sum_top_k) if n.meta["param"] == "inner.weight"), 2, 2)
+
+
+@fault("compression", "the wait of gathered pack_top_k", graph="chosen")
+def something_else_added_up(step: StepGraph) -> None:
+    node = step.calls(sum_top_k)[0]
+    wait = the(step, c10d.wait, phase="backward")
+    node.replace_input_with(node.args[0], wait)
+
+
+@fault("sharding", "axis dp_node of Sharding", graph="kept")
+def kept_part_gathered_over_all_nodes(step: StepGraph) -> None:
+    launch = the(step, c10d.all_gather, phase="backward")
+    launch.args = (launch.args[0], RANKS, "dp")
+
+
+@fault("compression", f"parts {RANKS}, got 2", graph="kept")
+def kept_parts_read_as_those_of_a_node(step: StepGraph) -> None:
+    with_argument(the(step, dequantize_blockwise, phase="backward"), 4, 2)
+
+
+@fault("compression", "one reader, which dequantizes it", graph="kept")
+def packed_bytes_read_beside_what_is_kept(step: StepGraph) -> None:
+    kept = the(step, ops.local_shard)
+    with Editor(step, phase="forward").after(kept) as editor:
+        editor.call(aten.neg.default, kept.args[0])
+
+
+@fault("release", "a release of this gathered parameter, got none", graph="kept")
+def forgotten_release_of_what_a_node_gathered(step: StepGraph) -> None:
+    step.graph.erase_node(the(step, ops.release, phase="backward"))
+
+
+@fault("sharding", "axis dp of Sharding", graph="packed")
+def packed_rows_gathered_over_another_axis(step: StepGraph) -> None:
+    step.mesh = {"dp": RANKS, "tp": RANKS}
+    launch = the(step, c10d.all_gather)
+    with_argument(launch, 2, "tp")
 
 
 # random

@@ -38,23 +38,38 @@ def run_ranks(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: list[Any], plan: Plan, *, step: StepGraph
 ) -> Outcome:
     """One step of `step` on all ranks at once; rank i gets `batches[i]`. Model and optimizer are not changed."""
-    size = len(batches)
+    return train_ranks(model, optimizer, [batches], plan, step=step)
+
+
+def train_ranks(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: list[list[Any]], plan: Plan, *, step: StepGraph
+) -> Outcome:
+    """Steps of `step` on all ranks at once; rank i gets `batches[n][i]` at step n. The losses are the last step's.
+
+    State that is a Python number must not change between steps; model and optimizer are not changed.
+    """
+    size = len(batches[0])
     model, optimizer = copy.deepcopy((model, optimizer))
     state = StepState(model, optimizer, Topology(Plan(zero=plan.zero).resolve(1), None, "none"))
     state.bind()
     if not dist.is_initialized():
         compat.fake_process_group(size)
     assert dist.get_world_size() == size
-    program = Program(step, groups=dict.fromkeys(plan.axes, dist.group.WORLD))
+    groups: dict[str, Any] = dict.fromkeys(plan.axes, dist.group.WORLD)
+    if plan.node_size:
+        groups["dp_node"] = dist.new_group(list(range(plan.node_size)))
+    program = Program(step, groups=groups)
     values: dict[tuple[str, str], Any] = {}
-    for node in step.placeholders:
-        entry = node.meta["entry"]
-        values[entry.key] = _value(node, entry, state, batches)
-    with compat.local_tensor_mode(size):
-        outputs = program.run(list(values.values()))
+    for batch in batches:
+        for node in step.placeholders:
+            entry = node.meta["entry"]
+            if entry.key not in values or entry.kind == "batch":
+                values[entry.key] = _value(node, entry, state, batch)
+        with compat.local_tensor_mode(size):
+            outputs = program.run(list(values.values()))
     losses = next(v for key, v in zip(program.outputs, outputs, strict=True) if key[0] == "loss")
     after = {}
-    for node in step.inputs("parameter", "optimizer"):
+    for node in step.inputs("parameter", "optimizer", "auxiliary"):
         value = values[node.meta["entry"].key]
         if isinstance(value, torch.Tensor):
             parts = compat.local_values(value) if not isinstance(value, torch.nn.Parameter) else {0: value}
@@ -65,9 +80,13 @@ def run_ranks(
 def _value(node: Any, entry: Any, state: StepState, batches: list[Any]) -> Any:
     ranks = range(len(batches))
     if entry.kind == "coordinate":
-        return compat.local_int({rank: rank for rank in ranks})
+        size = node.users and entry.name == "dp_node" and next(iter(node.users)).args[1]
+        return compat.local_int({rank: rank % size if size else rank for rank in ranks})
     if entry.kind == "batch":
         return compat.local_tensor({rank: batches[rank][int(entry.name.split(".")[1])] for rank in ranks})
+    if entry.kind == "auxiliary":
+        val = node.meta["val"]
+        return compat.local_tensor({rank: torch.zeros(val.shape, dtype=val.dtype) for rank in ranks})
     value = state.lookup(Inventory.of(state.model, state.optimizer), entry.kind, entry.name)
     if not isinstance(value, torch.Tensor):
         return value

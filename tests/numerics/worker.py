@@ -134,7 +134,7 @@ def four_ranks() -> list[Job]:
     """
     hybrid = {"mesh": {"dp_replicate": 2, "dp": 2}}
     jobs = [Job(name, {"zero": zero}, rtol=1e-6) for name in ("one_cycle_sgd", "adam") for zero in range(4)]
-    jobs += [Job("groups", {"zero": 3}, rtol=1e-6)]
+    jobs += [Job("groups", {"zero": 3}, rtol=1e-6), Job("one_cycle_sgd", {"node_size": 2}, rtol=1e-6)]
     jobs += [Job(name, {"zero": zero}, rtol=1e-6) for name in ("clip_norm1", "clip_norm2") for zero in (0, 3)]
     jobs += [Job("clip_norm_inf", {"zero": 2, **hybrid}, rtol=1e-6)]
     jobs += [Job("one_cycle_sgd", {"zero": zero, **hybrid}, rtol=1e-6) for zero in range(4)]

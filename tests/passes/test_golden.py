@@ -52,6 +52,10 @@ PLANS = {
     "zero3_gloo": (Plan(zero=3, mesh={"dp": 4}), "gloo"),
     "zero3_nccl": (Plan(zero=3, mesh={"dp": 4}), "nccl"),
     "zero1_nccl": (Plan(zero=1, mesh={"dp": 4}), "nccl"),
+    "int8_gloo": (
+        Plan(zero=3, mesh={"dp": 4}, compress_gathers="int8", compress_reductions="int8", compress_below=50),
+        "gloo",
+    ),
     "hybrid_gloo": (Plan(zero=2, mesh={"dp_replicate": 2, "dp": 2}), "gloo"),
 }
 
