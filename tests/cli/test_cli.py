@@ -177,6 +177,15 @@ def test_dump_in_low_precision_with_clipping(printed, golden, tiny) -> None:
     assert "bf16[16/dp, 16]" in out and "%grad_norm_local max dp, 4 B" in out
 
 
+def test_dump_with_a_loss_scale(printed, golden, tiny) -> None:
+    keys = ("--precision", "fp16", "--loss-scale", "dynamic", "--accumulate", "2")
+    out = printed("dump", f"{tiny}:step", "--world", "4", *keys, "--quiet")
+    golden("cli/dump_fp16_scaled", out)
+    assert to_text(from_text(out)) == out
+    assert re.search("auxiliary +scaler.scale", out) and re.search("-> auxiliary +scaler.scale", out)
+    assert re.search(r"%overflow_reduce +f32\[2\] +all_reduce +%stack max dp, 8 B", out)
+
+
 def test_dump_shows_each_program_of_a_step_of_microbatches(printed, call, tiny) -> None:
     keys = ("dump", f"{tiny}:step", "--world", "4", "--accumulate", "3", "--quiet")
     first, middle, last = (printed(*keys, "--microbatch", index) for index in ("0", "1", "2"))

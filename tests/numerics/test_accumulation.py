@@ -185,7 +185,12 @@ class Job:
 def jobs(ranks: int) -> list[Job]:
     unsharded = {"accumulate_in": "unsharded"}
     if ranks == 4:
-        return [Job({"zero": 3}), Job({"zero": 2, **unsharded}), Job({"zero": 3}, weighted=True)]
+        hybrid = {"mesh": {"dp_replicate": 2, "dp": 2}}
+        return [
+            Job({"zero": 3}),
+            Job({"zero": 2, **unsharded}),
+            Job({"zero": 3, **hybrid, "loss_scale": "dynamic"}, weighted=True),
+        ]
     found = [Job({"zero": zero}) for zero in range(4)]
     found += [
         Job({"zero": 1, **unsharded}),
@@ -371,6 +376,14 @@ def test_a_list_of_another_length() -> None:
         step_of()(*batch(0, 0), weights=[1.0])
     with pytest.raises(PlanError, match=r"expected a list of numbers or a tensor, one weight a microbatch, got 3\.0;"):
         step_of()(*batch(0, 0), weights=3.0)
+
+
+def test_the_report_counts_all_microbatches() -> None:
+    step = step_of()
+    step(*batch(0, 0))
+    assert "zero 3 on dp=1, 4 microbatches a step" in step.report() or "one rank, 4 microbatches" in step.report()
+    first, second, third, last = step.graphs
+    assert second is third and first is not second and last is step.graph
 
 
 def test_microbatches_as_dicts_and_weights_as_tensors() -> None:
