@@ -29,8 +29,9 @@ from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor, auxiliary_input
 from fxzero.graph.error_feedback_ops import power_basis
-from fxzero.graph.step_graph import Sharding, first_argument, identifier
+from fxzero.graph.step_graph import Sharding, identifier
 from fxzero.passes.quantize_all_gathers import check_dtype
+from fxzero.passes.reduce_gradients import gradient_reductions, own_gradient, replace_reduction
 
 aten = torch.ops.aten
 
@@ -114,19 +115,6 @@ def compress_with_powersgd(step: StepGraph, *, axis: str, rank: int, below: int 
     return edits
 
 
-def gradient_reductions(step: StepGraph, axis: str) -> list[fx.Node]:
-    """The reductions of gradients over an axis, in program order."""
-    targets = (c10d.reduce_scatter, c10d.all_reduce)
-    launches = [n for n in step.calls(*targets) if n.meta["phase"] == "backward" and "param" in n.meta]
-    return [n for n in launches if c10d.axis_of(n) == axis]
-
-
-def own_gradient(launch: fx.Node) -> fx.Node:
-    """This rank's gradient that a reduction takes, without the rows that were appended for it."""
-    source = first_argument(launch)
-    return first_argument(source) if source.target is aten.constant_pad_nd.default else source
-
-
 def _compress(step: StepGraph, launch: fx.Node, low: LowRank, residual: fx.Node, factor: fx.Node) -> None:
     (waited,) = launch.users
     axis, name = c10d.axis_of(launch), launch.meta["param"]
@@ -155,11 +143,6 @@ def _compress(step: StepGraph, launch: fx.Node, low: LowRank, residual: fx.Node,
         value = editor.call(aten.view.default, value, list(waited.meta["val"].shape), sharding=sharding, name=stem)
         if value.meta["val"].dtype != whole.dtype:
             value = editor.call(aten._to_copy.default, value, dtype=whole.dtype, sharding=sharding)
-    waited.replace_all_uses_with(value)
-    step.graph.erase_node(waited)
-    source = first_argument(launch)
-    step.graph.erase_node(launch)
-    if not source.users and "grad_of" not in source.meta:
-        step.graph.erase_node(source)
+    replace_reduction(launch, value)
     step.set_result("auxiliary", residual.meta["entry"].name, missed)
     step.set_result("auxiliary", factor.meta["entry"].name, q)

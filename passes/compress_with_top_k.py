@@ -19,9 +19,9 @@ from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor, auxiliary_input, coordinate
 from fxzero.graph.error_feedback_ops import MAX_ELEMENTS, drop_top_k, pack_top_k, sum_top_k
-from fxzero.graph.step_graph import Sharding, first_argument, identifier
-from fxzero.passes.compress_with_powersgd import gradient_reductions, own_gradient
+from fxzero.graph.step_graph import Sharding, identifier
 from fxzero.passes.quantize_all_gathers import check_dtype
+from fxzero.passes.reduce_gradients import gradient_reductions, own_gradient, replace_reduction
 
 aten = torch.ops.aten
 
@@ -104,12 +104,7 @@ def _compress(step: StepGraph, launch: fx.Node, k: int, residual: fx.Node) -> No
     with editor.before(waited):
         arrived = editor.call(c10d.wait, sent, name=f"{stem}_arrived")
         value = _sum(editor, arrived, shape[1:], size, op, sharding, waited.meta["val"].dtype, stem)
-    waited.replace_all_uses_with(value)
-    step.graph.erase_node(waited)
-    source = first_argument(launch)
-    step.graph.erase_node(launch)
-    if not source.users and "grad_of" not in source.meta:
-        step.graph.erase_node(source)
+    replace_reduction(launch, value)
     step.set_result("auxiliary", residual.meta["entry"].name, missed)
 
 

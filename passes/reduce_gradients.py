@@ -6,9 +6,10 @@ import torch
 from torch import fx
 
 from fxzero.graph import StepGraph
+from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor
-from fxzero.graph.step_graph import WEIGHTS, identifier
+from fxzero.graph.step_graph import WEIGHTS, first_argument, identifier
 
 aten = torch.ops.aten
 
@@ -59,3 +60,28 @@ def _averaged(editor: Editor, node: fx.Node, axes: tuple[str, ...], *, stem: str
 def _sums_of_weights(step: StepGraph) -> list[fx.Node]:
     weights = step.input("batch", WEIGHTS)
     return [] if weights is None else [user for user in weights.users if user.target is aten.sum.default]
+
+
+def gradient_reductions(step: StepGraph, axis: str) -> list[fx.Node]:
+    """The reductions of gradients over an axis, in program order."""
+    targets = (c10d.reduce_scatter, c10d.all_reduce)
+    launches = [n for n in step.calls(*targets) if n.meta["phase"] == "backward" and "param" in n.meta]
+    return [n for n in launches if c10d.axis_of(n) == axis]
+
+
+def own_gradient(launch: fx.Node) -> fx.Node:
+    """This rank's gradient that a reduction takes, without the rows that were appended for it."""
+    source = first_argument(launch)
+    return first_argument(source) if source.target is aten.constant_pad_nd.default else source
+
+
+def replace_reduction(launch: fx.Node, value: fx.Node) -> None:
+    """Readers of a reduction read `value` instead; nothing of it stays but the gradient that it took."""
+    (waited,) = launch.users
+    source = first_argument(launch)
+    waited.replace_all_uses_with(value)
+    dead = [waited, launch]
+    if "grad_of" not in source.meta and set(source.users) == {launch}:
+        dead.append(source)  # padding, or the contiguous copy that a collective needs
+    for node in dead:
+        node.graph.erase_node(node)

@@ -5,12 +5,8 @@ Run as a module, this file is what each rank does. Overflows are planted in the 
 
 import contextlib
 import copy
-import json
 import sys
-import traceback
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,13 +20,12 @@ import fxzero.recipe
 from fxzero.capture.loss_scaling import LossScaling, Overflow
 from fxzero.errors import CaptureError, GradientOverflowError, PlanError
 from fxzero.graph import StepGraph
-from tests.numerics.test_precision import Reader, adamw, batch, first_difference, momentum
-from tests.numerics.worker import launch, verifying_less
+from tests.numerics.side_by_side import Values, check, first_difference, parameters, results_of, run_jobs, whole
+from tests.numerics.test_precision import Reader, adamw, batch, momentum
+from tests.numerics.worker import verifying_less
 
 STEPS, INTERVAL = 200, 7
 OVERFLOWS = {0, 3, 50, 51, 52, 120, 199}  # the first and the last step, alone and in a row
-
-Values = dict[str, torch.Tensor]
 
 
 class Spiky(Reader):
@@ -59,12 +54,8 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
-
-
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Values:
-    out = {name: whole(p) for name, p in model.named_parameters()}
+    out = parameters(model)
     for name, p in model.named_parameters():
         out.update({f"{name}:{key}": whole(v) for key, v in optimizer.state[p].items()})
     return out
@@ -201,42 +192,28 @@ def run_job(job: Job, expected: Values, *, rank: int) -> str:
 
 
 def main(path: str) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank, results = dist.get_rank(), {}
     references: dict[str, Values] = {}
-    for job in jobs():
+
+    def compare(job: Job, rank: int) -> str:
         keys = ("precision", "reduce_dtype", "loss_scale", "clip_grad_norm")
         key = str([job.steps, *(job.plan.get(key) for key in keys)])
         if key not in references:
             references[key] = reference(job, rank=rank)
-        try:
-            with verifying_less(job.plan):
-                results[job.name] = run_job(job, references[key], rank=rank)
-        except Exception:
-            results[job.name] = traceback.format_exc()
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, results)
-    if rank == 0:
-        Path(path).write_text(json.dumps(everywhere))
-    dist.destroy_process_group()
+        with verifying_less(job.plan):
+            return run_job(job, references[key], rank=rank)
+
+    run_jobs(path, jobs(), compare)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    path = tmp_path_factory.mktemp("scaling") / "results.json"
-    launch("tests.numerics.test_loss_scaling", str(path), ranks=2, timeout_s=240)
-    return json.loads(path.read_text())
+    return results_of("tests.numerics.test_loss_scaling", tmp_path_factory.mktemp("scaling"), ranks=2)
 
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("job", jobs(), ids=lambda job: job.name)
 def test_two_ranks_scale_and_skip_as_grad_scaler_does(job: Job, results: list[dict[str, str]]) -> None:
-    for found in results:
-        assert "Traceback" not in found[job.name], found[job.name]
-    if job.fault:
-        assert any(found[job.name] for found in results), "the fault was not seen"
-    else:
-        assert [found[job.name] for found in results] == ["", ""]
+    check(job, results, differs=job.fault is not None)
 
 
 # ---- one rank
@@ -338,5 +315,4 @@ def test_half_precision_asks_for_a_scale(precision: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main(sys.argv[1])

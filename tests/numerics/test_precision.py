@@ -5,13 +5,9 @@ Run as a module, this file is what each rank does.
 
 import contextlib
 import copy
-import json
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -22,14 +18,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxzero
-from fxzero.capture import Inventory, capture_step
+from fxzero.capture import CaptureOptions, Inventory, capture_step
 from fxzero.capture.precision import Precision
 from fxzero.errors import CaptureError
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.step_graph import num_bytes
 from fxzero.recipe import recipe
-from tests.numerics.worker import launch
+from tests.numerics.side_by_side import Values, check, first_difference, parameters, results_of, run_jobs
 
 STEPS, WORDS, WIDTH = 50, 51, 16
 
@@ -69,24 +65,11 @@ def batch(step: int, rank: int) -> tuple[torch.Tensor, ...]:
     return x, torch.randn(8, WIDTH, generator=generator), y
 
 
-def run(step: Callable[..., torch.Tensor], model: nn.Module, *, rank: int) -> dict[str, torch.Tensor]:
+def run(step: Callable[..., torch.Tensor], model: nn.Module, *, rank: int) -> Values:
     """Losses of all steps and parameters after them."""
     torch.manual_seed(7 + rank)
-    values = {f"loss {i}": step(*batch(i, rank)).detach().clone() for i in range(STEPS)}
-    for name, p in model.named_parameters():
-        values[name] = (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
-    return values
-
-
-def first_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, rtol: float = 0.0) -> str:
-    """The first value that two runs do not agree on, NaN being equal to NaN; "" where there is none."""
-    assert a.keys() == b.keys(), a.keys() ^ b.keys()
-
-    def alike(x: torch.Tensor, y: torch.Tensor) -> bool:
-        near = torch.allclose(x.double(), y.double(), rtol=rtol, atol=rtol * float(x.abs().max()), equal_nan=True)
-        return x.dtype == y.dtype and near
-
-    return next((f"{k}: {a[k].flatten()[:3]} and {b[k].flatten()[:3]}" for k in a if not alike(a[k], b[k])), "")
+    losses = {f"loss {i}": step(*batch(i, rank)).detach().clone() for i in range(STEPS)}
+    return losses | parameters(model)
 
 
 def plain_loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[..., torch.Tensor]:
@@ -143,7 +126,7 @@ def jobs() -> list[Job]:
     return found
 
 
-def fsdp2(job: Job, *, rank: int) -> dict[str, torch.Tensor]:
+def fsdp2(job: Job, *, rank: int) -> Values:
     """The reference: one group, or two where the norm keeps its dtype."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -157,7 +140,7 @@ def fsdp2(job: Job, *, rank: int) -> dict[str, torch.Tensor]:
     return run(plain_loop(model, job.optimizer(model)), model, rank=rank)
 
 
-def compiled(job: Job, *, rank: int) -> dict[str, torch.Tensor]:
+def compiled(job: Job, *, rank: int) -> Values:
     torch.manual_seed(0)
     model = Reader()
     with contextlib.ExitStack() as stack:
@@ -168,41 +151,26 @@ def compiled(job: Job, *, rank: int) -> dict[str, torch.Tensor]:
 
 
 def main(path: str) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank, results = dist.get_rank(), {}
-    references: dict[Any, dict[str, torch.Tensor]] = {}
-    for job in jobs():
+    references: dict[Any, Values] = {}
+
+    def compare(job: Job, rank: int) -> str:
         key = (job.reduce_dtype, job.optimizer, job.keeps_norm)
         if key not in references:
             references[key] = fsdp2(job, rank=rank)
-        try:
-            found = first_difference(references[key], compiled(job, rank=rank))
-        except Exception:
-            found = traceback.format_exc()
-        results[job.name] = found
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, results)
-    if rank == 0:
-        Path(path).write_text(json.dumps(everywhere))
-    dist.destroy_process_group()
+        return first_difference(references[key], compiled(job, rank=rank))
+
+    run_jobs(path, jobs(), compare)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    path = tmp_path_factory.mktemp("precision") / "results.json"
-    launch("tests.numerics.test_precision", str(path), ranks=2, timeout_s=240)
-    return json.loads(path.read_text())
+    return results_of("tests.numerics.test_precision", tmp_path_factory.mktemp("precision"), ranks=2)
 
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("job", jobs(), ids=lambda job: job.name)
 def test_two_ranks_are_bit_equal_to_fsdp2_with_the_same_policy(job: Job, results: list[dict[str, str]]) -> None:
-    for found in results:
-        assert "Traceback" not in found[job.name], found[job.name]
-    if job.equal:
-        assert [found[job.name] for found in results] == ["", ""]
-    else:
-        assert all(found[job.name] for found in results), "a difference was not seen"
+    check(job, results, differs=not job.equal)
 
 
 # ---- one rank
@@ -297,7 +265,7 @@ def graph_of(**plan: Any) -> StepGraph:
     optimizer.step()
     resolved = fxzero.Plan(**plan).resolve(4)
     precision = Precision.parse(resolved.precision)
-    step = capture_step(Inventory.of(model, optimizer), None, batch(0, 0), {}, precision=precision).step
+    step = capture_step(Inventory.of(model, optimizer), None, batch(0, 0), {}, options=CaptureOptions(precision)).step
     step.mesh = dict(resolved.axes)
     return recipe(resolved, backend="fake").run(step)
 
@@ -327,7 +295,7 @@ def test_a_cast_stands_before_its_first_reader() -> None:
         None,
         batch(0, 0),
         {},
-        precision=Precision(compute=torch.bfloat16),
+        options=CaptureOptions(Precision(compute=torch.bfloat16)),
     ).step
     order = step.positions()
     casts = [n for n in step.phase("forward") if n.all_input_nodes and n.all_input_nodes[0] in step.inputs("parameter")]
@@ -337,5 +305,4 @@ def test_a_cast_stands_before_its_first_reader() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main(sys.argv[1])
