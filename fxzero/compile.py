@@ -169,8 +169,10 @@ class TrainStep:
             self._bind()
             inventory = Inventory.of(self.model, self.optimizer)
             self._keep(inventory, programs, batch)
+        fresh = self._state.fresh
         loss = self._run(programs, inventory, batch)
-        self._state.stepped = True
+        # A first step that was skipped makes the next one the first: the one thing that the host must ask for.
+        self._state.stepped = not (fresh and self._options.scaling.initial and self.metrics["overflow"] > 0)
         compat.mark_stepped(self.optimizer)
         self._last = programs
         if self._options.scaling.initial:

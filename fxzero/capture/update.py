@@ -15,7 +15,6 @@ from fxzero.capture.inventory import Inventory, hyperparameters, state_name, wit
 from fxzero.capture.loss_scaling import METRICS, SCALE, Overflow, check_can_be_skipped
 from fxzero.capture.options import CaptureOptions
 from fxzero.capture.twin import clone_optimizer, for_loop_form, is_capturable
-from fxzero.errors import CaptureError
 from fxzero.graph import StateEntry
 
 GRADIENT_NORM = "grad_norm"  # the metric under which a clipped step reports the norm before clipping
@@ -45,7 +44,7 @@ def update(
     overflow = options.scaling.overflow(gradients)
     before: Table = {}
     if overflow is not None:
-        _check_can_skip(inventory, parameters, fresh=fresh)
+        _check_can_skip(inventory, parameters)
         before = {key: v.clone() for key, v in _state_of(optimizer, parameters).items() if isinstance(v, torch.Tensor)}
     gradients = options.scaling.unscaled(gradients, table)
     gradients, norm = options.clipping.apply(gradients)
@@ -103,23 +102,19 @@ def _state_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.T
 
 
 def _skipping(overflow: Overflow, before: Table, after: Table, updated: set[str]) -> Table:
-    """What an update has changed, or what was before it where a gradient has overflowed."""
+    """What an update has changed, or what was before it where a gradient has overflowed.
+
+    State that a first step makes is kept as it comes: after a skipped one, the next is a first step again.
+    """
     changed = {
         (kind, name): value
         for (kind, name), value in after.items()
         if (kind == "parameter" and name in updated) or (kind == "optimizer" and name.rpartition(":")[0] in updated)
     }
-    return overflow.select(before, changed)
+    return overflow.select(before, {key: value for key, value in changed.items() if key in before})
 
 
-def _check_can_skip(inventory: Inventory, parameters: Mapping[str, torch.Tensor], *, fresh: bool) -> None:
-    if fresh:
-        raise CaptureError.of(
-            where=f"{type(inventory.optimizer).__name__}, with loss_scale",
-            expected="a first step like all others, so that it can be skipped",
-            got="one that makes its state from the first gradient",
-            fix="use dampening=0, or train without a loss scale",
-        )
+def _check_can_skip(inventory: Inventory, parameters: Mapping[str, torch.Tensor]) -> None:
     for param, key, value in inventory.optimizer_state():
         if is_tensor_or_number(value):
             entry = StateEntry("optimizer", state_name(param, key), (), param)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import fxzero
+from fxzero.capture.loss_scaling import METRICS
 from fxzero.graph import StepGraph, ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
@@ -112,7 +113,7 @@ def run_compiled(case: Case, plan: fxzero.Plan, *, rank: int = 0) -> tuple[Outco
 
     def step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss = compiled(*args, **kwargs)
-        return loss, compiled.metrics
+        return loss, {name: value for name, value in compiled.metrics.items() if name not in METRICS}
 
     return _run(case, model, optimizer, step, rank=rank), compiled
 

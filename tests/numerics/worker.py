@@ -102,6 +102,7 @@ def features() -> list[Job]:
     jobs += [Job("adamw", options) for options in OPTIONS]
     jobs += [_clipped(name, zero) for name in clipped_cases() for zero in range(4)]
     jobs += [Job("clip_norm2", {"zero": zero}, rtol=1e-6, fault=reference.forget_ranks_norm) for zero in (2, 3)]
+    jobs += [Job(name, {"zero": 3, "loss_scale": 1.0}) for name in ("muon", "radam", "sgd_nesterov", "trust_ratio")]
     jobs += [
         Job("adam", {"zero": 0}, fault=reference.skip_ranks),
         Job("adam", {"zero": 1}, fault=reference.skip_ranks),
