@@ -226,6 +226,7 @@ def parse_arguments():
     parser.add_argument("--loss-scale", type=scale, help="dynamic, or a number that stays; fp16 needs one")
     parser.add_argument("--accumulate", type=int, default=1, help="microbatches that a step's batch is split into")
     parser.add_argument("--clip-grad-norm", type=float, help="greatest norm of all gradients; default: none")
+    parser.add_argument("--recompute", default="none", help="blocks: keep only what enters them")
     parser.add_argument("--eval-every", type=int, default=100)
     parser.add_argument("--eval-windows", type=int, default=512)
     parser.add_argument("--save-every", type=int, default=100)
@@ -252,6 +253,7 @@ def main():
         clip_grad_norm=args.clip_grad_norm,
         loss_scale=args.loss_scale,
         accumulate=args.accumulate,
+        recompute=args.recompute,
     )
     step = fxzero.compile(model, optimizer, plan, loss=loss_fn)
 

@@ -31,6 +31,7 @@ from fxzero.plan_values import (
     one_of,
     pass_names,
     patterns,
+    recomputed,
     scale,
     seconds,
     show,
@@ -171,6 +172,8 @@ class Plan:
         powersgd_rank: columns of powersgd's factors.
         topk_fraction: of a gradient's elements, how many topk sends.
         node_size: of dp, how many share a node: backward gathers inside it what forward gathered over all; 0: over dp.
+        recompute: what backward computes again instead of keeping it: "none" (but cheap pointwise results), "blocks"
+            (the inside of each repeated module), a fraction of the blocks (the first), or patterns of module paths.
         disable: names of passes to leave out; kept sorted, since their order means nothing.
         timeout_s: seconds that ranks wait for each other to agree before the first collective.
 
@@ -209,9 +212,9 @@ class Plan:
     max_skipped_steps: int = _key(20, integer(1, fix="write a number of steps in a row"))
     accumulate: int = _key(1, integer(1, fix="write how many microbatches a step has"))
     accumulate_in: str = _key("shards", one_of("shards", "unsharded"))
+    recompute: str | float | tuple[str, ...] = _key("none", recomputed)
     disable: tuple[str, ...] = _key((), pass_names)
     timeout_s: float = _key(60.0, seconds)
-    recompute: str = _reserved("none")
     offload: str = _reserved("none")
     memory_budget: int | None = _reserved(None)
 
@@ -279,6 +282,7 @@ class Plan:
         return {name: getattr(self, name) for name in named} | {
             "mesh": mesh,
             "keep_fp32": list(self.keep_fp32),
+            "recompute": list(self.recompute) if isinstance(self.recompute, tuple) else self.recompute,
             "clip_grad_norm_p": "inf" if math.isinf(self.clip_grad_norm_p) else self.clip_grad_norm_p,
             "disable": list(self.disable),
         }

@@ -126,6 +126,19 @@ def norm_order(where: str, value: Any) -> float:
     return float(number)
 
 
+def recomputed(where: str, value: Any) -> str | float | tuple[str, ...]:
+    """What is computed again: "none", "blocks", a fraction of the blocks, or patterns of module paths."""
+    if isinstance(value, (list, tuple)) and value:
+        return patterns(where, value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1:
+        return float(value)
+    if value not in ("none", "blocks"):
+        fix = "write 'blocks', a fraction of the blocks such as 0.5, or patterns such as ['layers.[0-3]']"
+        expected = "'none', 'blocks', a number above 0 and at most 1, or a list of patterns"
+        raise PlanError.of(where, expected=expected, got=show(value), fix=fix)
+    return str(value)
+
+
 def patterns(where: str, value: Any) -> tuple[str, ...]:
     """Patterns of module paths, sorted, once each."""
     listed: list[Any] = list(value) if isinstance(value, (tuple, list)) else [None]

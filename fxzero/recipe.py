@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ from fxzero.passes.place_updates import place_updates
 from fxzero.passes.prefetch_all_gathers import prefetch_all_gathers
 from fxzero.passes.quantize_all_gathers import quantize_all_gathers
 from fxzero.passes.quantize_reductions import quantize_reductions
+from fxzero.passes.recompute_blocks import recompute_blocks
 from fxzero.passes.recompute_pointwise import recompute_pointwise
 from fxzero.passes.reduce_gradients import reduce_gradients
 from fxzero.passes.reduce_in_low_precision import reduce_in_low_precision
@@ -39,6 +41,7 @@ from fxzero.plan import Plan
 from fxzero.plan_compression import QUANTIZED
 
 ALL_PASSES: tuple[Pass, ...] = (
+    recompute_blocks,
     recompute_pointwise,
     reduce_gradients,
     shard_optimizer_state,
@@ -117,7 +120,10 @@ def recipe(plan: Plan, *, backend: str) -> Pipeline:
     rows = {"axis": "dp", "persist_below": plan.persist_below}
 
     gathers = shards and plan.zero >= plan.parameter_stage
-    passes: list[Pass] = [recompute_pointwise]
+    passes: list[Pass] = []
+    if plan.recompute != "none":
+        passes.append(recompute_blocks.using(**_recomputed(plan.recompute)))
+    passes.append(recompute_pointwise)
     if axes:
         order = tuple(axis for axis in ("dp", "dp_replicate") if axis in axes)
         passes.append(reduce_gradients.using(axes=order))
@@ -157,6 +163,13 @@ def recipe(plan: Plan, *, backend: str) -> Pipeline:
         passes.append(prefetch_all_gathers.using(distance=plan.prefetch))
     passes.append(place_updates.using(bucket_bytes=plan.bucket_bytes))
     return Pipeline(passes, disable=plan.disable)
+
+
+def _recomputed(recompute: str | float | tuple[str, ...]) -> dict[str, Any]:
+    """The plan's key as options of the pass."""
+    if isinstance(recompute, float):
+        return {"fraction": recompute}
+    return {} if recompute == "blocks" else {"patterns": recompute}
 
 
 def _check_coalescing(plan: Plan, form: str, algorithms: dict[str, str]) -> None:

@@ -43,7 +43,7 @@ def recompute_pointwise(step: StepGraph, *, min_bytes: int = 2**16) -> int:
         readers = [user for user in node.users if user.meta.get("phase") == "backward"]
         if node in again and readers and num_bytes(node.meta["val"]) >= min_bytes:
             first = min(readers, key=position.__getitem__)
-            twin = _twin(node, first, again, twins, position)
+            twin = had_again(node, first, again, twins, position)
             for reader in readers:
                 reader.replace_input_with(node, twin)
             edits += 1
@@ -76,21 +76,41 @@ def _is_cheap(node: fx.Node) -> bool:
     return target not in _DEAR and (torch.Tag.pointwise in target.tags or is_view(node) or target in _CHEAP)
 
 
-def _twin(
+def had_again(
     node: fx.Node,
     reader: fx.Node,
     again: set[fx.Node],
     twins: dict[fx.Node, fx.Node],
     position: dict[fx.Node, float],
 ) -> fx.Node:
-    """The node's copy before `reader`, with copies of whatever it follows from that backward does not hold."""
-    known = twins.get(node)
-    if known is not None and position[known] < position[reader]:
-        return known
-    sources = {s: _twin(s, reader, again, twins, position) for s in node.all_input_nodes if s in again}
-    with node.graph.inserting_before(reader):
-        twin = node.graph.node_copy(node, lambda n: sources.get(n, n))
-    twin.meta = {**node.meta, "phase": "backward"}
-    position[twin] = position[reader] - 0.5
-    twins[node] = twin
-    return twin
+    """The node's copy before `reader`, with copies of whatever it follows from that backward does not hold.
+
+    Args:
+        node: a forward result.
+        reader: of backward.
+        again: the forward results that may be copied; all others are read where they are.
+        twins: copies made so far; grows.
+        position: node -> its place in the program; grows.
+    """
+    wanted = [node]
+    while wanted:  # a block's chain is longer than Python's stack is deep
+        last = wanted[-1]
+        known = twins.get(last)
+        missing = [s for s in last.all_input_nodes if s in again and not _stands_before(twins.get(s), reader, position)]
+        if _stands_before(known, reader, position):
+            wanted.pop()
+        elif missing:
+            wanted += missing
+        else:
+            wanted.pop()
+            sources = {s: twins[s] for s in last.all_input_nodes if s in again}
+            with last.graph.inserting_before(reader):
+                twin = last.graph.node_copy(last, lambda n, sources=sources: sources.get(n, n))  # type: ignore[misc]
+            twin.meta = {**last.meta, "phase": "backward"}
+            position[twin] = position[reader] - 0.5
+            twins[last] = twin
+    return twins[node]
+
+
+def _stands_before(twin: fx.Node | None, reader: fx.Node, position: dict[fx.Node, float]) -> bool:
+    return twin is not None and position[twin] < position[reader]

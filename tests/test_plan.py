@@ -60,6 +60,7 @@ KEYS = {
     "max_skipped_steps": st.integers(1, 10**6),
     "accumulate": st.integers(1, 10**6),
     "accumulate_in": st.sampled_from(["shards", "unsharded"]),
+    "recompute": st.sampled_from(["none", "blocks", 0.5, 1, ["layers.*"], ["b", "a"]]),
     "disable": st.lists(NAMES, max_size=5),
     "timeout_s": st.floats(0, 86_400, exclude_min=True) | st.integers(1, 86_400),
 }
@@ -146,11 +147,11 @@ def test_defaults() -> None:
         "max_skipped_steps": 20,
         "accumulate": 1,
         "accumulate_in": "shards",
+        "recompute": "none",
         "disable": [],
         "timeout_s": 60.0,
     }
     assert {f.name: f.default for f in RESERVED} == {
-        "recompute": "none",
         "offload": "none",
         "memory_budget": None,
     }
@@ -234,7 +235,7 @@ def test_a_plan_survives_pickle_copy_and_asdict(plan: Plan) -> None:
 
 def test_repr_shows_what_is_built_and_reads_back() -> None:
     plan = Plan(mesh={"dp_replicate": 2, "dp": 4}, disable=("a",))
-    assert "mesh=Mesh(dp_replicate=2, dp=4)" in repr(plan) and "recompute" not in repr(plan)
+    assert "mesh=Mesh(dp_replicate=2, dp=4)" in repr(plan) and "offload" not in repr(plan)
     assert eval(repr(plan), {"Plan": Plan, "Mesh": Mesh}) == plan
 
 
@@ -394,6 +395,13 @@ def test_axes_need_a_mesh() -> None:
         ({"loss_scale": "auto"}, ["Plan.loss_scale: expected 'dynamic', a finite number above 0, or None, got 'auto'"]),
         ({"loss_scale": 0}, ["Plan.loss_scale:", "got 0;"]),
         ({"loss_scale_init": math.inf}, ["Plan.loss_scale_init: expected a finite number above 0, got inf;"]),
+        (
+            {"recompute": "some"},
+            ["Plan.recompute: expected 'none', 'blocks', a number above 0 and at most 1, or a list of patterns, got"],
+        ),
+        ({"recompute": 0}, ["got 0;"]),
+        ({"recompute": []}, ["got [];"]),
+        ({"recompute": True}, ["got True;"]),
         ({"accumulate": 0}, ["Plan.accumulate: expected an integer of at least 1, got 0;"]),
         ({"accumulate_in": "rows"}, ["Plan.accumulate_in: expected 'shards' or 'unsharded', got 'rows';"]),
         (
@@ -622,6 +630,7 @@ def test_to_toml_as_people_read_it() -> None:
         "max_skipped_steps = 20\n"
         "accumulate = 1\n"
         'accumulate_in = "shards"\n'
+        'recompute = "none"\n'
         'disable = ["bucket_all_gathers"]\n'
         "timeout_s = 30.0\n"
         "\n"

@@ -70,6 +70,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"reduce_scatter": "all_to_all", "all_gather": "native"},
     {"persist_below": 40},
     {"persist_below": 40, "zero": 1},
+    {"recompute": ["block"], "zero": 0},
+    {"recompute": ["block"]},
 ]
 
 
