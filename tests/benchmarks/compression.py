@@ -53,6 +53,7 @@ VARIANTS = {
     "fp8": {"compress_gathers": "fp8", "compress_reductions": "fp8"},
     "powersgd": {"compress_reductions": "powersgd"},
     "topk": {"compress_reductions": "topk"},
+    "topk 10%": {"compress_reductions": "topk", "topk_fraction": 0.1},
 }
 
 
@@ -164,7 +165,7 @@ def run_rank(args):
 
 def result_path(args, world, name):
     """Where a part's figures are."""
-    return args.out / f"world{world}_{name.replace(' ', '_')}_{args.steps}.json"
+    return args.out / f"world{world}_{name.replace(' ', '_').replace('%', '')}_{args.steps}.json"
 
 
 def run_part(args, world, name):
