@@ -17,6 +17,7 @@ from torch import nn
 def rotate(x_BHTE, cos_TE, sin_TE):
     """Each pair of features is turned by an angle that grows with the position (rotary embedding)."""
     a, b = x_BHTE.chunk(2, dim=-1)
+    cos_TE, sin_TE = cos_TE.to(x_BHTE.dtype), sin_TE.to(x_BHTE.dtype)  # tables stay in fp32 under precision="bf16"
     return x_BHTE * cos_TE + torch.cat((-b, a), dim=-1) * sin_TE
 
 

@@ -107,11 +107,18 @@ def check_dtypes(step: StepGraph) -> None:
             )
 
 
-def sink_parameter_casts(step: StepGraph) -> None:
-    """Put each cast of a parameter right before its first reader, where the trace made all of them at the start."""
+def place_casts(step: StepGraph) -> None:
+    """Put each cast of a parameter right before its first reader, and that of its gradient right behind the gradient.
+
+    The trace makes the former all at the start of forward; so autograd runs the latter all at the end of backward, when
+    every gradient would be alive in low precision and none of them reduced.
+    """
     position = step.positions()
     for node in step.phase("forward"):
         if node.target is aten._to_copy.default and yields_tensor(node):
             source = node.args[0]
             if source.op == "placeholder" and source.meta["entry"].kind == "parameter" and node.users:  # type: ignore[union-attr]
                 min(node.users, key=position.__getitem__).prepend(node)
+    for gradient in step.gradients().values():
+        if gradient.target is aten._to_copy.default and gradient.args[0].op == "call_function":  # type: ignore[union-attr]
+            gradient.args[0].append(gradient)  # type: ignore[union-attr]

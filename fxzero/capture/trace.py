@@ -37,7 +37,7 @@ from fxzero.capture.guards import Guards, collect_guards, freeze_unused
 from fxzero.capture.inputs import TracedInputs
 from fxzero.capture.inventory import Inventory, hyperparameters, state_name
 from fxzero.capture.options import CaptureOptions
-from fxzero.capture.precision import check_dtypes, sink_parameter_casts
+from fxzero.capture.precision import check_dtypes, place_casts
 from fxzero.capture.provenance import module_paths
 from fxzero.capture.scalars import ScalarReader, SymbolicTensors
 from fxzero.capture.signature import flatten_batch
@@ -278,7 +278,7 @@ def capture_step(
         mode=tracer.mode,
     )
     check_dtypes(step)
-    sink_parameter_casts(step)
+    place_casts(step)
     freeze_unused(guards, step, entries, tracer.inputs.values)
     guards.attributes = inventory.attributes
     return Capture(step, guards, constants, time.perf_counter() - start, tuple(tracer.gradients))

@@ -20,6 +20,7 @@ from torch import nn
 import fxzero
 from fxzero.capture import CaptureOptions, Inventory, capture_step
 from fxzero.capture.precision import Precision
+from fxzero.cost.memory import memory_profile
 from fxzero.errors import CaptureError
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
@@ -302,6 +303,18 @@ def test_a_cast_stands_before_its_first_reader() -> None:
     assert len(casts) == len(list(model.parameters()))
     for cast in casts:
         assert min(order[user] for user in cast.users) == order[cast] + 1 or cast.next in casts
+
+
+def test_a_gradient_is_cast_where_it_is_born() -> None:
+    """Else all of them would be alive unreduced at the end of backward, where autograd makes the casts."""
+    step = graph_of(precision="bf16", bucket_bytes=0)
+    order = step.positions()
+    gradients = [node for node in step.gradients().values() if node.target is torch.ops.aten._to_copy.default]
+    assert len(gradients) == len(list(Reader().parameters()))
+    for gradient in gradients:
+        assert order[gradient] - order[gradient.all_input_nodes[0]] <= 2
+    low, full = (memory_profile(graph_of(bucket_bytes=0, **plan)) for plan in ({"precision": "bf16"}, {}))
+    assert low.peak_bytes < full.peak_bytes
 
 
 if __name__ == "__main__":
