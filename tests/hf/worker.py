@@ -94,7 +94,7 @@ def run(case: HFCase, *, rank: int, broken: bool) -> dict[str, Any]:
         "losses": losses,
         "nodes": len(step.captured.graph.nodes),
         "nodes_sharded": len(step.graph.graph.nodes),
-        "capture_s": step._require_last().capture.seconds,
+        "capture_s": step._require_last()[-1].capture.seconds,
         "seconds": seconds,
         "programs": num_programs(step),
         "sharded": sum(any(place.is_shard() for place in p.placements) for p in step.model.parameters()),
