@@ -365,8 +365,10 @@ class TrainStep:
 
 @functools.lru_cache(maxsize=64)
 def _joined(texts: tuple[str, ...]) -> str:
-    """What ranks agree on for one step: the text of each of its programs, in order, equal ones once."""
-    return "\n".join(dict.fromkeys(texts)) + (f"\n{len(texts)} microbatches" if len(texts) > 1 else "")
+    """What ranks agree on for one step: the texts of its programs, equal ones once, and the order in which they run."""
+    distinct = list(dict.fromkeys(texts))
+    order = " ".join(str(distinct.index(text)) for text in texts)
+    return "\n".join(distinct) + (f"\nmicrobatches run programs {order}" if len(texts) > 1 else "")
 
 
 @contextlib.contextmanager

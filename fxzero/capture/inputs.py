@@ -72,7 +72,7 @@ class TracedInputs:
     @property
     def device_type(self) -> str:
         """Where the model is; "cpu" for one on the meta device."""
-        return next((p.device.type for p in self.inventory.parameters.values() if not p.is_meta), "cpu")
+        return self._device.type
 
     def _add(self, entry: StateEntry, value: Any) -> None:
         self.entries.append(entry)
@@ -98,8 +98,8 @@ class TracedInputs:
             return torch.empty(shape, dtype=dtype, device=self._device)
 
     @property
-    def _device(self) -> torch.device | str:
-        return next((p.device for p in self.inventory.parameters.values() if not p.is_meta), "cpu")
+    def _device(self) -> torch.device:
+        return next((p.device for p in self.inventory.parameters.values() if not p.is_meta), torch.device("cpu"))
 
 
 def is_tensor_or_number(value: Any) -> bool:

@@ -41,14 +41,20 @@ def synchronisations(step: StepGraph) -> dict[str, str]:
 def _host_values(step: StepGraph) -> set[fx.Node]:
     """The numbers, the scalars that an optimizer keeps on the host, and what is computed from these alone."""
     scalars = {node for node in step.placeholders if _may_rest_on_host(node)}
+    host = _computed_from(step, scalars)
+    read = ancestors(node for node in step.calls(aten._local_scalar_dense.default) if node in host)
+    # the others (Adam's step under capturable=True, for one) may rest on the device as well
+    return _computed_from(step, scalars & read)
+
+
+def _computed_from(step: StepGraph, scalars: set[fx.Node]) -> set[fx.Node]:
+    """These, and the calls that take no tensors but these and what follows from them alone."""
     host = set(scalars)
     for node in step.calls():
         tensors = [source for source in node.all_input_nodes if yields_tensor(source)]
         if all(source in host for source in tensors) and (tensors or _is_host_number(node)):
             host.add(node)
-    read = ancestors(node for node in step.calls(aten._local_scalar_dense.default) if node in host)
-    unread = scalars - read  # Adam's step under capturable=True, for one: it may rest on the device as well
-    return host - unread - {node for node in host if unread & ancestors([node])} if unread else host
+    return host
 
 
 def _may_rest_on_host(node: fx.Node) -> bool:

@@ -5,6 +5,7 @@ Run as a module, this file is what each rank does.
 
 import contextlib
 import copy
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -359,6 +360,13 @@ def test_the_report_counts_all_microbatches() -> None:
     assert "zero 3 on dp=1, 4 microbatches a step" in step.report() or "one rank, 4 microbatches" in step.report()
     first, second, third, last = step.graphs
     assert second is third and first is not second and last is step.graph
+
+
+def test_ranks_agree_on_the_order_of_programs_too() -> None:
+    """Else one rank's second microbatch could meet the other's third, with other collectives."""
+    joined = importlib.import_module("fxzero.compile")._joined
+    assert joined(("a", "b", "b", "c")) != joined(("a", "a", "b", "c"))
+    assert joined(("a",)) == "a"
 
 
 def test_microbatches_as_dicts_and_weights_as_tensors() -> None:
