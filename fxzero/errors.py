@@ -71,5 +71,9 @@ class GradientOverflowError(FxzeroError):
     """Raised when too many steps in a row were skipped because gradients overflow at every loss scale."""
 
 
+class OffloadError(FxzeroError):
+    """Raised when a tensor cannot be written to or read from where a plan keeps it: full disk, file gone."""
+
+
 class RankMismatchError(FxzeroError):
     """Raised on every rank, before the first collective, when ranks hold different plans or programs."""

@@ -33,6 +33,7 @@ def test_the_doc_has_exactly_the_classes() -> None:
         "RewriteError",
         "VerifyError",
         "GradientOverflowError",
+        "OffloadError",
         "RankMismatchError",
     }
     assert set(entries()) == {c.__name__ for c in CLASSES}
