@@ -323,3 +323,19 @@ def no_modes() -> Any:
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
+
+
+def dtensor_over(local: torch.Tensor, mesh: Any, placements: Any, *, shape: Any, stride: Any) -> Any:
+    """A DTensor with this local tensor, left where it is: off the mesh's device, too.
+
+    `DTensor.from_local` moves what is on another device; FSDP2 makes its offloaded parameters as this does.
+    Covers torch 2.11 to 2.13.
+    """
+    from torch.distributed.tensor import DTensor
+
+    if local.device.type == mesh.device_type:
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    meta = TensorMeta(torch.Size(shape), tuple(stride), local.dtype)
+    return DTensor(local, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)

@@ -132,8 +132,8 @@ class TrainStep:
         self._topology = Topology.of(plan, self._device.type)
         self.plan = self._topology.plan
         auxiliary = auxiliary_state(self.plan, dict(model.named_parameters()))
-        self._state = StepState(model, optimizer, self._topology, auxiliary=auxiliary, init=init)
-        self._options = captured_as(self.plan)
+        self._state = StepState(model, optimizer, self._topology, device=self._device, auxiliary=auxiliary, init=init)
+        self._options = replace(captured_as(self.plan), device=self._device)
         self._compiled: dict[tuple[Signature, Accumulation], list[Compiled]] = {}
         self._agreement = Agreement(timeout_s=self.plan.timeout_s)
         self._skipped = SkippedSteps(limit=self.plan.max_skipped_steps, dynamic=self._options.scaling.dynamic)
@@ -204,7 +204,11 @@ class TrainStep:
         carried: dict[str, torch.Tensor] = {}
         for index, compiled in enumerate(programs):
             program = compiled.program
-            values = program.run(self._inputs(compiled, inventory, batch, index, carried))
+            try:
+                values = program.run(self._inputs(compiled, inventory, batch, index, carried))
+            except BaseException:
+                self._state.homes.abandon()
+                raise
             found = dict(zip(program.outputs, values, strict=True))
             del values
             losses.append(found.pop(("loss", "loss")))
@@ -290,7 +294,7 @@ class TrainStep:
         with _timed(seconds, "passes"):
             step = pipeline.run(capture.step)
         with _timed(seconds, "lower"):
-            program = Program(step, groups=self._topology.groups)
+            program = Program(step, groups=self._topology.groups, swapper=self._state.homes.swapper)
         text = agreed_text(step, plan=self.plan.fingerprint(), passes=pipeline.describe())
         return Compiled(capture.step, step, program, capture, text, list(pipeline.records), seconds, place)
 
@@ -341,6 +345,7 @@ class TrainStep:
 
     def _bind(self) -> None:
         self._state.bind()
+        self._state.homes.settle_moves()
         arguments.owned.add(self.model)
 
     def unsharded(self, *, writeback: bool = False) -> contextlib.AbstractContextManager[nn.Module]:

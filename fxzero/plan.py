@@ -19,9 +19,11 @@ from typing import Any
 
 from fxzero.errors import PlanError
 from fxzero.plan_compression import check_compression
+from fxzero.plan_offload import WHERE, check_offload
 from fxzero.plan_values import (
     Check,
     bound,
+    directory,
     finite,
     fraction,
     integer,
@@ -29,6 +31,7 @@ from fxzero.plan_values import (
     norm_order,
     number_of_bytes,
     one_of,
+    part,
     pass_names,
     patterns,
     recomputed,
@@ -174,6 +177,15 @@ class Plan:
         node_size: of dp, how many share a node: backward gathers inside it what forward gathered over all; 0: over dp.
         recompute: what backward computes again instead of keeping it: "none" (but cheap pointwise results), "blocks"
             (the inside of each repeated module), a fraction of the blocks (the first), or patterns of module paths.
+        offload_optimizer: where optimizer state rests: "none" (on the device), "host" (in host memory) or "nvme" (in
+            files); it comes in for the update of its parameter.
+        offload_parameters: where parameters (their rows, where sharded) rest; they come in for each phase.
+        offload_activations: where activations wait from forward for backward.
+        offload_below: elements below which a tensor stays on the device.
+        update_on_host: the part of the optimizer state on the host (0 to 1, of its bytes) that is updated there.
+        offload_dir: for files: the directory in which each run makes one of its own; None: that for temporary files.
+        offload_io: "direct" (past the page cache) or "buffered", for files.
+        offload_buffer_bytes: of host memory through which tensors stream to and from files.
         disable: names of passes to leave out; kept sorted, since their order means nothing.
         timeout_s: seconds that ranks wait for each other to agree before the first collective.
 
@@ -213,9 +225,16 @@ class Plan:
     accumulate: int = _key(1, integer(1, fix="write how many microbatches a step has"))
     accumulate_in: str = _key("shards", one_of("shards", "unsharded"))
     recompute: str | float | tuple[str, ...] = _key("none", recomputed)
+    offload_optimizer: str = _key("none", one_of(*WHERE))
+    offload_parameters: str = _key("none", one_of(*WHERE))
+    offload_activations: str = _key("none", one_of(*WHERE))
+    offload_below: int = _key(4096, integer(0, fix="write a number of elements; 0 offloads every tensor"))
+    update_on_host: float = _key(0.0, part)
+    offload_dir: str | None = _key(None, directory)
+    offload_io: str = _key("direct", one_of("direct", "buffered"))
+    offload_buffer_bytes: int = _key(32 * 2**20, number_of_bytes)
     disable: tuple[str, ...] = _key((), pass_names)
     timeout_s: float = _key(60.0, seconds)
-    offload: str = _reserved("none")
     memory_budget: int | None = _reserved(None)
 
     def __post_init__(self) -> None:
@@ -231,6 +250,7 @@ class Plan:
                     f"Plan.{key}", expected=f"precision {wanted!r} with it", got=repr(self.precision), fix=fix
                 )
         check_compression(self)
+        check_offload(self)
         if self.precision.endswith("fp16") and self.loss_scale is None:
             fix = "set loss_scale='dynamic', or a number (1.0 to go without, gradients below 6e-8 are then 0)"
             raise PlanError.of("Plan.loss_scale", expected="one, with precision in fp16", got="None", fix=fix)

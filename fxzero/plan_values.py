@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -68,6 +69,20 @@ def seconds(where: str, value: Any) -> float:
         expected = f"seconds, more than 0 and at most {_MAX_TIMEOUT_S}"
         raise PlanError.of(where, expected=expected, got=show(value), fix="write a number such as 60.0")
     return float(value)
+
+
+def part(where: str, value: Any) -> float:
+    """A number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise PlanError.of(where, expected="a part, from 0 to 1", got=show(value), fix="write a number such as 0.5")
+    return float(value)
+
+
+def directory(where: str, value: Any) -> str | None:
+    """The path of a directory; whether it is there is seen when it is used."""
+    if (value is not None and not isinstance(value, (str, os.PathLike))) or value == "":
+        raise PlanError.of(where, expected="a path", got=show(value), fix="write it as text, or leave the key out")
+    return None if value is None else os.fspath(value)
 
 
 def one_of(*built: str, reserved: tuple[str, ...] = ()) -> Check:

@@ -24,6 +24,9 @@ from fxzero.passes.compress_with_powersgd import compress_with_powersgd, powersg
 from fxzero.passes.compress_with_top_k import compress_with_top_k, top_k_states
 from fxzero.passes.delay_weight_gradients import delay_weight_gradients
 from fxzero.passes.gather_within_nodes import gather_within_nodes
+from fxzero.passes.offload_activations import offload_activations
+from fxzero.passes.offload_state import offload_state
+from fxzero.passes.place_swaps import place_swaps
 from fxzero.passes.place_updates import place_updates
 from fxzero.passes.prefetch_all_gathers import prefetch_all_gathers
 from fxzero.passes.quantize_all_gathers import quantize_all_gathers
@@ -39,6 +42,7 @@ from fxzero.passes.shard_optimizer_state import shard_optimizer_state
 from fxzero.passes.shard_parameters import shard_parameters
 from fxzero.plan import Plan
 from fxzero.plan_compression import QUANTIZED
+from fxzero.plan_offload import state_tiers
 
 ALL_PASSES: tuple[Pass, ...] = (
     recompute_blocks,
@@ -62,6 +66,9 @@ ALL_PASSES: tuple[Pass, ...] = (
     bucket_reduce_scatters,
     prefetch_all_gathers,
     place_updates,
+    offload_activations,
+    offload_state,
+    place_swaps,
 )
 
 
@@ -162,7 +169,18 @@ def recipe(plan: Plan, *, backend: str) -> Pipeline:
     if gathers:
         passes.append(prefetch_all_gathers.using(distance=plan.prefetch))
     passes.append(place_updates.using(bucket_bytes=plan.bucket_bytes))
+    passes += _offloading(plan)
     return Pipeline(passes, disable=plan.disable)
+
+
+def _offloading(plan: Plan) -> list[Pass]:
+    """What leaves the device: last, because it follows the order of the program."""
+    passes: list[Pass] = []
+    if plan.offload_activations != "none":
+        passes.append(offload_activations.using(tier=plan.offload_activations, below=plan.offload_below))
+    if tiers := state_tiers(plan):
+        passes.append(offload_state.using(tiers=tiers, below=plan.offload_below, on_host=plan.update_on_host))
+    return [*passes, place_swaps.using(distance=plan.prefetch, bucket_bytes=plan.bucket_bytes)] if passes else []
 
 
 def _recomputed(recompute: str | float | tuple[str, ...]) -> dict[str, Any]:

@@ -13,13 +13,11 @@ from fxzero.graph import PHASES, Sharding, StepGraph, ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor
-from fxzero.graph.step_graph import identifier, is_getitem, is_view, iter_views, sharding_of
+from fxzero.graph.repeat_views import repeat_views
+from fxzero.graph.step_graph import identifier, iter_views, sharding_of
 from fxzero.passes.shard_optimizer_state import is_rows_of
 
 aten = torch.ops.aten
-
-# cheap ops on a parameter alone, done again in backward rather than kept as an activation
-_REPEATED = {aten._to_copy.default, aten.clone.default}
 
 
 @graph_pass(requires=("optimizer-state-sharded",), provides=("parameters-sharded",))
@@ -41,38 +39,10 @@ def shard_parameters(step: StepGraph, *, axis: str, persist_below: int = 0, agai
         sharding = sharding_of(node, axis, step.mesh[axis], persist_below)
         if sharding is not None:
             if again:
-                edits += _repeat_views(node, position)
+                edits += repeat_views(node, position)
             edits += _shard(step, node, sharding, position, results, again=again)
     step.set_results(results)
     return edits
-
-
-def _repeat_views(source: fx.Node, position: dict[fx.Node, float]) -> int:
-    """Give each later phase its own copy of the views of a parameter, so that none outlives its phase."""
-    edits = 0
-    for view in [n for n in source.users if _repeats(n, source)]:
-        edits += _repeat_views(view, position)  # first, so that a copy of a view's view asks for a copy of the view
-        by_phase: dict[str, list[fx.Node]] = {}
-        for user in view.users:
-            phase = user.meta.get("phase", view.meta["phase"])
-            if phase != view.meta["phase"]:
-                by_phase.setdefault(phase, []).append(user)
-        for phase, users in by_phase.items():
-            first = min(users, key=lambda n: position.get(n, 0))
-            with view.graph.inserting_before(first):
-                twin = view.graph.node_copy(view)
-            twin.meta = {**view.meta, "phase": phase}
-            position[twin] = position.get(first, 0) - 0.5
-            for user in users:
-                user.replace_input_with(view, twin)
-            edits += 1
-    return edits
-
-
-def _repeats(node: fx.Node, source: fx.Node) -> bool:
-    if is_getitem(node):
-        return is_view(source)
-    return (is_view(node) or node.target in _REPEATED) and len(node.all_input_nodes) == 1
 
 
 def _shard(

@@ -19,16 +19,19 @@ class TracedInputs:
     Args:
         inventory: what model and optimizer own.
         env, mode: the symbol environment and the fake tensor mode of the trace.
+        device: where the step runs; None: where the parameters are.
 
     Attributes:
         entries, values: what the inputs are, and the fakes or symbols that stand for them.
         symbols: symbol -> key of the entry that it is.
     """
 
-    def __init__(self, inventory: Inventory, env: Any, mode: Any) -> None:
+    def __init__(self, inventory: Inventory, env: Any, mode: Any, device: torch.device | None = None) -> None:
         self.inventory = inventory
         self.env = env
         self.mode = mode
+        found = (p.device for p in inventory.parameters.values() if not p.is_meta)
+        self._device = next(found, torch.device("cpu")) if device is None else device
         self.entries: list[StateEntry] = []
         self.values: list[Any] = []
         self.symbols: dict[Any, tuple[str, str]] = {}
@@ -40,9 +43,10 @@ class TracedInputs:
             batch: (path, leaf) of the arguments.
             options: what else there is: a scaler's state, gradients of earlier microbatches.
         """
-        for kind, tensors in (("parameter", self.inventory.parameters), ("buffer", self.inventory.buffers)):
-            for name, tensor in tensors.items():
-                self._add(StateEntry(kind, name, tuple(tensor.shape)), self._fake(tensor))
+        for name, parameter in self.inventory.parameters.items():
+            self._add(StateEntry("parameter", name, tuple(parameter.shape)), self._fake(parameter, moved=True))
+        for name, buffer in self.inventory.buffers.items():
+            self._add(StateEntry("buffer", name, tuple(buffer.shape)), self._fake(buffer))
         if options.accumulation.updates:
             self._declare_optimizer()
         for state in options.scaling.states:
@@ -50,7 +54,7 @@ class TracedInputs:
         for name in options.accumulation.carried:
             parameter = self.inventory.parameters[name]
             entry = StateEntry(options.accumulation.kind, name, tuple(parameter.shape))
-            self._add(entry, self._fake(parameter))
+            self._add(entry, self._fake(parameter, moved=True))
         for path, leaf in batch:
             if isinstance(leaf, torch.Tensor):
                 self._add(StateEntry("batch", path, tuple(leaf.shape)), compat.fake_like(self.mode, leaf))
@@ -80,7 +84,7 @@ class TracedInputs:
 
     def _add_scalar_or_tensor(self, entry: StateEntry, value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            self._add(entry, self._fake(value))
+            self._add(entry, self._fake(value, moved=value.dim() > 0))  # a scalar may live on the host
             return
         make = compat.symbolic_int if isinstance(value, int) else compat.symbolic_float
         symbol = make(self.env, value, name=f"{entry.kind}:{entry.name}")
@@ -88,18 +92,15 @@ class TracedInputs:
             self.symbols[compat.symbol_of(symbol)] = entry.key
         self._add(entry, symbol)
 
-    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        device = "cpu" if tensor.device.type == "meta" else tensor.device
+    def _fake(self, tensor: torch.Tensor, *, moved: bool = False) -> torch.Tensor:
+        """A fake like a tensor; `moved`: on the step's device, for state that may rest elsewhere."""
+        device = self._device if tensor.device.type == "meta" or moved else tensor.device
         with self.mode:
             return torch.empty_strided(tensor.shape, dense_strides(tensor), dtype=tensor.dtype, device=device)
 
     def _blank(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         with self.mode:
             return torch.empty(shape, dtype=dtype, device=self._device)
-
-    @property
-    def _device(self) -> torch.device:
-        return next((p.device for p in self.inventory.parameters.values() if not p.is_meta), torch.device("cpu"))
 
 
 def is_tensor_or_number(value: Any) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from fxzero.capture.accumulation import Accumulation
 from fxzero.capture.clipping import Clipping
 from fxzero.capture.loss_scaling import LossScaling
@@ -19,9 +21,11 @@ class CaptureOptions:
         clipping: how gradients are bounded before the update.
         scaling: how the loss is scaled.
         accumulation: which of several microbatches it is.
+        device: where the step runs, wherever its state rests; None: where the parameters are.
     """
 
     precision: Precision = field(default_factory=Precision)
     clipping: Clipping = field(default_factory=Clipping)
     scaling: LossScaling = field(default_factory=LossScaling)
     accumulation: Accumulation = field(default_factory=Accumulation)
+    device: torch.device | None = None

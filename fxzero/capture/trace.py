@@ -102,7 +102,7 @@ class _StepTracer:
         self.boundaries: dict[str, int] = {}
         self.results: list[tuple[str, str]] = []
         self.gradients: list[str] = []
-        self.inputs = TracedInputs(inventory, self.env, self.mode)
+        self.inputs = TracedInputs(inventory, self.env, self.mode, options.device)
         self.batch_leaves, self.batch_structure = flatten_batch(args, kwargs)
 
     def run(self, *values: Any) -> list[Any]:

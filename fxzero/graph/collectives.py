@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxzero.graph import compression_ops, ops
+from fxzero.graph import compression_ops, ops, swap_ops
 from fxzero.graph.step_graph import num_bytes
 
 # the namespace of torch's functional collectives; the names in it are what torch documents
@@ -127,7 +127,7 @@ def parameter_sent(source: fx.Node) -> fx.Node | None:
     before = gathered_before(source)
     if before is not None:
         source = first_sent_to(before)[1]
-    while source.target in PREPARES:
+    while source.target in PREPARES or source.target in swap_ops.OPS:
         source = source.args[0]  # type: ignore[assignment]
     is_parameter = source.op == "placeholder" and source.meta["entry"].kind == "parameter"
     return source if is_parameter else None

@@ -337,6 +337,8 @@ class _Reader:
                     node.meta["param"] = _unquoted(name)
                 case ["shard", rows] if _ROWS.fullmatch(rows):
                     node.meta["sharding"] = self._sharding(rows)
+                case ["on", tier]:
+                    node.meta["tier"] = _unquoted(tier)
                 case ["by", name]:
                     node.meta["algorithm"] = _unquoted(name)
                 case ["whole", *sizes] if re.fullmatch(r"\[[\d, ]*\]", ", ".join(sizes)):
@@ -344,7 +346,7 @@ class _Reader:
                 case ["state", "of", name]:
                     stated["state of"] = _unquoted(name)
                 case _:
-                    expected = "a module, grad of, update of, for, shard, by, whole or state of"
+                    expected = "a module, grad of, update of, for, shard, on, by, whole or state of"
                     _fail("comment", expected, repr(part.strip()), "correct it; quote names that have spaces")
         return stated
 

@@ -10,6 +10,7 @@ Everything that a pass needs stands in `node.meta`:
     sharding   a Sharding, where the value is this rank's rows of a larger single-device tensor
     grad_of    names of the parameters whose unreduced gradient this node is
     param      the parameter whose update (or gather, or reduction) this node belongs to
+    tier       where the value is, if not on the device: "host" or "nvme"
     algorithm  a collective that is not carried by the backend's own: "send_recv"
     results    output node only: one Result for each returned value
 """
@@ -59,6 +60,12 @@ class StateEntry:
     def key(self) -> tuple[str, str]:
         """What identifies the entry within a graph."""
         return (self.kind, self.name)
+
+    @property
+    def label(self) -> str:
+        """What a person calls it: "parameter embed.weight", "exp_avg of embed.weight"."""
+        param, _, key = self.name.rpartition(":")
+        return f"{key} of {param}" if self.kind == "optimizer" and param else f"{self.kind} {self.name}"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 The graph is functional; its program need not be. A pointwise op whose first input has the output's layout and is
 read by nothing afterwards, under any name that shares its memory, runs as its in-place form. An updated parameter
 or optimizer state so comes to stand in the memory of the old one and needs no copy: the same in-place ops, in the
-same order, that eager optimizers run.
+same order, that eager optimizers run. A tensor that is being moved or sent is read until that is waited for.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from torch import fx
 
 from fxzero import compat
 from fxzero.graph import collectives as c10d
+from fxzero.graph import swap_ops
 from fxzero.graph.step_graph import CARRIED_KINDS, STATE_KINDS, StepGraph, is_getitem, is_view, yields_tensor
 
 aten = torch.ops.aten
 
 # outputs of these are memory of their own (pointwise ops aside, which the tag tells)
 _FRESH = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.mean.dim, aten.sum.dim_IntList}
+_FRESH |= {swap_ops.swap_in, swap_ops.swap_out}
 
 
 class InPlace:
@@ -52,6 +54,18 @@ class InPlace:
             self.members.setdefault(root, []).append(node)
         self.last_use = {root: self._last(members) for root, members in self.members.items()}
 
+    def last_reading(self, root: fx.Node) -> int:
+        """The position after which the program neither reads nor writes a storage, what it returns aside."""
+        members = self.members[root]
+        readers = [self.read_until(user) for member in members for user in member.users if user.op != "output"]
+        return max([*readers, *(self.position[member] for member in members)], default=0)
+
+    def read_until(self, user: fx.Node) -> int:
+        """The position at which a reader is done with what it reads."""
+        if swap_ops.is_launch(user):
+            return self.position[swap_ops.wait_of(user)]
+        return self.position[user]
+
     def _natural_storage(self, step: StepGraph) -> dict[fx.Node, list[fx.Node]]:
         """Root -> every node that shares its memory through views, written or not."""
         groups: dict[fx.Node, list[fx.Node]] = {}
@@ -77,12 +91,12 @@ class InPlace:
             return None
         first = node.args[0]
         assert isinstance(first, fx.Node)
-        if not _same_layout(first, node) or _aliased(first) is not None:
+        if not _same_layout(first, node) or (_aliased(first) is not None and not swap_ops.is_wait(first)):
             return None
         root = self.storage[first]
         if root.op == "placeholder" and root not in self._writable:
             return None
-        if first is not root and first not in self.forms:
+        if first is not root and first not in self.forms and not swap_ops.is_wait(first):
             return None
         if root.op != "placeholder" and not _is_fresh(root):
             return None
@@ -90,7 +104,7 @@ class InPlace:
         for member in list(sharing):
             sharing.update(self._natural[self._natural_root[member]])
         here = self.position[node]
-        if any(self.position[user] > here for member in sharing for user in member.users):
+        if any(self.read_until(user) > here for member in sharing for user in member.users):
             return None
         others = [n for n in node.all_input_nodes if n is not first and n in sharing]
         return None if others else form

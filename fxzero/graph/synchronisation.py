@@ -25,7 +25,7 @@ _BY_INDEX = {aten.index.Tensor, aten.index_put.default, aten._unsafe_index.Tenso
 
 def synchronisations(step: StepGraph) -> dict[str, str]:
     """Name of each node at which the host would wait for the device -> why; see [Note: as on an accelerator]."""
-    host = _host_values(step)
+    host = host_values(step)
     found: dict[str, str] = {}
     for node in step.calls():
         if node not in host and any(source not in host for source in node.all_input_nodes if yields_tensor(source)):
@@ -38,7 +38,7 @@ def synchronisations(step: StepGraph) -> dict[str, str]:
     return found
 
 
-def _host_values(step: StepGraph) -> set[fx.Node]:
+def host_values(step: StepGraph) -> set[fx.Node]:
     """The numbers, the scalars that an optimizer keeps on the host, and what is computed from these alone."""
     scalars = {node for node in step.placeholders if _may_rest_on_host(node)}
     host = _computed_from(step, scalars)

@@ -13,7 +13,8 @@ Types: dtype, shape, strides where not the contiguous ones, device where not the
 rank's part of 62 rows that are sharded over the axis dp. ATen ops go by their own name, without `.default`; Python's
 operators as `py.mul`; other namespaces in front, `prims::copy_to`. A collective names the mesh axis and the bytes of
 the whole tensors. After `#` come the module (`d module` for what differentiates it), the parameters whose gradient the
-node is, the parameter whose update (or gather, or reduction) it belongs to, and the algorithm of a collective.
+node is, the parameter whose update (or gather, or reduction) it belongs to, the tier that it rests on off the device,
+and the algorithm of a collective.
 
 [Note: sections and phases]
 Each section comes once, in program order: `backward` goes from the first to the last backward node, `update` is what
@@ -40,7 +41,7 @@ import torch
 from torch import fx
 
 from fxzero.graph import collectives as c10d
-from fxzero.graph import compression_ops, error_feedback_ops, ops
+from fxzero.graph import compression_ops, error_feedback_ops, ops, swap_ops
 from fxzero.graph.step_graph import PHASES, Sharding, StepGraph, num_bytes
 
 SECTIONS = ("inputs", *PHASES, "results")
@@ -49,7 +50,7 @@ SHORT_NAMES: dict[Any, str] = {
     c10d.wait: "wait",
     ops.release: "release",
     ops.local_shard: "local_shard",
-    **{op: op.name().removeprefix("fxzero::") for op in (*compression_ops.OPS, *error_feedback_ops.OPS)},
+    **{op: op.name().removeprefix("fxzero::") for op in (*compression_ops.OPS, *error_feedback_ops.OPS, *swap_ops.OPS)},
     ops.nonfinite: "nonfinite",
     operator.getitem: "getitem",
 }
@@ -57,6 +58,7 @@ SHORT_NAMES: dict[Any, str] = {
 _WIDEST = (32, 24, 24, 48)
 _WIDTH_STEP = 4
 _COLORS = {"heading": "1", "comment": "2", "wait": "34", "release": "35"}
+_COLORS |= {"swap_out": "33", "swap_in": "33", "swap_wait": "34"}
 _COLORS |= {row.name: "36" for row in c10d.TABLE.values()}
 _WORD = re.compile(r"[\w.:/+@-]+")
 
@@ -214,6 +216,8 @@ def comment_text(node: fx.Node, mesh: dict[str, int]) -> str:
         parts.append(f"{'update of' if meta.get('phase') == 'update' else 'for'} {_word(meta['param'])}")
     if meta.get("sharding") is not None and not fits(meta["sharding"], meta.get("val")):
         parts.append(f"shard {sharding_text(meta['sharding'], mesh)}")
+    if meta.get("tier") is not None:
+        parts.append(f"on {_word(meta['tier'])}")
     if meta.get("algorithm") is not None:
         parts.append(f"by {_word(meta['algorithm'])}")
     return "; ".join(parts)

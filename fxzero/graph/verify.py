@@ -32,6 +32,7 @@ from fxzero.graph.rules import (
     schema_of,
 )
 from fxzero.graph.step_graph import StepGraph, yields_scalar
+from fxzero.graph.swap_rules import check_swaps
 
 aten = torch.ops.aten
 
@@ -166,6 +167,7 @@ RULES: dict[str, Callable[[Context], Iterator[Violation]]] = {
     "collectives": check_collectives,
     "compression": check_compression,
     "sharding": check_sharding,
+    "swaps": check_swaps,
     "release": check_release,
     "random": check_random,
     "synchronisation": check_synchronisation,

@@ -14,9 +14,10 @@ from torch import fx
 from fxzero import compat
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
-from fxzero.graph.step_graph import STATE_KINDS, yields_tensor
+from fxzero.graph.step_graph import STATE_KINDS, first_argument, yields_tensor
 from fxzero.graph.storage import InPlace
 from fxzero.runtime import send_recv
+from fxzero.runtime.swap_lines import SWAPPER_METHODS, SwapLines
 
 
 class Program:
@@ -25,6 +26,7 @@ class Program:
     Args:
         step: the final graph.
         groups: mesh axis -> the process group that carries it.
+        swapper: what moves tensors off the device and back, where the graph does.
         name: where tracebacks say that they are.
 
     Attributes:
@@ -33,11 +35,11 @@ class Program:
         source: the Python text; ops in place end with an underscore.
     """
 
-    def __init__(self, step: StepGraph, *, groups: Mapping[str, Any], name: str = "step") -> None:
+    def __init__(self, step: StepGraph, *, groups: Mapping[str, Any], swapper: Any = None, name: str = "step") -> None:
         self.step = step
         self.entries = [node.meta["entry"] for node in step.placeholders]
         self.groups = dict(groups)
-        self._emitter = _Emitter(step, self.groups)
+        self._emitter = _Emitter(step, self.groups, swapper)
         self.source = self._emitter.text()
         self.outputs = self._emitter.outputs
         self.file = f"<fxzero {name} {id(self):x}>"
@@ -97,16 +99,17 @@ _READS_GRAD_MODE = {torch.ops.aten.mkldnn_rnn_layer.default: _with_grad_mode(tor
 class _Emitter:
     """Writes the source, line by line."""
 
-    def __init__(self, step: StepGraph, groups: Mapping[str, Any]) -> None:
+    def __init__(self, step: StepGraph, groups: Mapping[str, Any], swapper: Any) -> None:
         self.step = step
         self.groups = groups
-        self.names: dict[str, Any] = {}
+        self.names: dict[str, Any] = {f"swap_{name}": getattr(swapper, name, None) for name in SWAPPER_METHODS}
         self.constants: dict[int, str] = {}
         self.lines: list[str] = []
         self.line_nodes: dict[int, fx.Node] = {}
         self.in_place = InPlace(step)
         self.outputs: list[tuple[str, str]] = []
         self.position = self.in_place.position
+        self.swaps = SwapLines(step, self.in_place)
         self.copies = self._copies()
         self.aside = self._set_aside()
         self.messages = 0
@@ -118,7 +121,7 @@ class _Emitter:
         for node in self.step.graph.nodes:
             if node.op == "call_function":
                 self._call(node)
-            for line in self.copies.get(node, ()):
+            for line in (*self.copies.get(node, ()), *self.swaps.after(node)):
                 self.lines.append(f"    {line}")
             if node.op != "output" and node in dying:
                 self.lines.append(f"    del {', '.join(dying[node])}")
@@ -135,6 +138,10 @@ class _Emitter:
             return  # the memory goes with the last reference, which this node has
         target: Any = self.in_place.forms.get(node, node.target)
         args = [self._argument(a) for a in node.args]
+        if node in self.swaps:
+            self.lines.append(f"    {self.swaps.line(node, args)}")
+            self.line_nodes[len(self.lines)] = node
+            return
         if c10d.is_collective(node):
             target, args = self._collective(node, args)
         elif c10d.is_wait(node) and runs_by_messages(c10d.launched_by(node)):
@@ -165,7 +172,7 @@ class _Emitter:
         else:
             name = f"py_{getattr(target, '__name__', 'call')}"
         call = _READS_GRAD_MODE.get(target, target)
-        while name in self.names and self.names[name] is not call:
+        while name in self.names and self.names[name] != call:
             name += "_"
         self.names[name] = call
         return name
@@ -199,11 +206,13 @@ class _Emitter:
             state = inputs.get(key)
             if state is None or not yields_tensor(node) or self.in_place.storage[node] is state:
                 continue
+            if node in self.swaps and first_argument(node) in self.swaps.stores:
+                continue
             source = node.name
             if self._stands_in_state(node):
                 source = f"{node.name}_for_{state.name}"
                 out.setdefault(node, []).append(f"{source} = {node.name}.clone()")
-            last = max(self._last_reading(state), self.position[node])
+            last = max(self.in_place.last_reading(state), self.position[node])
             last = min(last, len(nodes) - 2)  # not behind the output
             out.setdefault(nodes[last], []).append(f"{state.name}.copy_({source})")
         for lines in out.values():
@@ -223,11 +232,6 @@ class _Emitter:
         root = self.in_place.storage[node]
         return root.op == "placeholder" and root.meta["entry"].kind in STATE_KINDS
 
-    def _last_reading(self, state: fx.Node) -> int:
-        members = self.in_place.members[state]
-        readers = [self.position[user] for member in members for user in member.users if user.op != "output"]
-        return max([*readers, *(self.position[member] for member in members)], default=0)
-
     def _dying(self) -> dict[fx.Node, list[str]]:
         """Node -> names of variables that nothing needs after it."""
         kept = {
@@ -243,6 +247,8 @@ class _Emitter:
                 last[node.name] = node
             for source in node.all_input_nodes:
                 last[source.name] = node
+            if node in self.swaps.stores:
+                last[self.swaps.stores[node].name] = node
             for line in self.copies.get(node, ()):
                 for name in re.findall(r"\w+", line.replace(".copy_", " ").replace(".clone", " ")):
                     last[name] = node

@@ -17,12 +17,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from fxzero import compat
 from fxzero.capture.inventory import Inventory, dense_strides, state_name
 from fxzero.capture.priming import check_state_can_be_sharded, initial_state
 from fxzero.capture.rehearsal import rehearse
 from fxzero.errors import CaptureError
 from fxzero.graph import AuxiliaryState
 from fxzero.graph.ops import local_shard, shard_rows
+from fxzero.graph.swap_ops import DEVICE
+from fxzero.runtime.homes import Homes
 from fxzero.runtime.topology import Topology
 
 Init = Callable[[nn.Module], Any]
@@ -34,6 +37,7 @@ class StepState:
     Args:
         model, optimizer: the user's; after `bind` they own DTensors.
         topology: this rank's place.
+        device: where the step runs.
         auxiliary: what the plan makes the step keep beside the model's and the optimizer's own.
         init: for meta models, fills the parameters and buffers that a module owns itself.
     """
@@ -44,12 +48,14 @@ class StepState:
         optimizer: torch.optim.Optimizer,
         topology: Topology,
         *,
+        device: torch.device,
         auxiliary: Sequence[AuxiliaryState] = (),
         init: Init | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.topology = topology
+        self.homes = Homes(topology.plan, device)
         self.auxiliary = {state.name: state for state in auxiliary}
         self.init = init
         self.bound = False
@@ -159,6 +165,7 @@ class StepState:
         rows = (shard_rows(old.shape[0], self.topology.plan.axes["dp"]), *old.shape[1:]) if sharded else old.shape
         memory = self._blank(rows, old.dtype)
         if self.topology.mesh is None:
+            memory = self.homes.settle(("parameter", name), memory, old.shape)
             self._local[("parameter", name)] = (memory, memory)
             return memory
         return self._wrap(("parameter", name), memory, old.shape, sharded, dense_strides(old))
@@ -170,6 +177,9 @@ class StepState:
     def _replace(self, old: nn.Parameter, new: torch.Tensor, *, name: str, also: torch.Tensor | None = None) -> None:
         """Put a new parameter wherever the old one (or its filled form) was: module tree, ties, optimizer."""
         if self.topology.mesh is None and not old.is_meta:
+            if new.data_ptr() != old.data_ptr():
+                old.data = new  # it rests elsewhere now, and is the same parameter
+            self._local[("parameter", name)] = (old, new)
             return
         parameter = nn.Parameter(new, requires_grad=old.requires_grad)
         self._local[("parameter", name)] = (parameter, self._local[("parameter", name)][1])
@@ -190,6 +200,7 @@ class StepState:
         """Take rows (or all) of a full tensor into this rank's memory; returns what model or optimizer own."""
         mesh = self.topology.mesh
         if mesh is None:
+            full = self.homes.settle(key, full, full.shape)
             self._local[key] = (full, full)
             return full
         size = self.topology.plan.axes["dp"]
@@ -211,6 +222,7 @@ class StepState:
     ) -> torch.Tensor:
         mesh = self.topology.mesh
         assert mesh is not None
+        memory = self.homes.settle(key, memory, shape)
         rows = memory
         if sharded:
             size, index = self.topology.plan.axes["dp"], self.topology.coordinate("dp")
@@ -218,7 +230,7 @@ class StepState:
             rows = memory[: max(0, min(each, shape[0] - index * each))]
         placements = [Shard(0) if sharded and axis == "dp" else Replicate() for axis in self.topology.plan.axes]
         stride = strides or torch.empty(shape, device="meta").stride()
-        owned = DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=stride)
+        owned = compat.dtensor_over(rows, mesh, placements, shape=shape, stride=stride)
         self._local[key] = (owned, memory)
         return owned
 
@@ -262,6 +274,7 @@ class StepState:
     ) -> torch.Tensor:
         entry = ("optimizer", state_name(param, key))
         if self.topology.mesh is None:
+            value = self.homes.settle(entry, value, shape if tuple(value.shape) == tuple(shape) else value.shape)
             self._local[entry] = (value, value)
             return value
         rows = (shard_rows(shape[0], self.topology.plan.axes["dp"]), *shape[1:]) if sharded else tuple(shape)
@@ -311,19 +324,21 @@ class StepState:
     def _readopt(self, key: tuple[str, str], owned: torch.Tensor) -> torch.Tensor:
         """A tensor that the user put in place of ours (load_state_dict of torch.optim does)."""
         if not isinstance(owned, DTensor):
-            self._local[key] = (owned, owned.detach())
-            return owned.detach()
+            memory = self.homes.settle(key, owned.detach(), owned.shape)
+            if memory.data_ptr() != owned.data_ptr():
+                return self._take_over(key, memory, owned)
+            self._local[key] = (owned, memory)
+            return memory
         sharded = any(isinstance(p, Shard) for p in owned.placements)
         local = owned.to_local().detach()
+        if self.homes.tier(key[0], owned.shape) != DEVICE:
+            memory = _padded_rows(local, owned.shape[0], self.topology.plan.axes["dp"]) if sharded else local
+            return self._take_over(key, self._wrap(key, memory, owned.shape, sharded, owned.stride()), owned)
         if not sharded:
             self._local[key] = (owned, local)
             return local
-        each = shard_rows(owned.shape[0], self.topology.plan.axes["dp"])
-        if local.shape[0] == each and local.is_contiguous():
-            memory = local
-        else:
-            memory = local.new_zeros((each, *local.shape[1:]))
-            memory[: local.shape[0]].copy_(local)
+        memory = _padded_rows(local, owned.shape[0], self.topology.plan.axes["dp"])
+        if memory is not local:
             return self._take_over(key, self._wrap(key, memory, owned.shape, True, owned.stride()), owned)
         self._local[key] = (owned, memory)
         return memory
@@ -337,6 +352,7 @@ class StepState:
         else:
             param, _, entry = name.partition(":")
             self.optimizer.state[self._parameter(param)][entry] = ours
+            self._local[key] = (ours, self._local[key][1] if isinstance(ours, DTensor) else ours)
         return self._local[key][1]
 
     def write_back(self, kind: str, name: str, value: Any) -> None:
@@ -358,6 +374,16 @@ class StepState:
             yield "optimizer", state_name(param, key), value
         for name, state in self.auxiliary.items():
             yield "auxiliary", name, self._local[state.entry.key][0]
+
+
+def _padded_rows(local: torch.Tensor, rows: int, ranks: int) -> torch.Tensor:
+    """Rows of a shard in memory that holds as many as every rank has: `local` itself where it does."""
+    each = shard_rows(rows, ranks)
+    if local.shape[0] == each and local.is_contiguous():
+        return local
+    memory = local.new_zeros((each, *local.shape[1:]))
+    memory[: local.shape[0]].copy_(local)
+    return memory
 
 
 def _check_filled(value: torch.Tensor, name: str) -> None:

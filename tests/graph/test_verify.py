@@ -19,9 +19,12 @@ from fxzero.graph.edit import Editor, replace_uses, retype
 from fxzero.graph.error_feedback_ops import drop_top_k, sum_top_k
 from fxzero.graph.randomness import is_random
 from fxzero.graph.step_graph import iter_views
+from fxzero.graph.swap_ops import OPS, swap_in, swap_out, swap_wait, wait_of
 from fxzero.graph.verify import RULES, verify
 from fxzero.passes.compress_with_top_k import compress_with_top_k
 from fxzero.passes.gather_within_nodes import gather_within_nodes
+from fxzero.passes.offload_activations import offload_activations
+from fxzero.passes.offload_state import offload_state
 from fxzero.passes.quantize_all_gathers import quantize_all_gathers
 from fxzero.passes.quantize_reductions import quantize_reductions
 
@@ -124,7 +127,12 @@ def graphs() -> dict[str, StepGraph]:
     kept = packed.copy()
     kept.title = "kept by hand"
     assert gather_within_nodes.run(kept, axis="dp", node=2) == 1
-    return {"captured": captured, "sharded": sharded, "packed": packed, "chosen": chosen, "kept": kept}
+    swapped = captured.copy()
+    swapped.title = "swapped by hand"
+    assert offload_activations.run(swapped, tier="host", names=("relu",)) == 1
+    assert offload_state.run(swapped, tiers={"parameter": "nvme", "optimizer": "host"}, on_host=0.5) > 0
+    graphs = {"captured": captured, "sharded": sharded, "packed": packed, "chosen": chosen, "kept": kept}
+    return graphs | {"swapped": swapped}
 
 
 # ---- sound graphs
@@ -143,6 +151,10 @@ def test_a_packed_graph_keeps_all_rules(graphs: dict[str, StepGraph]) -> None:
     verify(graphs["packed"], before=graphs["sharded"])
     verify(graphs["chosen"], before=graphs["sharded"])
     verify(graphs["kept"], before=graphs["packed"])
+
+
+def test_a_swapped_graph_keeps_all_rules(graphs: dict[str, StepGraph]) -> None:
+    verify(graphs["swapped"], before=graphs["captured"])
 
 
 def test_the_first_step_of_an_optimizer_keeps_all_rules() -> None:
@@ -868,6 +880,73 @@ def update_without_gradient(step: StepGraph) -> None:
 @fault("gradients", "result of parameter 'outer.bias': expected one computed from its gradient")
 def gradient_without_its_name(step: StepGraph) -> None:
     del step.gradients()["outer.bias"].meta["grad_of"]
+
+
+# swaps
+
+
+def loaded(step: StepGraph, kind: str, name: str) -> fx.Node:
+    """The launch that brings an input in first."""
+    return next(user for user in step.input(kind, name).users if user.target is swap_in)
+
+
+@fault("swaps", "its one wait as only reader", graph="swapped")
+def read_before_it_is_there(step: StepGraph) -> None:
+    launch = loaded(step, "parameter", "inner.weight")
+    wait = wait_of(launch)
+    next(iter(wait.users)).replace_input_with(wait, launch)
+
+
+@fault("swaps", "its one wait as only reader, got none", graph="swapped")
+def launch_without_wait(step: StepGraph) -> None:
+    source = the(step, aten.relu.default)
+    with Editor(step, phase="forward").after(source) as editor:
+        editor.call(swap_out, source, "host").meta["tier"] = "host"
+
+
+@fault("swaps", "a move that it waits for", graph="swapped")
+def wait_without_launch(step: StepGraph) -> None:
+    source = the(step, aten.relu.default)
+    with Editor(step, phase="forward").after(source) as editor:
+        editor.call(swap_wait, source)
+
+
+@fault("swaps", "a tier to read from, got %relu on device", graph="swapped")
+def swap_in_of_what_is_here(step: StepGraph) -> None:
+    source = the(step, aten.relu.default)
+    with Editor(step, phase="forward").after(source) as editor:
+        editor.call(swap_wait, editor.call(swap_in, source))
+
+
+@fault("swaps", "inputs where it computes, got a read of", graph="swapped")
+def op_that_reads_a_file(step: StepGraph) -> None:
+    launch = loaded(step, "parameter", "inner.weight")
+    wait = wait_of(launch)
+    next(iter(wait.users)).replace_input_with(wait, launch.args[0])
+
+
+@fault("swaps", "inputs where it computes, got a read of", graph="swapped")
+def host_op_taken_for_one_of_the_device(step: StepGraph) -> None:
+    del next(n for n in step.phase("update") if n.meta.get("tier") == "host" and n.target not in OPS).meta["tier"]
+
+
+@fault("swaps", "meta['tier'] of where it moves to, got nvme", graph="swapped")
+def wrong_tier(step: StepGraph) -> None:
+    the(step, swap_out).meta["tier"] = "nvme"
+
+
+@fault("swaps", "a value on nvme, got %", graph="swapped")
+def state_that_stays_on_the_device(step: StepGraph) -> None:
+    stored = returned(step, "outer.weight")
+    step.set_result("parameter", "outer.weight", stored.args[0].args[0])
+
+
+@fault("swaps", "no read after its next value is stored", graph="swapped")
+def read_of_the_next_value(step: StepGraph) -> None:
+    stored = returned(step, "outer.weight")
+    reads = [user for user in step.input("parameter", "outer.weight").users if user.target is swap_in]
+    with Editor(step, phase="update").after(stored) as editor:
+        editor.call(swap_wait, editor.call(swap_in, reads[0].args[0]))
 
 
 # values

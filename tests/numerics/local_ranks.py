@@ -50,7 +50,9 @@ def train_ranks(
     """
     size = len(batches[0])
     model, optimizer = copy.deepcopy((model, optimizer))
-    state = StepState(model, optimizer, Topology(Plan(zero=plan.zero).resolve(1), None, "none"))
+    state = StepState(
+        model, optimizer, Topology(Plan(zero=plan.zero).resolve(1), None, "none"), device=torch.device("cpu")
+    )
     state.bind()
     if not dist.is_initialized():
         compat.fake_process_group(size)

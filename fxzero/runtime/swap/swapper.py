@@ -204,6 +204,28 @@ class Swapper:
         assert transfer.tensor is not None
         return transfer.tensor
 
+    def on_host(self, stored: Stored) -> torch.Tensor:
+        """The CPU tensor over a value in the host tier, for ops that run there; until `drop`. The host waits for it.
+
+        Raises:
+            OffloadError: the value is in a file, was dropped, or its write has failed.
+        """
+        what = f"use of tensor {stored.name!r} on the host"
+        self._check(what, stored.tier)
+        _check_not_dropped(stored, what)
+        place = stored.place
+        if place.file is not None:
+            raise OffloadError.of(what, expected="a value in the host tier", got="one in a file", fix="read it")
+        if place.last_write is not None:
+            self._carriers[stored.tier].settle(place.last_write)
+        memory = torch.empty(0, dtype=torch.uint8) if place.memory is None else place.memory.bytes
+        return layout.from_bytes(memory, stored.shape, stored.stride, stored.dtype)
+
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the device of what an op of the host has computed; the host waits for it."""
+        self._traffic.add("host", tensor.nbytes, writes=False)
+        return tensor.to(self.device, copy=True)
+
     def drop(self, stored: Stored) -> None:
         """Give the slot of a value back; reads that have been launched still get the value.
 
