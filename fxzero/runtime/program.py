@@ -203,7 +203,7 @@ class _Emitter:
             if self._stands_in_state(node):
                 source = f"{node.name}_for_{state.name}"
                 out.setdefault(node, []).append(f"{source} = {node.name}.clone()")
-            last = max(self._last_reading(state), self.position[node])
+            last = max(self.in_place.last_reading(state), self.position[node])
             last = min(last, len(nodes) - 2)  # not behind the output
             out.setdefault(nodes[last], []).append(f"{state.name}.copy_({source})")
         for lines in out.values():
@@ -222,11 +222,6 @@ class _Emitter:
     def _stands_in_state(self, node: fx.Node) -> bool:
         root = self.in_place.storage[node]
         return root.op == "placeholder" and root.meta["entry"].kind in STATE_KINDS
-
-    def _last_reading(self, state: fx.Node) -> int:
-        members = self.in_place.members[state]
-        readers = [self.position[user] for member in members for user in member.users if user.op != "output"]
-        return max([*readers, *(self.position[member] for member in members)], default=0)
 
     def _dying(self) -> dict[fx.Node, list[str]]:
         """Node -> names of variables that nothing needs after it."""
