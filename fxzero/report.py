@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
+from fxzero.cost.allocator import Allocator
 from fxzero.cost.memory import MemoryProfile, highest_profile
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
@@ -19,7 +20,14 @@ MIB = 2**20
 LARGEST = 12  # rows of what stands at the peak
 
 
-def report(steps: Sequence[StepGraph], plan: Plan, records: Sequence[PassRecord], seconds: dict[str, float]) -> str:
+def report(
+    steps: Sequence[StepGraph],
+    plan: Plan,
+    records: Sequence[PassRecord],
+    seconds: dict[str, float],
+    *,
+    allocator: Allocator | None = None,
+) -> str:
     """State, communication, memory, passes and compile time of a step, as text for a terminal.
 
     Args:
@@ -27,6 +35,7 @@ def report(steps: Sequence[StepGraph], plan: Plan, records: Sequence[PassRecord]
             state, passes and times are those of the last.
         plan: resolved.
         records, seconds: what the passes did, and how long each phase of compilation took.
+        allocator: whose rules the peak follows; default: that of the graph's device.
     """
     last = steps[-1]
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.axes.items())
@@ -35,7 +44,7 @@ def report(steps: Sequence[StepGraph], plan: Plan, records: Sequence[PassRecord]
         f"zero {plan.zero} on {mesh or 'one rank'}{several}",
         _state_table(last),
         _communication_table(steps),
-        memory_tables(highest_profile(steps)[1]),
+        memory_tables(highest_profile(steps, allocator=allocator)[1]),
         _waiting_lines(last),
         _pass_table(records),
         "compiled in " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),
