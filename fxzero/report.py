@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
-from fxzero.cost.memory import memory_profile
+from fxzero.cost.allocator import Allocator
+from fxzero.cost.memory import MemoryProfile, highest_profile
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.step_graph import STATE_KINDS, num_bytes
@@ -16,9 +17,17 @@ from fxzero.pass_manager import PassRecord
 from fxzero.plan import Plan
 
 MIB = 2**20
+LARGEST = 12  # rows of what stands at the peak
 
 
-def report(steps: Sequence[StepGraph], plan: Plan, records: Sequence[PassRecord], seconds: dict[str, float]) -> str:
+def report(
+    steps: Sequence[StepGraph],
+    plan: Plan,
+    records: Sequence[PassRecord],
+    seconds: dict[str, float],
+    *,
+    allocator: Allocator | None = None,
+) -> str:
     """State, communication, memory, passes and compile time of a step, as text for a terminal.
 
     Args:
@@ -26,6 +35,7 @@ def report(steps: Sequence[StepGraph], plan: Plan, records: Sequence[PassRecord]
             state, passes and times are those of the last.
         plan: resolved.
         records, seconds: what the passes did, and how long each phase of compilation took.
+        allocator: whose rules the peak follows; default: that of the graph's device.
     """
     last = steps[-1]
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.axes.items())
@@ -34,7 +44,7 @@ def report(steps: Sequence[StepGraph], plan: Plan, records: Sequence[PassRecord]
         f"zero {plan.zero} on {mesh or 'one rank'}{several}",
         _state_table(last),
         _communication_table(steps),
-        _memory_lines(steps),
+        memory_tables(highest_profile(steps, allocator=allocator)[1]),
         _waiting_lines(last),
         _pass_table(records),
         "compiled in " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),
@@ -80,16 +90,28 @@ def _communication_table(steps: Sequence[StepGraph]) -> str:
     return tabulate(rows, headers=headers, disable_numparse=True)
 
 
-def _memory_lines(steps: Sequence[StepGraph]) -> str:
-    distinct = {id(step): step for step in steps}.values()
-    profile = max(map(memory_profile, distinct), key=lambda found: found.peak_bytes)
+def memory_tables(profile: MemoryProfile) -> str:
+    """The predicted peak, by kind, and the largest of what stands there, as text."""
     lines = [
         f"predicted peak {_mib(profile.peak_bytes)} MiB of tensors on this rank, {_mib(profile.state_bytes)} MiB of it "
         f"state and inputs; at %{profile.peak_node.name} ({profile.peak_node.meta.get('phase', '')} of "
-        f"{profile.peak_node.meta.get('module') or 'the model'})"
+        f"{profile.peak_node.meta.get('module') or 'the model'})",
+        f"about {_mib(profile.reserved_bytes)} MiB taken from the device, by the rules of {profile.allocator.device}'s "
+        "allocator, if it serves nothing else",
     ]
-    rows = [[f"%{name}", _mib(size)] for name, size in profile.alive[:8]]
-    return "\n".join([*lines, tabulate(rows, headers=["largest alive at the peak", "MiB"], disable_numparse=True)])
+    elsewhere = {"host": profile.host_bytes, "nvme": profile.nvme_bytes}
+    lines += [f"and up to {_mib(size)} MiB in tier {tier}" for tier, size in elsewhere.items() if size]
+    kinds = [[kind, _mib(size), f"{size / profile.peak_bytes:.1%}"] for kind, size in profile.by_kind.items() if size]
+    largest = [[s.kind, s.module, s.what, s.count, _mib(s.num_bytes)] for s in profile.grouped()[:LARGEST]]
+    headers = ["largest there", "in", "what", "tensors", "MiB"]
+    align = ("left", "left", "left", "right", "right")
+    return "\n\n".join(
+        [
+            "\n".join(lines),
+            tabulate(kinds, headers=["at the peak, by kind", "MiB", ""], disable_numparse=True, colalign=align[2:]),
+            tabulate(largest, headers=headers, disable_numparse=True, colalign=align),
+        ]
+    )
 
 
 def _waiting_lines(step: StepGraph) -> str:

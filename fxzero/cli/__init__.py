@@ -1,4 +1,4 @@
-"""The command line: `fxzero dump | passes | diff | env`, each in a module of its own; docs/cli.md shows them."""
+"""The command line: `fxzero dump | diff | memory | passes | env`, a module each; docs/cli.md shows them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import fxzero
-from fxzero.cli import diff, dump, env, passes
+from fxzero.cli import diff, dump, env, memory, passes
 from fxzero.cli.usage import UsageError
 from fxzero.errors import FxzeroError
 
-COMMANDS = (dump, passes, diff, env)
+COMMANDS = (dump, diff, memory, passes, env)
 FAILED = 2
 INTERRUPTED = 130
 

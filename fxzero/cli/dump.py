@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fxzero.cli.options import add_target_options, plan_of
+from fxzero.cli.options import add_target_options, allocator_of, plan_of
 from fxzero.cli.rewriting import CAPTURE, capture_target, progress_of, run_passes
 from fxzero.cli.usage import UsageError, check_pass
 from fxzero.graph import PHASES, StepGraph
@@ -83,7 +83,7 @@ def _render(
     if args.format == "dot":
         return to_dot(step)
     if args.format == "report":
-        return report([step], plan, pipeline.records, seconds) + "\n"
+        return report([step], plan, pipeline.records, seconds, allocator=allocator_of(args)) + "\n"
     return to_text(step, phases=args.phase, color=wants_color(args.out))
 
 

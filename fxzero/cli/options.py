@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from fxzero.cli.usage import UsageError
+from fxzero.cost.allocator import CPU, CUDA, Allocator
 from fxzero.plan import Plan
 
 # option of the command line -> key of the plan
@@ -61,6 +62,11 @@ def add_target_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-verify", action="store_true", help="do not check the graph after each pass")
     parser.add_argument("--out", metavar="FILE", help="write there instead of to stdout")
     parser.add_argument("--quiet", action="store_true", help="say nothing on stderr but errors")
+
+
+def allocator_of(args: argparse.Namespace) -> Allocator:
+    """The allocator of the devices that the plan is for: nccl serves CUDA, gloo the CPU."""
+    return CUDA if args.backend == "nccl" else CPU
 
 
 def names_a_plan(args: argparse.Namespace) -> bool:

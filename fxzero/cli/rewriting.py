@@ -39,6 +39,27 @@ def capture_target(text: str, plan: Plan, progress: Progress, *, microbatch: int
         progress: what to tell.
         microbatch: which of the step's, where the plan accumulates; the last one updates.
     """
+    capture, number = _captures(text, plan, progress), range(plan.accumulate)[microbatch]
+    step = capture(0)
+    return capture(number, _carried(step)) if number else step
+
+
+def capture_microbatches(text: str, plan: Plan, progress: Progress) -> list[StepGraph]:
+    """The step's programs before any pass, one a microbatch; equal ones are the same object. See `capture_target`."""
+    capture = _captures(text, plan, progress)
+    steps = [capture(0)]
+    for index in range(1, plan.accumulate):
+        alike = 1 < index < plan.accumulate - 1
+        steps.append(steps[-1] if alike else capture(index, _carried(steps[-1])))
+    return steps
+
+
+def _carried(step: StepGraph) -> list[str]:
+    return [name for kind, name in step.results if kind in CARRIED_KINDS]
+
+
+def _captures(text: str, plan: Plan, progress: Progress) -> Callable[..., StepGraph]:
+    """`capture(index, carried)` is the program of a microbatch."""
     start = time.perf_counter()
     target = load_target(text)
     inventory = Inventory.of(target.model, target.optimizer)
@@ -53,14 +74,11 @@ def capture_target(text: str, plan: Plan, progress: Progress, *, microbatch: int
         place = options.accumulation.at(index, carried=carried)
         with progress.stage(CAPTURE, f"capture forward, backward, {'update' if place.updates else 'accumulation'}"):
             how = replace(options, accumulation=place)
-            return capture_step(inventory, target.loss, *batch, fresh=fresh, options=how).step
+            step = capture_step(inventory, target.loss, *batch, fresh=fresh, options=how).step
+        step.mesh = dict(plan.axes)
+        return step
 
-    step = capture(0)
-    index = range(plan.accumulate)[microbatch]
-    if index:
-        step = capture(index, [name for kind, name in step.results if kind in CARRIED_KINDS])
-    step.mesh = dict(plan.axes)
-    return step
+    return capture
 
 
 def run_passes(

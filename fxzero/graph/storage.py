@@ -71,14 +71,14 @@ class InPlace:
         groups: dict[fx.Node, list[fx.Node]] = {}
         root: dict[fx.Node, fx.Node] = {}
         for node in step.graph.nodes:
-            source = _aliased(node)
+            source = aliased(node)
             root[node] = root[source] if source is not None else node
             groups.setdefault(root[node], []).append(node)
         self._natural_root = root
         return groups
 
     def _root(self, node: fx.Node) -> fx.Node:
-        source = _aliased(node)
+        source = aliased(node)
         return self.storage[source] if source is not None else node
 
     def _last(self, members: list[fx.Node]) -> int:
@@ -91,7 +91,7 @@ class InPlace:
             return None
         first = node.args[0]
         assert isinstance(first, fx.Node)
-        if not _same_layout(first, node) or (_aliased(first) is not None and not swap_ops.is_wait(first)):
+        if not _same_layout(first, node) or (aliased(first) is not None and not swap_ops.is_wait(first)):
             return None
         root = self.storage[first]
         if root.op == "placeholder" and root not in self._writable:
@@ -110,8 +110,8 @@ class InPlace:
         return None if others else form
 
 
-def _aliased(node: fx.Node) -> fx.Node | None:
-    """The input whose memory a node's value lives in, if it is a view (or a part of one)."""
+def aliased(node: fx.Node) -> fx.Node | None:
+    """The input whose memory a node's value lives in: of a view, a wait, or one of several values."""
     if node.op != "call_function" or not node.all_input_nodes:
         return None
     if is_view(node) or c10d.is_wait(node) or is_getitem(node):

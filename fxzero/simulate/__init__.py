@@ -1,1 +1,1 @@
-"""Not built yet: the timeline simulator comes with the scheduler."""
+"""What a schedule takes: so far a picture of its memory; the timeline comes with the scheduler."""

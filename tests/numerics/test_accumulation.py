@@ -23,6 +23,7 @@ import fxzero
 from fxzero.capture import Inventory, capture_step
 from fxzero.capture.accumulation import Accumulation
 from fxzero.capture.rehearsal import rehearse
+from fxzero.cost.lifetimes import is_resting
 from fxzero.cost.memory import memory_timeline
 from fxzero.errors import PlanError
 from fxzero.graph import StepGraph
@@ -296,10 +297,10 @@ def programs(**plan: Any) -> list[StepGraph]:
 def most_unsharded(step: StepGraph) -> int:
     """The most bytes of whole gradients that are alive at once: of parameters' shapes, made for or from gradients."""
     shapes = {node.meta["entry"].shape for node in step.inputs("parameter")}
-    most = 0
-    for _, _, alive in memory_timeline(step):
-        most = max(most, sum(size for node, size in alive.items() if _is_whole_gradient(node, shapes)))
-    return most
+    timeline = memory_timeline(step)
+    moving = [s for s in timeline.storages if not (is_resting(s.node) or s.is_scratch)]
+    whole = [s for s in moving if _is_whole_gradient(s.node, shapes)]
+    return max(sum(s.num_bytes for s in whole if s.start <= i <= s.end) for i in range(len(timeline.nodes)))
 
 
 def _is_whole_gradient(node: Any, shapes: set[tuple[int, ...]]) -> bool:

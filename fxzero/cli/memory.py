@@ -1,0 +1,94 @@
+"""fxzero memory: the peak of a training step on one rank, before it runs, and what stands there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from fxzero.cli.dump import check_out, write
+from fxzero.cli.options import add_target_options, allocator_of, plan_of
+from fxzero.cli.rewriting import capture_microbatches, progress_of, run_passes
+from fxzero.cost.memory import MemoryProfile, highest_profile, memory_timeline
+from fxzero.plan_values import number_of_bytes
+from fxzero.recipe import recipe
+from fxzero.report import memory_tables
+from fxzero.simulate.memory_picture import check_can_draw, draw_memory
+
+DESCRIPTION = """\
+Print the peak of tensor memory of one rank of --world, by kind, and the largest of what stands there: in this process,
+on fake tensors. With --accumulate, of the microbatch that peaks highest.
+
+example:
+  fxzero memory examples/llama_meta.py:llama_8b --world 64 --zero 3 --budget "80 GiB" --png memory.png
+"""
+
+
+def add_command(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser("memory", help="predict the peak, and say what stands there", description=DESCRIPTION)
+    add_target_options(parser)
+    parser.add_argument("--budget", metavar="BYTES", help="of a device, such as '80 GiB': what is left of it")
+    parser.add_argument("--png", metavar="FILE", help="draw memory over the program (.svg and .pdf too)")
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do it.
+
+    Raises:
+        FxzeroError: if target, plan, step or file are not as they must be.
+    """
+    plan = plan_of(args)
+    budget = None if args.budget is None else number_of_bytes("--budget", args.budget)
+    for path in filter(None, (args.out, args.png)):
+        check_out(path)
+    if args.png is not None:
+        check_can_draw(args.png)
+    pipeline = recipe(plan, backend=args.backend)
+    progress = progress_of(args)
+    captured = capture_microbatches(args.target, plan, progress)
+    distinct = {id(step): step for step in captured}
+    last = pipeline.passes[-1].name
+    done = {
+        key: run_passes(step, pipeline, progress, until=last, check=not args.no_verify)
+        for key, step in distinct.items()
+    }
+    steps = [done[id(step)] for step in captured]
+    allocator = allocator_of(args)
+    index, profile = highest_profile(steps, allocator=allocator)
+    mesh = ", ".join(f"{axis}={size}" for axis, size in plan.axes.items())
+    what = f"zero {plan.zero} on {mesh}" + (f", microbatch {index} of {len(steps)}" if len(steps) > 1 else "")
+    if args.png is not None:
+        with progress.stage("draw", f"draw {args.png}"):
+            timeline = memory_timeline(steps[index], beside=[*steps[:index], *steps[index + 1 :]], allocator=allocator)
+            draw_memory(timeline, args.png, title=f"{args.target}, {what}", budget_bytes=budget)
+    write(_as_json(profile, index, budget) if args.json else _as_text(profile, what, budget), args.out)
+
+
+def _as_text(profile: MemoryProfile, what: str, budget: int | None) -> str:
+    lines = [what, "", memory_tables(profile)]
+    if budget is not None:
+        left = budget - profile.peak_bytes
+        words = "left" if left >= 0 else "missing"
+        lines += ["", f"budget {budget / 2**20:,.2f} MiB: {abs(left) / 2**20:,.2f} MiB {words}"]
+    return "\n".join(lines) + "\n"
+
+
+def _as_json(profile: MemoryProfile, index: int, budget: int | None) -> str:
+    node = profile.peak_node
+    found = {
+        "peak_bytes": profile.peak_bytes,
+        "state_bytes": profile.state_bytes,
+        "reserved_bytes": profile.reserved_bytes,
+        "host_bytes": profile.host_bytes,
+        "nvme_bytes": profile.nvme_bytes,
+        "budget_bytes": budget,
+        "allocator": profile.allocator.device,
+        "microbatch": index,
+        "peak": {"node": node.name, "phase": node.meta.get("phase", ""), "module": node.meta.get("module", "")},
+        "by_kind": profile.by_kind,
+        "standing": [vars(item) for item in profile.grouped()],
+    }
+    return json.dumps(found, indent=1) + "\n"
