@@ -1,9 +1,10 @@
 """The storages of a program: what memory each value takes, from which node to which.
 
 The program frees each tensor at its last use, and updates in place (`graph/storage.py`). What it returns stays, and so
-do the tensors that rest between steps; gradients that an earlier microbatch hands over die like any other value. What
-a collective takes stays until its wait, but for an all-reduce, which works on a copy; so does what is swapped out. A call that yields several
-tensors yields several storages, of which those that nothing asks for die with the last one that is asked for.
+do the tensors that rest between steps; gradients that an earlier microbatch hands over die like any other value. What a
+collective takes stays until its wait, but for an all-reduce, which works on a copy; so does what is swapped out. A call
+that yields several tensors yields several storages, of which those that nothing asks for die with the last one that is
+asked for.
 """
 
 from __future__ import annotations
