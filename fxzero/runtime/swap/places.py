@@ -146,7 +146,7 @@ class Places:
         if place.memory is not None:
             memory = place.memory.bytes
         elif place.file is not None:
-            memory = torch.frombuffer(place.file.map(f"home of tensor {name!r}"), dtype=torch.uint8)
+            memory = place.file.map(f"home of tensor {name!r}")
         else:
             memory = torch.empty(0, dtype=torch.uint8)
         tensor = from_bytes(memory, shape, stride, dtype)
