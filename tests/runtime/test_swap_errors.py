@@ -108,7 +108,7 @@ def test_too_little_space(swapper, monkeypatch):
     for what, launch in (
         ("home of tensor 'p'", lambda: swapper.home("p", (2049,), torch.float32, "nvme")),
         ("tensor 'p'", lambda: swapper.write(torch.ones(2049), "p", "nvme")),
-        ("tensor 'reserved'", lambda: swapper.reserve([2049 * 4], "nvme")),
+        ("1 slots in nvme", lambda: swapper.reserve([2049 * 4], "nvme")),
     ):
         with pytest.raises(
             OffloadError, match=rf"{what}: expected 12,288 bytes free in .*, got 8,191; free space there"

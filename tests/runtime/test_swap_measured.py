@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from fxzero.runtime.swap.files import BlockFile
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
@@ -96,3 +99,43 @@ def test_traffic_is_what_the_system_counts(tmp_path, direct_io, padding_is_forgo
     own_records = 128 * 1024  # of the file system
     assert (0 <= written - counted_written <= own_records) == (not padding_is_forgotten), (written, counted_written)
     assert (0 <= read - counted_read <= own_records) == (not padding_is_forgotten), (read, counted_read)
+
+
+def is_cached(path: Path) -> bool:
+    """Whether the first bytes of a file can be read without waiting for the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+@pytest.fixture
+def pages_can_be_dropped(tmp_path) -> None:
+    """Skips where the file system is in memory, or does not say what is cached."""
+    path = tmp_path / "probe"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        os.write(descriptor, bytes(4096))
+        os.fdatasync(descriptor)
+        os.posix_fadvise(descriptor, 0, 4096, os.POSIX_FADV_DONTNEED)
+        if is_cached(path):
+            pytest.skip("the file system of the tests' directories is in memory")
+    except (OSError, AttributeError) as error:
+        pytest.skip(f"pages of files are not told apart here: {error}")
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize(("io", "dropped"), [("direct", True), ("buffered", True), ("buffered", False)])
+def test_the_page_cache_does_not_grow(make_swapper, pages_can_be_dropped, monkeypatch, io, dropped):
+    """The planted fault is buffered I/O of which the pages are kept."""
+    swapper = make_swapper(io=io)
+    if not dropped:
+        monkeypatch.setattr(BlockFile, "_drop_pages", lambda *_, **__: None)
+    written, read = (swapper.written(swapper.write(torch.ones(10000), "x", "nvme")) for _ in range(2))
+    swapper.loaded(swapper.read(read))
+    for stored in (written, read):  # each once: to ask has the kernel read ahead
+        assert is_cached(stored.place.file.path) == (not dropped)
