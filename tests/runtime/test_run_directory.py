@@ -104,7 +104,7 @@ def test_only_what_dead_processes_left_is_removed(tmp_path, caplog):
     assert end(living, "return") == 0
 
 
-def test_a_link_is_not_followed(tmp_path):
+def test_a_link_is_not_followed(tmp_path, caplog):
     target = tmp_path / "target"
     target.mkdir()
     (target / "data").write_text("x")
@@ -113,23 +113,46 @@ def test_a_link_is_not_followed(tmp_path):
     (below / f"{PREFIX}-{name_of_host()}-1-{'0' * 16}").symlink_to(target)
     RunDirectory(below)
     assert (target / "data").exists()
+    assert caplog.messages == []
 
 
-def test_a_directory_taken_for_left_over_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
+def test_what_another_user_left_is_not_removed(tmp_path, monkeypatch):
+    path = tmp_path / f"{PREFIX}-{name_of_host()}-1-{'0' * 16}"
+    path.mkdir()
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    run_directory.remove_leftovers(tmp_path)
+    assert path.exists()
+    monkeypatch.undo()
+    run_directory.remove_leftovers(tmp_path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is locked"])
+def test_a_directory_taken_for_left_over_is_made_again(tmp_path, monkeypatch, moment):
     """Planted: another process starts in the moment between mkdir and lock."""
-    mkdir = Path.mkdir
-    removed = []
+    mkdir, flock = Path.mkdir, run_directory.fcntl.flock
+    made, removed = [], []
 
-    def mkdir_then_start_another(path, *args, **kwargs):
-        mkdir(path, *args, **kwargs)
+    def start_another():
         if not removed:
-            removed.append(path)
+            removed.extend(made)
             run_directory.remove_leftovers(tmp_path)
+            assert not made[0].exists()
 
-    monkeypatch.setattr(Path, "mkdir", mkdir_then_start_another)
+    def mkdir_then(path, *args, **kwargs):
+        mkdir(path, *args, **kwargs)
+        made.append(path)
+        if moment == "before it is opened":
+            start_another()
+
+    def then_flock(*args):
+        start_another()
+        flock(*args)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir_then)
+    monkeypatch.setattr(run_directory.fcntl, "flock", then_flock)
     owned = RunDirectory(tmp_path)
-    assert owned.path != removed[0]
-    assert list(tmp_path.iterdir()) == [owned.path]
+    assert [owned.path] == made[1:] == list(tmp_path.iterdir())
 
 
 def test_without_locks_nothing_is_removed(tmp_path, monkeypatch, caplog):
@@ -165,6 +188,14 @@ def test_names_of_tensors_are_never_paths(swapper, tmp_path):
     (directory,) = tmp_path.iterdir()
     assert len(list(directory.iterdir())) == len(names)
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in directory.iterdir())
+
+
+def test_a_file_holds_nothing_of_other_tensors(make_swapper):
+    """What a buffer held before does not get into the padding."""
+    swapper = make_swapper(num_threads=1)
+    swapper.written(swapper.write(torch.full((8192,), 255, dtype=torch.uint8), "x", "nvme"))
+    stored = swapper.written(swapper.write(torch.full((10,), 7, dtype=torch.uint8), "y", "nvme"))
+    assert stored.place.file.path.read_bytes() == bytes([7] * 10) + bytes(4086)
 
 
 def test_thousands_of_tensors_under_a_small_limit_of_open_files(tmp_path, direct_io):

@@ -266,16 +266,17 @@ class Swapper:
         return transfer
 
     def _wait(self, transfer: Transfer) -> None:
-        error = None
         try:
             transfer.carrier.wait(transfer.pending)
-        except OffloadError as raised:
-            error = raised
-        self._under_way.discard(transfer)  # not when a person interrupts the wait: `abandon` then waits
+        except OffloadError:
+            self._let_go(transfer)
+            raise
+        self._let_go(transfer)  # not when a person interrupts the wait: `abandon` then waits
+
+    def _let_go(self, transfer: Transfer) -> None:
+        self._under_way.discard(transfer)
         if transfer.writes:
             transfer.tensor = None
-        if error is not None:
-            raise error
 
     def _check(self, what: str, tier: str) -> None:
         if tier not in TIERS:
