@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxzero
+from fxzero.runtime.swap import Swapper
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,3 +73,51 @@ def test_the_host_never_waits_inside_a_step(plan):
             step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("tier", ["host", "nvme"])
+def test_tensors_leave_the_gpu_and_come_back_while_it_computes(tier, tmp_path):
+    """Written values die at once and their memory is computed in; a slot goes from value to value."""
+    with Swapper(torch.device("cuda"), directory=tmp_path, io="buffered", buffer_bytes=2**20) as swapper:
+        home = swapper.home("p", (2**20 + 3,), torch.float32, tier)
+        assert home.is_pinned() == (tier == "host")
+        for step in range(5):
+            values = [torch.full((2**20 + 3,), float(10 * step + i), device="cuda") for i in range(4)]
+            writes = [swapper.write(value.mul_(2), f"x{i}", tier) for i, value in enumerate(values)]
+            at_home = swapper.write(values[0], "p", tier, into=home)
+            del values
+            stored = []
+            for write in writes:
+                stored.append(swapper.written(write))
+                torch.full((2**20 + 3,), -1.0, device="cuda")  # takes the memory that was freed
+            swapper.written(at_home)
+            busy = torch.randn(2048, 2048, device="cuda")
+            for _ in range(20):
+                busy = busy @ busy.T / 2048
+            reads = [swapper.read(each) for each in stored]
+            for each in stored:
+                swapper.drop(each)
+            read_home = swapper.read("p")
+            for i, read in enumerate(reads):
+                assert (swapper.loaded(read) == 2.0 * (10 * step + i)).all()
+            assert (swapper.loaded(read_home) == 20.0 * step).all()
+            swapper.settle()
+            assert (home == 20.0 * step).all()
+        size = 4 * (2**20 + 3)
+        moved = swapper.traffic()
+        assert moved.written[tier] == moved.read[tier] == 25 * (size if tier == "host" else -(-size // 4096) * 4096)
+
+
+def test_the_host_does_not_wait_for_swaps_to_its_memory():
+    with Swapper(torch.device("cuda")) as swapper:
+        value = torch.ones(2**20, device="cuda")
+        swapper.reserve([value.nbytes], "host")
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            stored = swapper.written(swapper.write(value, "x", "host"))
+            back = swapper.loaded(swapper.read(stored))
+            swapper.drop(stored)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(back, value)

@@ -108,7 +108,7 @@ def test_too_little_space(swapper, monkeypatch):
     for what, launch in (
         ("home of tensor 'p'", lambda: swapper.home("p", (2049,), torch.float32, "nvme")),
         ("tensor 'p'", lambda: swapper.write(torch.ones(2049), "p", "nvme")),
-        ("tensor 'reserved'", lambda: swapper.reserve([2049 * 4], "nvme")),
+        ("1 slots in nvme", lambda: swapper.reserve([2049 * 4], "nvme")),
     ):
         with pytest.raises(
             OffloadError, match=rf"{what}: expected 12,288 bytes free in .*, got 8,191; free space there"
@@ -193,6 +193,17 @@ def test_a_write_that_fails(swapper, monkeypatch, call, got):
     still_works(swapper)
 
 
+def test_a_read_of_host_memory_that_was_not_written_gives_the_error_of_the_write(swapper, monkeypatch):
+    home = swapper.home("p", (10000,), torch.float32, "host")
+    with monkeypatch.context() as patched:
+        patched.setattr(ctypes, "memmove", fail_with(errno.EFAULT))
+        write = swapper.write(torch.ones(10000), "p", "host", into=home)
+        fails_twice(swapper, swapper.written, write, "write of tensor 'p' to host")
+    fails_twice(swapper, swapper.loaded, swapper.read("p"), "write of tensor 'p' to host")
+    swapper.written(swapper.write(torch.ones(10000), "p", "host", into=home))
+    assert torch.equal(swapper.loaded(swapper.read("p")), home)
+
+
 @pytest.mark.parametrize(
     ("call", "got"),
     [
@@ -269,6 +280,29 @@ def test_a_failed_transfer_keeps_no_tensor(swapper, monkeypatch):
     del tensor, transfer
     gc.collect()
     assert memory() is None
+
+
+def test_an_error_keeps_nothing_of_the_step_that_it_ended(swapper, monkeypatch):
+    """The home remembers that it was not written, but not who wanted to know."""
+    monkeypatch.setattr(os, "pwritev", fail_with(errno.EIO))
+    home = swapper.home("p", (10,), torch.float32, "nvme")
+
+    class Activation:
+        """Stands for a tensor in a local variable of the step."""
+
+    seen = []
+
+    def step():
+        activation = Activation()
+        seen.append(weakref.ref(activation))
+        swapper.written(swapper.write(torch.ones(10), "p", "nvme", into=home))
+
+    with pytest.raises(OffloadError) as info:
+        step()
+    assert seen[0]() is not None
+    del info
+    gc.collect()
+    assert seen[0]() is None
 
 
 def test_settle_raises_what_nobody_waited_for_and_abandon_forgets_it(swapper, monkeypatch):

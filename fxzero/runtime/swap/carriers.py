@@ -138,8 +138,12 @@ class StreamCarrier:
         """As `Carrier.settle`."""
         pending.event.synchronize()
 
+    def synchronize(self) -> None:
+        """Block the host until both streams have done all that they were given."""
+        self.copies.to_host.synchronize()
+        self.copies.to_device.synchronize()
+
     def close(self) -> None:
-        """Wait for both streams, unless CUDA itself is gone, as it may be when the process ends."""
+        """As `synchronize`, unless CUDA itself is gone, as it may be when the process ends."""
         with suppress(RuntimeError):
-            self.copies.to_host.synchronize()
-            self.copies.to_device.synchronize()
+            self.synchronize()

@@ -24,6 +24,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from fxzero.errors import OffloadError, PlanError
 from fxzero.runtime.swap.workers import UNTOUCHED
 
@@ -77,16 +79,18 @@ class BlockFile:
         except OSError as error:
             raise file_error(what, f"a new file of {self.nbytes:,} bytes, {self.path}", error) from error
 
-    def map(self, what: str) -> mmap.mmap:
-        """The file as memory, shared with whatever else reads and writes it ([Note: coherence])."""
+    def map(self, what: str) -> torch.Tensor:
+        """uint8[nbytes] that is the file, shared with whatever else reads and writes it ([Note: coherence]).
+
+        It holds no descriptor (Python's own mmap would), and lives on when the file is removed. torch's profiler counts
+        it as memory of the CPU; its CPU allocator knows nothing of it.
+        """
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                return mmap.mmap(descriptor, self.nbytes)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise file_error(what, f"a mapping of {self.path}", error) from error
+            return torch.from_file(str(self.path), shared=True, size=self.nbytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise OffloadError.of(
+                what, expected=f"a mapping of {self.path}", got=str(error), fix=f"look at `ulimit -v`; {UNTOUCHED}"
+            ) from error
 
     def write(self, data: memoryview, offset: int, what: str) -> None:
         """Write `data`, aligned and padded as BLOCK_BYTES asks, at `offset`.
@@ -197,13 +201,14 @@ def check_direct_io(directory: Path, home: Path) -> None:
 
 
 def _is_coherent(probe: BlockFile, what: str) -> bool:
-    with mmap.mmap(-1, BLOCK_BYTES) as buffer, memoryview(buffer) as view, probe.map(what) as mapping:
-        mapping[:1] = b"m"
+    mapping = probe.map(what)
+    with mmap.mmap(-1, BLOCK_BYTES) as buffer, memoryview(buffer) as view:
+        mapping[0] = ord("m")
         probe.read(view, 0, what)
         seen_by_read = view[:1] == b"m"
         view[:1] = b"d"
         probe.write(view, 0, what)
-        return seen_by_read and mapping[:1] == b"d"
+        return seen_by_read and bool(mapping[0] == ord("d"))
 
 
 def _refused(what: str, got: str) -> PlanError:

@@ -88,7 +88,7 @@ class Stored:
 
     @property
     def tier(self) -> str:
-        """ "host" or "nvme"."""
+        """The tier that it is in, one of TIERS."""
         return self.place.tier
 
     @property
@@ -146,7 +146,7 @@ class Places:
         if place.memory is not None:
             memory = place.memory.bytes
         elif place.file is not None:
-            memory = torch.frombuffer(place.file.map(f"home of tensor {name!r}"), dtype=torch.uint8)
+            memory = place.file.map(f"home of tensor {name!r}")
         else:
             memory = torch.empty(0, dtype=torch.uint8)
         tensor = from_bytes(memory, shape, stride, dtype)
@@ -154,17 +154,17 @@ class Places:
         self.homes[name] = home
         return home
 
-    def take_slot(self, name: str, nbytes: int, tier: str) -> Place:
-        """A slot with room for `nbytes`, one that is free if there is one."""
+    def take_slot(self, what: str, nbytes: int, tier: str) -> Place:
+        """A slot with room for `nbytes`, one that is free if there is one; `what` is for errors."""
         capacity = slot_bytes(nbytes)
         free = self._free[tier, capacity]
-        slot = free.pop() if free else self._make(tier, capacity, f"tensor {name!r}", label="slot")
+        slot = free.pop() if free else self._make(tier, capacity, what, label="slot")
         self._leased.add(slot)
         return slot
 
     def make_slots(self, nbytes: Sequence[int], tier: str) -> None:
         """Have free slots for values of these sizes, all at the same time."""
-        slots = [self.take_slot("reserved", each, tier) for each in nbytes]
+        slots = [self.take_slot(f"{len(nbytes)} slots in {tier}", each, tier) for each in nbytes]
         for slot in slots:
             self.give_back(slot)
 

@@ -4,8 +4,7 @@
 The owner holds a lock (flock) on its directory for as long as it lives; the kernel drops it however the process ends.
 So a directory whose lock can be had belongs to nobody. A process id in the name would not say that: ids are used
 again, and in two containers the same id is two processes. A directory is there for a moment before it is locked; its
-maker therefore looks, once it has the lock, whether the directory is still the one at that path, and else makes
-another.
+maker therefore looks, once it has the lock, whether the directory is still there, and else makes another.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import re
 import secrets
 import shutil
 import socket
-import stat
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -96,12 +94,8 @@ def _lock(path: Path, *, wait: bool = False) -> int | None:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        opened = os.fstat(descriptor)
-        at_path = os.stat(path, follow_symlinks=False)
-        if os.path.samestat(opened, at_path) and stat.S_ISDIR(opened.st_mode) and opened.st_uid == os.geteuid():
+        if path.exists() and os.fstat(descriptor).st_uid == os.geteuid():
             return descriptor
-    except FileNotFoundError:
-        pass
     except OSError:
         if wait:
             os.close(descriptor)

@@ -159,7 +159,7 @@ class Swapper:
             tensor = layout.make_dense(tensor, stored.stride)
         else:
             tensor = layout.make_dense(tensor)
-            slot = self._places.take_slot(name, tensor.nbytes, tier)
+            slot = self._places.take_slot(f"tensor {name!r}", tensor.nbytes, tier)
             shape, stride = tuple(tensor.shape), tuple(tensor.stride())
             stored = Stored(name, shape, stride, tensor.dtype, slot, slot.lease)
         return self._launch(stored, tensor, writes=True, what=what)
@@ -171,10 +171,7 @@ class Swapper:
             OffloadError: the write has failed; the same error each time.
         """
         _check_kind(transfer, writes=True)
-        try:
-            self._wait(transfer)
-        finally:
-            transfer.tensor = None
+        self._wait(transfer)
         return transfer.stored
 
     def read(self, source: Stored | str) -> Transfer:
@@ -248,7 +245,7 @@ class Swapper:
         errors = [error for error in map(_settle, list(self._under_way)) if error is not None]
         for carrier in self._carriers.values():
             if isinstance(carrier, StreamCarrier):
-                carrier.close()
+                carrier.synchronize()
         if errors:
             raise errors[0]
 
@@ -291,8 +288,17 @@ class Swapper:
         return transfer
 
     def _wait(self, transfer: Transfer) -> None:
+        try:
+            transfer.carrier.wait(transfer.pending)
+        except OffloadError:
+            self._let_go(transfer)
+            raise
+        self._let_go(transfer)  # not when a person interrupts the wait: `abandon` then waits
+
+    def _let_go(self, transfer: Transfer) -> None:
         self._under_way.discard(transfer)
-        transfer.carrier.wait(transfer.pending)
+        if transfer.writes:
+            transfer.tensor = None
 
     def _check(self, what: str, tier: str) -> None:
         if tier not in TIERS:

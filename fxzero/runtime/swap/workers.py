@@ -208,9 +208,7 @@ def _closed(work: Work) -> OffloadError:
 
 
 def _as_offload_error(raised: BaseException, work: Work) -> OffloadError:
-    if raised.__traceback__ is not None:  # the line numbers stay; the frames, and the tensors in them, go
-        traceback.clear_frames(raised.__traceback__)
-        raised.__traceback__ = raised.__traceback__.tb_next
+    traceback.clear_frames(raised.__traceback__)  # the line numbers stay, the tensors go
     if isinstance(raised, OffloadError):
         return raised
     error = OffloadError.of(
