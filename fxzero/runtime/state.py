@@ -237,8 +237,11 @@ class StepState:
     # ---- optimizer state
 
     def prime(self, inventory: Inventory) -> None:
-        """Give each optimized parameter the state that the optimizer would start with."""
-        for name in inventory.optimized:
+        """Give each optimized parameter the state that the optimizer would start with.
+
+        The largest come first: making a state takes a few times the parameter's memory, while little else is there.
+        """
+        for name in sorted(inventory.optimized, key=lambda name: -inventory.parameters[name].numel()):
             parameter = inventory.parameters[name]
             existing = self.optimizer.state.get(parameter, {})
             group = self.optimizer.param_groups[inventory.group_of(name)]

@@ -11,6 +11,7 @@ machine's speed drifts. A ratio is taken within its round, to that round's DDP. 
     step s     the median step of a run, on its slowest rank: median over rounds, then min..max over rounds
     /DDP       that of the same round's DDP as unit: median of the ratios, then min..max
     peak MB    tensor memory of the fullest rank, at most in any step after the warm-up
+    predicted  the peak that fxzero tells before the run, and how far it is off
     steady MB  the same between steps
     wire MB    what all ranks together send in a step, and as a multiple of the parameters' bytes
     calls      collectives that rank 0's backend runs in a step; a send and its receive are one
@@ -39,7 +40,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-COLUMNS = ("variant", "loss", "step s", "min..max s", "/DDP", "min..max", "peak MB", "steady MB")
+COLUMNS = ("variant", "loss", "step s", "min..max s", "/DDP", "min..max", "peak MB", "predicted", "steady MB")
 COLUMNS += ("wire MB", "x params", "calls", "set-up s", "note")
 
 
@@ -156,6 +157,7 @@ def summarize(results, baseline):
         "step_s": [slowest_step_s(r) for r in good],
         "over_ddp": [slowest_step_s(a) / slowest_step_s(b) for a, b in pairs],
         "peak_mb": fullest_rank(good, "peak_mb"),
+        "predicted_mb": fullest_rank(good, "predicted_mb"),
         "steady_mb": fullest_rank(good, "live_mb"),
         "wire_mb": sent / MB,
         "wire_x_parameters": sent / good[0]["parameter_bytes"],
@@ -167,6 +169,13 @@ def summarize(results, baseline):
 def number(value, digits):
     """A figure as text; nothing for one that was not measured."""
     return "" if value is None else f"{value:.{digits}f}"
+
+
+def prediction(predicted_mb, peak_mb):
+    """The predicted peak and its error as text; nothing for a peer."""
+    if predicted_mb is None or peak_mb is None:
+        return number(predicted_mb, 0)
+    return f"{predicted_mb:.0f} ({predicted_mb / peak_mb - 1:+.1%})"
 
 
 def median_and_range(values, digits):
@@ -184,7 +193,8 @@ def table(summaries):
         cells = [""] * (len(COLUMNS) - 2)
         if "step_s" in s:
             cells = [number(s["loss"], 6), *median_and_range(s["step_s"], 3), *median_and_range(s["over_ddp"], 2)]
-            cells += [number(s["peak_mb"], 0), number(s["steady_mb"], 0), number(s["wire_mb"], 0)]
+            cells += [number(s["peak_mb"], 0), prediction(s["predicted_mb"], s["peak_mb"])]
+            cells += [number(s["steady_mb"], 0), number(s["wire_mb"], 0)]
             cells += [number(s["wire_x_parameters"], 2), str(s["collectives"]), number(s["setup_s"], 1)]
         rows.append([variant, *cells, note])
     used = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows)]

@@ -282,6 +282,15 @@ def count_collectives(step, x_BT, y_BT):
     return collections.Counter(e.name for e in recorded.events() if e.name.startswith("gloo:"))
 
 
+def predicted_mb(step):
+    """The peak that fxzero's step says it has, in MB; None for a peer's."""
+    if not hasattr(step, "graphs"):
+        return None
+    from fxzero.cost.memory import highest_profile
+
+    return highest_profile(step.graphs)[1].peak_bytes / MB
+
+
 def measure(args):
     """Builds the variant and runs its steps; returns the figures of all ranks together."""
     size, rank, world_size = JOBS[args.job], dist.get_rank(), dist.get_world_size()
@@ -319,6 +328,7 @@ def measure(args):
         "setup_s": build_s + sum(t - step_s for t in times_s[: args.warmup] if t > 1.5 * step_s),
         "live_mb": live_mb,
         "peak_mb": peak_mb,
+        "predicted_mb": predicted_mb(step),
     }
     ranks = [None] * world_size
     dist.all_gather_object(ranks, own)

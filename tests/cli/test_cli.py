@@ -577,3 +577,48 @@ def test_the_example_is_the_model_that_it_says(printed) -> None:
 
 def test_usage_errors_are_fxzero_errors() -> None:
     assert issubclass(UsageError, fxzero.FxzeroError) and "raise" in (UsageError.__doc__ or "").lower()
+
+
+# ---- memory
+
+
+def test_memory_says_what_stands_at_the_peak(printed, golden, tiny) -> None:
+    example = ("memory", f"{EXAMPLE}:llama_tiny", "--world", "4", "--zero", "3", "--quiet", "--no-verify")
+    golden("cli/memory", printed(*example, "--backend", "gloo", "--budget", "1 MiB"))
+    assert "the rules of cuda's allocator" in printed("memory", f"{tiny}:step", "--world", "4", "--quiet")
+
+
+def test_memory_as_json_adds_up(printed, tiny) -> None:
+    target = ("memory", f"{tiny}:step", "--world", "4", "--quiet", "--json", "--budget", "1 MiB")
+    found = json.loads(printed(*target))
+    assert sum(found["by_kind"].values()) == sum(item["num_bytes"] for item in found["standing"]) == found["peak_bytes"]
+    assert (found["allocator"], found["budget_bytes"], found["microbatch"]) == ("cuda", 2**20, 0)
+    assert found["peak_bytes"] % 512 == 0 and found["reserved_bytes"] == 2 * 2**20
+    assert found["state_bytes"] > json.loads(printed(*target, "--backend", "gloo"))["state_bytes"], "blocks of 512"
+
+
+def test_memory_of_microbatches_counts_what_rests_beside_each(printed, tiny) -> None:
+    target = ("memory", f"{tiny}:step", "--world", "2", "--quiet", "--json", "--backend", "gloo")
+    one, three = (json.loads(printed(*target, "--accumulate", str(count))) for count in (1, 3))
+    assert one["by_kind"]["optimizer state"] == three["by_kind"]["optimizer state"] > 0
+    assert three["by_kind"]["buffers and inputs"] == 3 * one["by_kind"]["buffers and inputs"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--png", "memory.tiff0"), "memory.tiff0: expected the suffix of a picture, got '.tiff0'; name it memory.png"),
+        (("--png", "nowhere/memory.png"), "expected a file to write"),
+        (("--budget", "much"), "--budget: expected"),
+    ],
+)
+def test_memory_refuses_before_it_captures(call, options, message) -> None:
+    code, out, err = call("memory", "no_file.py:step", "--world", "2", *options)
+    assert (code, out) == (2, "") and message in err and "no_file" not in err
+
+
+def test_memory_is_drawn(call, tiny, tmp_path) -> None:
+    path = tmp_path / "memory.svg"
+    code, _, err = call("memory", f"{tiny}:step", "--world", "4", "--png", str(path), "--budget", "4 KiB")
+    assert code == 0 and f"draw {path}" in err
+    assert path.read_text().startswith("<?xml")

@@ -1,56 +1,84 @@
-"""What torch's allocator did while a block ran, by its own profiler: an account that knows nothing of graphs."""
+"""What torch's CPU allocator gave out while a block ran: an account that knows nothing of graphs.
 
-import bisect
+The allocator is that of tests/benchmarks/memory_counter.cpp, which sees every thread. (torch's profiler sees the thread
+that it was started in: what gloo's threads free would stay in its account.)
+"""
+
+import ctypes
+import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from torch.profiler import ProfilerActivity, profile, record_function
-
 from fxzero.runtime.program import Program
 
-_MARK = "fxzero: a program runs"
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@contextmanager
+def benchmarks_importable() -> Iterator[None]:
+    """The benchmark's scripts import each other as they lie."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def build_counter(folder: Path) -> tuple[Path | None, str | None]:
+    """(the library, None), or (None, why it cannot be built here)."""
+    with benchmarks_importable():
+        import compare
+    return compare.build_memory_counter(sys.executable, folder)
 
 
 @dataclass
 class Account:
-    """Bytes that this thread allocated on the CPU and has not freed, from the beginning of the block.
+    """Bytes that were allocated after the beginning of the block and not freed.
 
     Attributes:
         setup_bytes: the most before the first program ran.
         peaks: the most between one program's start and the next one's, in order.
-        live_bytes: at the end.
     """
 
     setup_bytes: int = 0
     peaks: list[int] = field(default_factory=list)
-    live_bytes: int = 0
 
 
-@contextmanager
-def accounted() -> Iterator[Account]:
-    """An account of the block, filled in at its end; the starts of programs are marks in it."""
-    account = Account()
-    run = Program.run
+class Counter:
+    """Accounts of blocks of this process, whose tensors are counted from now on.
 
-    def marked(self: Program, inputs: list[Any]) -> tuple[Any, ...]:
-        with record_function(_MARK):
-            return run(self, inputs)
+    Args:
+        library: from `build_counter`.
+    """
 
-    with (
-        mock.patch.object(Program, "run", marked),
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
-    ):
-        yield account
-    assert recorded.profiler is not None
-    events = recorded.profiler.kineto_results.events()
-    starts = sorted(event.start_ns() for event in events if event.name() == _MARK)
-    requests = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    most = [0] * (len(starts) + 1)
-    for when, num_bytes in requests:
-        account.live_bytes += num_bytes
-        part = bisect.bisect(starts, when)
-        most[part] = max(most[part], account.live_bytes)
-    account.setup_bytes, account.peaks = most[0], most[1:]
+    def __init__(self, library: str) -> None:
+        self._library = ctypes.CDLL(library)
+        for read in (self._library.memory_counter_live, self._library.memory_counter_peak):
+            read.restype = ctypes.c_int64
+        self._library.memory_counter_start()
+
+    @contextmanager
+    def account(self) -> Iterator[Account]:
+        """An account of the block, whole at its end."""
+        account, parts, run = Account(), [], Program.run
+        gc.collect()
+        base = self._library.memory_counter_live()
+        self._library.memory_counter_reset_peak()
+
+        def cut() -> None:
+            parts.append(self._library.memory_counter_peak() - base)
+            self._library.memory_counter_reset_peak()
+
+        def counted(program: Program, inputs: list[Any]) -> tuple[Any, ...]:
+            cut()
+            return run(program, inputs)
+
+        with mock.patch.object(Program, "run", counted):
+            yield account
+        cut()
+        account.setup_bytes, account.peaks = parts[0], parts[1:]
