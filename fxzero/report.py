@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from tabulate import tabulate
 
 from fxzero.cost.memory import memory_profile
+from fxzero.decide import Decision
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.step_graph import STATE_KINDS, num_bytes
@@ -18,7 +19,14 @@ from fxzero.plan import Plan
 MIB = 2**20
 
 
-def report(steps: Sequence[StepGraph], plan: Plan, records: Sequence[PassRecord], seconds: dict[str, float]) -> str:
+def report(
+    steps: Sequence[StepGraph],
+    plan: Plan,
+    records: Sequence[PassRecord],
+    seconds: dict[str, float],
+    *,
+    decision: Decision | None = None,
+) -> str:
     """State, communication, memory, passes and compile time of a step, as text for a terminal.
 
     Args:
@@ -26,6 +34,7 @@ def report(steps: Sequence[StepGraph], plan: Plan, records: Sequence[PassRecord]
             state, passes and times are those of the last.
         plan: resolved.
         records, seconds: what the passes did, and how long each phase of compilation took.
+        decision: what was decided for the last one.
     """
     last = steps[-1]
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.axes.items())
@@ -35,6 +44,7 @@ def report(steps: Sequence[StepGraph], plan: Plan, records: Sequence[PassRecord]
         _state_table(last),
         _communication_table(steps),
         _memory_lines(steps),
+        "" if decision is None else str(decision),
         _waiting_lines(last),
         _pass_table(records),
         "compiled in " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),
