@@ -16,8 +16,6 @@ _NUM_WINDOWS = 16
 _MAX_ROUNDS = 60
 _RELATIVE_GAP = 1e-4
 _MAX_NODES = 5000  # a bound by count: one by time would let ranks differ
-# Among answers that take as long, the block that comes first gives up its tensors: they would be kept longest.
-_ORDER_S = 1e-12
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Combination:
         self.blocks = blocks
         self._all = [alternative for block in blocks for alternative in block]
         self._starts = np.cumsum([0, *map(len, blocks)])
-        self._seconds = np.array([a.seconds + number * _ORDER_S for number, a in enumerate(self._all)])
+        self._seconds = np.array([alternative.seconds for alternative in self._all])
         self._places = [np.fromiter(a.change, dtype=np.int64) for a in self._all]
         self._sums = [np.cumsum([0.0, *a.change.values()]) for a in self._all]
 

@@ -160,11 +160,7 @@ class _Search:
         assert plan.memory_budget is not None
         self.activations, self.plan, self.backend = activations, plan, backend
         self.budget = plan.memory_budget
-        solved: dict[object, list[Choice]] = {}
-        for block in activations.blocks:
-            if block.problem not in solved:
-                solved[block.problem] = frontier(block.problem)
-        self.choices = [solved[block.problem] for block in activations.blocks]
+        self.choices = [frontier(block.problem) for block in activations.blocks]
         lifetimes = Lifetimes(activations, program)
         alternatives = [
             [

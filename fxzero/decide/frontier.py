@@ -8,6 +8,7 @@ Source: Checkmate (Jain et al., 2020), here for one block and with one copy of e
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,8 @@ class Choice:
     seconds: float
 
 
-def frontier(problem: Problem, *, num_bounds: int = NUM_BOUNDS) -> list[Choice]:
+@functools.lru_cache(maxsize=64)
+def frontier(problem: Problem, *, num_bounds: int = NUM_BOUNDS) -> tuple[Choice, ...]:
     """Answers that no other beats both in bytes and in seconds: the two ends, and between them where most is unknown.
 
     Args:
@@ -45,7 +47,8 @@ def frontier(problem: Problem, *, num_bounds: int = NUM_BOUNDS) -> list[Choice]:
             seconds, in which there may be an answer. Enough of them find all answers.
 
     Returns:
-        Answers with falling bytes and rising seconds; the first takes the least time of all.
+        Answers with falling bytes and rising seconds; the first takes the least time of all. Remembered: microbatches
+        and first steps have the same blocks.
     """
     program = _Program(problem)
     first = program.fastest()
@@ -67,7 +70,7 @@ def frontier(problem: Problem, *, num_bounds: int = NUM_BOUNDS) -> list[Choice]:
     for size in sorted(found, reverse=True):
         if found[size].seconds > best[-1].seconds:
             best.append(found[size])
-    return best
+    return tuple(best)
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,8 @@ class _Program:
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
 
-        if not len(cost):
-            return np.zeros(0)
+        if not self.rows:
+            return np.zeros_like(cost)
         rows = list(self.rows)
         for size, bound in ((self.bytes, bound_bytes), (self.seconds, bound_s)):
             unit = max(size) or 1.0
@@ -171,7 +174,8 @@ class _Program:
             if storage is None or storage in kept:
                 used |= set() if storage is None else {storage}
             elif index not in needed:
-                assert chosen[self._column[index]], f"value {index} is neither kept nor had again"
+                is_again = index in self._column and chosen[self._column[index]]
+                assert is_again, f"value {index} is neither kept nor had again"
                 needed.add(index)
                 wanted += values[index].sources
         options = {storage: self.problem.storages[storage][kept[storage]] for storage in used}
