@@ -25,12 +25,13 @@ from fxzero.capture.accumulation import Accumulation
 from fxzero.capture.loss_scaling import OVERFLOWED, SCALE, SKIPPED
 from fxzero.capture.signature import flatten_batch
 from fxzero.capture.trace import LossFn
+from fxzero.decide import Decision, check_budget, decided_recipe
 from fxzero.errors import CaptureError, FxzeroError, PlanError
 from fxzero.graph import StepGraph
 from fxzero.graph.step_graph import CARRIED_KINDS
 from fxzero.pass_manager import PassRecord
 from fxzero.plan import Plan
-from fxzero.recipe import auxiliary_state, captured_as, recipe
+from fxzero.recipe import auxiliary_state, captured_as
 from fxzero.runtime.agreement import Agreement, agreed_text
 from fxzero.runtime.checkpoint import load_state_dict, state_dict
 from fxzero.runtime.microbatches import Batch, joined_metrics
@@ -56,6 +57,7 @@ class Compiled:
         records: what each pass did.
         seconds: phase of compilation -> time.
         accumulation: which of the step's microbatches it serves.
+        decision: what was decided for it, where the plan leaves something open.
     """
 
     captured: StepGraph
@@ -66,6 +68,7 @@ class Compiled:
     records: list[PassRecord]
     seconds: dict[str, float]
     accumulation: Accumulation
+    decision: Decision | None = None
 
     @property
     def carries(self) -> tuple[str, ...]:
@@ -290,13 +293,15 @@ class TrainStep:
     def _compile(self, capture: Capture, place: Accumulation) -> Compiled:
         seconds = {"capture": capture.seconds}
         capture.step.mesh = dict(self.plan.axes)
-        pipeline = recipe(self.plan, backend=self._topology.backend)
+        with _timed(seconds, "decide"):
+            pipeline, decision = decided_recipe(capture.step, plan=self.plan, backend=self._topology.backend)
         with _timed(seconds, "passes"):
             step = pipeline.run(capture.step)
+        check_budget(step, plan=self.plan)
         with _timed(seconds, "lower"):
             program = Program(step, groups=self._topology.groups, swapper=self._state.homes.swapper)
         text = agreed_text(step, plan=self.plan.fingerprint(), passes=pipeline.describe())
-        return Compiled(capture.step, step, program, capture, text, list(pipeline.records), seconds, place)
+        return Compiled(capture.step, step, program, capture, text, list(pipeline.records), seconds, place, decision)
 
     @contextlib.contextmanager
     def _telling_other_ranks(self) -> Iterator[None]:
@@ -329,7 +334,7 @@ class TrainStep:
         from fxzero.report import report
 
         last = self._require_last()[-1]
-        return report(self.graphs, self.plan, last.records, last.seconds)
+        return report(self.graphs, self.plan, last.records, last.seconds, decision=last.decision)
 
     def _require_last(self) -> list[Compiled]:
         if not self._last:

@@ -23,6 +23,7 @@ from fxzero.plan_offload import WHERE, check_offload
 from fxzero.plan_values import (
     Check,
     bound,
+    budget,
     directory,
     finite,
     fraction,
@@ -176,7 +177,9 @@ class Plan:
         topk_fraction: of a gradient's elements, how many topk sends.
         node_size: of dp, how many share a node: backward gathers inside it what forward gathered over all; 0: over dp.
         recompute: what backward computes again instead of keeping it: "none" (but cheap pointwise results), "blocks"
-            (the inside of each repeated module), a fraction of the blocks (the first), or patterns of module paths.
+            (the inside of each repeated module), a fraction of the blocks (the first), patterns of module paths, or
+            "auto": what loses the least time, for a predicted peak within memory_budget.
+        memory_budget: bytes of device memory that a rank's tensors, state included, may take at the predicted peak.
         offload_optimizer: where optimizer state rests: "none" (on the device), "host" (in host memory) or "nvme" (in
             files); it comes in for the update of its parameter.
         offload_parameters: where parameters (their rows, where sharded) rest; they come in for each phase.
@@ -225,6 +228,7 @@ class Plan:
     accumulate: int = _key(1, integer(1, fix="write how many microbatches a step has"))
     accumulate_in: str = _key("shards", one_of("shards", "unsharded"))
     recompute: str | float | tuple[str, ...] = _key("none", recomputed)
+    memory_budget: int | None = _key(None, budget)
     offload_optimizer: str = _key("none", one_of(*WHERE))
     offload_parameters: str = _key("none", one_of(*WHERE))
     offload_activations: str = _key("none", one_of(*WHERE))
@@ -235,7 +239,6 @@ class Plan:
     offload_buffer_bytes: int = _key(32 * 2**20, number_of_bytes)
     disable: tuple[str, ...] = _key((), pass_names)
     timeout_s: float = _key(60.0, seconds)
-    memory_budget: int | None = _reserved(None)
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -251,6 +254,9 @@ class Plan:
                 )
         check_compression(self)
         check_offload(self)
+        if self.recompute == "auto" and self.memory_budget is None:
+            fix = "say how much memory there is, such as '20 GiB', or set recompute='blocks'"
+            raise PlanError.of("Plan.memory_budget", expected="one, with recompute='auto'", got="None", fix=fix)
         if self.precision.endswith("fp16") and self.loss_scale is None:
             fix = "set loss_scale='dynamic', or a number (1.0 to go without, gradients below 6e-8 are then 0)"
             raise PlanError.of("Plan.loss_scale", expected="one, with precision in fp16", got="None", fix=fix)

@@ -63,6 +63,17 @@ def number_of_bytes(where: str, value: Any) -> int:
     return int(num_bytes)
 
 
+def budget(where: str, value: Any) -> int | None:
+    """Bytes above 0, as a whole number or with a unit, or None."""
+    if value is None:
+        return None
+    num_bytes = number_of_bytes(where, value)
+    if not num_bytes:
+        fix = "write how much memory there is, such as '20 GiB', or leave the key out"
+        raise PlanError.of(where, expected="more than 0 bytes, or None", got=show(value), fix=fix)
+    return int(num_bytes)
+
+
 def seconds(where: str, value: Any) -> float:
     """A duration of at most a day."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MAX_TIMEOUT_S:
@@ -142,14 +153,14 @@ def norm_order(where: str, value: Any) -> float:
 
 
 def recomputed(where: str, value: Any) -> str | float | tuple[str, ...]:
-    """What is computed again: "none", "blocks", a fraction of the blocks, or patterns of module paths."""
+    """What is computed again: "none", "blocks", "auto", a fraction of the blocks, or patterns of module paths."""
     if isinstance(value, (list, tuple)) and value:
         return patterns(where, value)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1:
         return float(value)
-    if value not in ("none", "blocks"):
-        fix = "write 'blocks', a fraction of the blocks such as 0.5, or patterns such as ['layers.[0-3]']"
-        expected = "'none', 'blocks', a number above 0 and at most 1, or a list of patterns"
+    if value not in ("none", "blocks", "auto"):
+        fix = "write 'auto', 'blocks', a fraction of the blocks such as 0.5, or patterns such as ['layers.[0-3]']"
+        expected = "'none', 'blocks', 'auto', a number above 0 and at most 1, or a list of patterns"
         raise PlanError.of(where, expected=expected, got=show(value), fix=fix)
     return str(value)
 

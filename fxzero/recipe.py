@@ -32,6 +32,7 @@ from fxzero.passes.prefetch_all_gathers import prefetch_all_gathers
 from fxzero.passes.quantize_all_gathers import quantize_all_gathers
 from fxzero.passes.quantize_reductions import quantize_reductions
 from fxzero.passes.recompute_blocks import recompute_blocks
+from fxzero.passes.recompute_chosen import recompute_chosen
 from fxzero.passes.recompute_pointwise import recompute_pointwise
 from fxzero.passes.reduce_gradients import reduce_gradients
 from fxzero.passes.reduce_in_low_precision import reduce_in_low_precision
@@ -46,6 +47,7 @@ from fxzero.plan_offload import state_tiers
 
 ALL_PASSES: tuple[Pass, ...] = (
     recompute_blocks,
+    recompute_chosen,
     recompute_pointwise,
     reduce_gradients,
     shard_optimizer_state,
@@ -103,12 +105,13 @@ def _kept_back(plan: Plan, parameters: Mapping[str, torch.Tensor]) -> list[Auxil
     return []
 
 
-def recipe(plan: Plan, *, backend: str) -> Pipeline:
+def recipe(plan: Plan, *, backend: str, recomputed: tuple[str, ...] = ()) -> Pipeline:
     """The pipeline of a plan.
 
     Args:
         plan: resolved (its mesh is known).
         backend: what carries collectives ("gloo", "nccl", "fake"); decides what a plan leaves at "auto".
+        recomputed: with recompute="auto": the nodes that `fxzero.decide` has chosen for this step.
 
     Raises:
         PlanError: if `disable` names no pass.
@@ -128,7 +131,9 @@ def recipe(plan: Plan, *, backend: str) -> Pipeline:
 
     gathers = shards and plan.zero >= plan.parameter_stage
     passes: list[Pass] = []
-    if plan.recompute != "none":
+    if plan.recompute == "auto":
+        passes.append(recompute_chosen.using(names=recomputed))
+    elif plan.recompute != "none":
         passes.append(recompute_blocks.using(**_recomputed(plan.recompute)))
     passes.append(recompute_pointwise)
     if axes:

@@ -9,6 +9,7 @@ from tabulate import tabulate
 
 from fxzero.cost.allocator import Allocator
 from fxzero.cost.memory import MemoryProfile, highest_profile
+from fxzero.decide import Decision
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.step_graph import STATE_KINDS, num_bytes
@@ -27,6 +28,7 @@ def report(
     seconds: dict[str, float],
     *,
     allocator: Allocator | None = None,
+    decision: Decision | None = None,
 ) -> str:
     """State, communication, memory, passes and compile time of a step, as text for a terminal.
 
@@ -36,6 +38,7 @@ def report(
         plan: resolved.
         records, seconds: what the passes did, and how long each phase of compilation took.
         allocator: whose rules the peak follows; default: that of the graph's device.
+        decision: what was decided for the last one.
     """
     last = steps[-1]
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.axes.items())
@@ -45,6 +48,7 @@ def report(
         _state_table(last),
         _communication_table(steps),
         memory_tables(highest_profile(steps, allocator=allocator)[1]),
+        "" if decision is None else str(decision),
         _waiting_lines(last),
         _pass_table(records),
         "compiled in " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),

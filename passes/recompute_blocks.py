@@ -11,25 +11,16 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import re
-from collections import Counter
-from typing import Any
 
-import torch
 from torch import fx
 
-from fxzero import compat
 from fxzero.errors import PlanError
 from fxzero.graph import StepGraph
+from fxzero.graph.blocks import repeated_blocks
 from fxzero.graph.contract import graph_pass
-from fxzero.graph.edit import Editor
-from fxzero.graph.randomness import is_random
-from fxzero.graph.step_graph import is_getitem, yields_scalar, yields_tensor
+from fxzero.graph.step_graph import yields_tensor
+from fxzero.passes.recompute_chosen import can_be_had_again, is_mask, keep_as_bool
 from fxzero.passes.recompute_pointwise import had_again
-
-aten = torch.ops.aten
-
-_NUMBERED = re.compile(r"(?:^|.*?\.)\d+(?=\.|$)")  # a path up to its first number: layers.3
 
 
 @graph_pass(requires=("captured",), provides=("blocks-recomputed",))
@@ -59,8 +50,8 @@ def recompute_blocks(step: StepGraph, *, patterns: tuple[str, ...] = (), fractio
                 for reader in readers:
                     reader.replace_input_with(node, twin)
                 edits += 1
-        for node in members:
-            edits += _keep_as_bool(step, node, position)
+        for node in filter(is_mask, members):
+            edits += keep_as_bool(step, node, position)
     return edits
 
 
@@ -68,20 +59,13 @@ def _blocks(step: StepGraph, patterns: tuple[str, ...]) -> dict[str, list[fx.Nod
     """Module path of each block -> its forward nodes, in order."""
     forward = step.phase("forward")
     paths = list(dict.fromkeys(node.meta["module"] for node in forward))
-    block_of = _matches(paths, patterns) if patterns else _repeated(paths)
+    block_of = _matches(paths, patterns) if patterns else repeated_blocks(paths)
     found: dict[str, list[fx.Node]] = {}
     for node in forward:
         if node.meta["module"] in block_of:
             found.setdefault(block_of[node.meta["module"]], []).append(node)
     _check_found(found, patterns, paths)
     return found
-
-
-def _repeated(paths: list[str]) -> dict[str, str]:
-    """Path -> the module of a list that it lies in, where that has more than one."""
-    numbered = {path: match[0] for path in paths if (match := _NUMBERED.match(path))}
-    lists = Counter(block.rpartition(".")[0] for block in set(numbered.values()))
-    return {path: block for path, block in numbered.items() if lists[block.rpartition(".")[0]] > 1}
 
 
 def _matches(paths: list[str], patterns: tuple[str, ...]) -> dict[str, str]:
@@ -118,30 +102,8 @@ def _check_found(found: dict[str, list[fx.Node]], patterns: tuple[str, ...], pat
 def _inside(members: list[fx.Node]) -> set[fx.Node]:
     """The nodes of a block that can be had again and that nothing in forward reads from outside of it."""
     own = set(members)
-    inside: set[fx.Node] = set()
-    for node in members:
-        if is_random(node) or yields_scalar(node) or (not compat.is_op(node.target) and not is_getitem(node)):
-            continue
-        drawn = is_getitem(node) and is_random(node.all_input_nodes[0])
-        leaves = any(user not in own and user.meta.get("phase") != "backward" for user in node.users)
-        if not drawn and not leaves:
-            inside.add(node)
-    return inside
 
+    def leaves(node: fx.Node) -> bool:
+        return any(user not in own and user.meta.get("phase") != "backward" for user in node.users)
 
-def _keep_as_bool(step: StepGraph, node: fx.Node, position: dict[fx.Node, float]) -> int:
-    """A mask of zeros and ones that backward reads is kept as booleans; returns whether it is one."""
-    target: Any = node.target
-    readers = [user for user in node.users if user.meta.get("phase") == "backward"]
-    if target is not aten.bernoulli.p or not readers:
-        return 0
-    first = min(readers, key=position.__getitem__)
-    dtype = node.meta["val"].dtype
-    with Editor(step, phase="forward", module=node.meta["module"]).after(node) as editor:
-        kept = editor.call(aten._to_copy.default, node, dtype=torch.bool)
-    with Editor(step, phase="backward", module=node.meta["module"]).before(first) as editor:
-        read = editor.call(aten._to_copy.default, kept, dtype=dtype)
-    position[kept], position[read] = position[node] + 0.25, position[first] - 0.75
-    for reader in readers:
-        reader.replace_input_with(node, read)
-    return 1
+    return {node for node in members if can_be_had_again(node) and not leaves(node)}

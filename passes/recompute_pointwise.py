@@ -35,19 +35,39 @@ def recompute_pointwise(step: StepGraph, *, min_bytes: int = 2**16) -> int:
         min_bytes: tensors smaller than this stay kept.
     """
     position: dict[fx.Node, float] = dict(step.positions())
+    wanted, again = _wanted(step, min_bytes)
+    twins: dict[fx.Node, fx.Node] = {}
+    for node in reversed(wanted):  # so that a twin made for a later result serves the earlier ones too
+        readers = backward_readers(node)
+        first = min(readers, key=position.__getitem__)
+        twin = had_again(node, first, again, twins, position)
+        for reader in readers:
+            reader.replace_input_with(node, twin)
+    return len(wanted)
+
+
+def pointwise_again(step: StepGraph, *, min_bytes: int = 2**16) -> set[fx.Node]:
+    """The forward results that the pass would compute again, with those that they follow from."""
+    wanted, again = _wanted(step, min_bytes)
+    found = set(wanted)
+    while wanted:
+        missing = [s for s in wanted.pop().all_input_nodes if s in again and s not in found]
+        found.update(missing)
+        wanted += missing
+    return found
+
+
+def backward_readers(node: fx.Node) -> list[fx.Node]:
+    """The calls of backward that read a value."""
+    return [user for user in node.users if user.meta.get("phase") == "backward"]
+
+
+def _wanted(step: StepGraph, min_bytes: int) -> tuple[list[fx.Node], set[fx.Node]]:
+    """The results that are worth it, in order, and all that can be had again."""
     forward = step.phase("forward")
     again = _can_be_had_again(step, forward)
-    twins: dict[fx.Node, fx.Node] = {}
-    edits = 0
-    for node in reversed(forward):  # so that a twin made for a later result serves the earlier ones too
-        readers = [user for user in node.users if user.meta.get("phase") == "backward"]
-        if node in again and readers and num_bytes(node.meta["val"]) >= min_bytes:
-            first = min(readers, key=position.__getitem__)
-            twin = had_again(node, first, again, twins, position)
-            for reader in readers:
-                reader.replace_input_with(node, twin)
-            edits += 1
-    return edits
+    large = [node for node in forward if node in again and num_bytes(node.meta["val"]) >= min_bytes]
+    return [node for node in large if backward_readers(node)], again
 
 
 def _can_be_had_again(step: StepGraph, forward: list[fx.Node]) -> set[fx.Node]:

@@ -60,7 +60,8 @@ KEYS = {
     "max_skipped_steps": st.integers(1, 10**6),
     "accumulate": st.integers(1, 10**6),
     "accumulate_in": st.sampled_from(["shards", "unsharded"]),
-    "recompute": st.sampled_from(["none", "blocks", 0.5, 1, ["layers.*"], ["b", "a"]]),
+    "recompute": st.sampled_from(["none", "blocks", "auto", 0.5, 1, ["layers.*"], ["b", "a"]]),
+    "memory_budget": st.none() | st.integers(1, 2**63 - 1),
     "disable": st.lists(NAMES, max_size=5),
     "timeout_s": st.floats(0, 86_400, exclude_min=True) | st.integers(1, 86_400),
 }
@@ -97,6 +98,8 @@ def _compressing_what_can_be(keys: dict[str, Any]) -> dict[str, Any]:
         keys.pop("compress_block", None)
     if gathers == reductions == "none":
         keys.pop("compress_below", None)
+    if keys.get("memory_budget") is None and keys.get("recompute") == "auto":
+        keys.pop("recompute")
     return keys
 
 
@@ -148,13 +151,11 @@ def test_defaults() -> None:
         "accumulate": 1,
         "accumulate_in": "shards",
         "recompute": "none",
+        "memory_budget": None,
         "disable": [],
         "timeout_s": 60.0,
     }
-    assert {f.name: f.default for f in RESERVED} == {
-        "offload": "none",
-        "memory_budget": None,
-    }
+    assert {f.name: f.default for f in RESERVED} == {"offload": "none"}
 
 
 def test_hypothesis_builds_every_active_key() -> None:
@@ -397,8 +398,14 @@ def test_axes_need_a_mesh() -> None:
         ({"loss_scale_init": math.inf}, ["Plan.loss_scale_init: expected a finite number above 0, got inf;"]),
         (
             {"recompute": "some"},
-            ["Plan.recompute: expected 'none', 'blocks', a number above 0 and at most 1, or a list of patterns, got"],
+            ["Plan.recompute: expected 'none', 'blocks', 'auto', a number above 0 and at most 1, or a list of"],
         ),
+        (
+            {"recompute": "auto"},
+            ["Plan.memory_budget: expected one, with recompute='auto', got None; say how much memory there is"],
+        ),
+        ({"memory_budget": 0}, ["Plan.memory_budget: expected more than 0 bytes, or None, got 0;"]),
+        ({"memory_budget": "20 Gib"}, ["Plan.memory_budget: expected a number of bytes, got '20 Gib';"]),
         ({"recompute": 0}, ["got 0;"]),
         ({"recompute": []}, ["got [];"]),
         ({"recompute": True}, ["got True;"]),

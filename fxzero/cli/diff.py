@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from fxzero.cli.dump import check_out, write
 from fxzero.cli.options import add_target_options, plan_of
-from fxzero.cli.rewriting import CAPTURE, capture_target, progress_of, run_passes
+from fxzero.cli.rewriting import CAPTURE, capture_target, decided_passes, progress_of, run_passes
 from fxzero.cli.usage import UsageError, check_pass
 from fxzero.graph import StepGraph
 from fxzero.graph.text import op_name, to_text
@@ -61,8 +61,7 @@ def run(args: argparse.Namespace) -> None:
         FxzeroError: if target, plan or step are not as they must be.
     """
     plan = plan_of(args)
-    pipeline = recipe(plan, backend=args.backend)
-    names = [CAPTURE, *(p.name for p in pipeline.passes)]
+    names = [CAPTURE, *(p.name for p in recipe(plan, backend=args.backend).passes)]
     left, right = _span(args, names)
     check_out(args.out)
     sides: dict[str, _Side] = {}
@@ -73,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
 
     progress = progress_of(args)
     step = capture_target(args.target, plan, progress)
+    pipeline, _ = decided_passes(step, plan, progress, backend=args.backend, until=names[right])
     run_passes(step, pipeline, progress, until=names[right], check=not args.no_verify, snapshot=keep)
     before, after = sides[names[left]], sides[names[right]]
     parts = [op_table(before.counts, after.counts)]

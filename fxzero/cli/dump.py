@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fxzero.cli.options import add_target_options, allocator_of, plan_of
-from fxzero.cli.rewriting import CAPTURE, capture_target, progress_of, run_passes
+from fxzero.cli.rewriting import CAPTURE, capture_target, decided_passes, progress_of, run_passes
 from fxzero.cli.usage import UsageError, check_pass
+from fxzero.decide import Decision, check_budget
 from fxzero.graph import PHASES, StepGraph
 from fxzero.graph.export import to_dot, to_json
 from fxzero.graph.text import to_text
@@ -53,16 +54,18 @@ def run(args: argparse.Namespace) -> None:
         fix = "leave --phase out: nodes carry their phase"
         raise UsageError.of("--phase", expected="--format text", got=args.format, fix=fix)
     plan = plan_of(args, default_world=1 if args.after == CAPTURE else None)
-    pipeline = recipe(plan, backend=args.backend)
-    names = [CAPTURE, *(p.name for p in pipeline.passes)]
+    names = [CAPTURE, *(p.name for p in recipe(plan, backend=args.backend).passes)]
     until = names[-1] if args.after is None else args.after
     check_pass("--after", until, known=names, all_names=[p.name for p in ALL_PASSES])
     check_out(args.out)
     progress = progress_of(args)
     step = capture_target(args.target, plan, progress, microbatch=_microbatch(args, plan))
+    pipeline, decision = decided_passes(step, plan, progress, backend=args.backend, until=until)
     step = run_passes(step, pipeline, progress, until=until, check=not args.no_verify)
+    if until == names[-1]:
+        check_budget(step, plan=plan)
     with progress.stage("write", f"write {args.format}"):
-        text = _render(step, args, plan=plan, pipeline=pipeline, seconds=progress.seconds)
+        text = _render(step, args, plan=plan, pipeline=pipeline, seconds=progress.seconds, decision=decision)
     write(text, args.out)
 
 
@@ -76,15 +79,24 @@ def _microbatch(args: argparse.Namespace, plan: Plan) -> int:
 
 
 def _render(
-    step: StepGraph, args: argparse.Namespace, *, plan: Plan, pipeline: Pipeline, seconds: dict[str, float]
+    step: StepGraph,
+    args: argparse.Namespace,
+    *,
+    plan: Plan,
+    pipeline: Pipeline,
+    seconds: dict[str, float],
+    decision: Decision | None,
 ) -> str:
     if args.format == "json":
         return json.dumps(to_json(step), indent=1, ensure_ascii=False) + "\n"
     if args.format == "dot":
         return to_dot(step)
     if args.format == "report":
-        return report([step], plan, pipeline.records, seconds, allocator=allocator_of(args)) + "\n"
-    return to_text(step, phases=args.phase, color=wants_color(args.out))
+        rules = allocator_of(args)
+        return report([step], plan, pipeline.records, seconds, allocator=rules, decision=decision) + "\n"
+    header, _, rest = to_text(step, phases=args.phase, color=wants_color(args.out)).partition("\n")
+    decided = [f"# {line}" for line in str(decision or "").splitlines()]
+    return "\n".join([header, *decided, rest])
 
 
 def wants_color(out: str | None) -> bool:

@@ -16,7 +16,7 @@ _KEYS += ("all_gather", "reduce_scatter")
 _KEYS += ("compress_gathers", "compress_reductions", "compress_block", "compress_below")
 _KEYS += ("powersgd_rank", "topk_fraction", "node_size")
 _KEYS += ("precision", "reduce_dtype", "keep_fp32", "clip_grad_norm", "clip_grad_norm_p", "clip_grad_value")
-_KEYS += ("loss_scale", "accumulate", "accumulate_in", "recompute", "disable")
+_KEYS += ("loss_scale", "accumulate", "accumulate_in", "recompute", "memory_budget", "disable")
 _LISTS = ("keep_fp32", "disable")
 
 
@@ -50,7 +50,8 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--loss-scale", type=_number, metavar="SCALE", help="dynamic, or a number that stays")
     group.add_argument("--accumulate", type=_number, metavar="K", help="microbatches in a step; default 1")
     group.add_argument("--accumulate-in", metavar="NAME", help="shards or unsharded")
-    group.add_argument("--recompute", type=_recompute, metavar="WHAT", help="blocks, a fraction, or PATTERN,..")
+    group.add_argument("--recompute", type=_recompute, metavar="WHAT", help="auto, blocks, a fraction, or PATTERN,..")
+    group.add_argument("--memory-budget", type=_number, metavar="BYTES", help="'20 GiB': the greatest predicted peak")
     group.add_argument("--disable", action="append", metavar="PASS,..", help="passes to leave out")
 
 
@@ -116,7 +117,7 @@ def _recompute(text: str) -> Any:
     """A word, a fraction, or patterns of module paths."""
     value = _number(text)
     patterns = [part.strip() for part in text.split(",") if part.strip()]
-    return value if value != text or text in ("none", "blocks") else patterns
+    return value if value != text or text in ("none", "blocks", "auto") else patterns
 
 
 def _mesh(text: str) -> dict[str, Any]:

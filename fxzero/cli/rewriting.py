@@ -12,11 +12,12 @@ from fxzero.capture import Inventory, capture_step
 from fxzero.capture.rehearsal import rehearse
 from fxzero.cli.progress import Progress
 from fxzero.cli.target import load_target
+from fxzero.decide import Decision, decided_recipe
 from fxzero.graph import StepGraph
 from fxzero.graph.step_graph import CARRIED_KINDS
 from fxzero.pass_manager import Pipeline
 from fxzero.plan import Plan
-from fxzero.recipe import captured_as
+from fxzero.recipe import captured_as, recipe
 
 CAPTURE = "capture"
 
@@ -79,6 +80,24 @@ def _captures(text: str, plan: Plan, progress: Progress) -> Callable[..., StepGr
         return step
 
     return capture
+
+
+def decided_passes(
+    step: StepGraph, plan: Plan, progress: Progress, *, backend: str, until: str
+) -> tuple[Pipeline, Decision | None]:
+    """The plan's pipeline for a step, what it leaves open decided.
+
+    Args:
+        step: as captured.
+        plan: resolved.
+        progress: what to tell.
+        backend: what carries collectives.
+        until: the last pass that will run; before "capture" nothing needs to be decided.
+    """
+    if plan.recompute != "auto" or until == CAPTURE:
+        return recipe(plan, backend=backend), None
+    with progress.stage("decide", "decide what is recomputed"):
+        return decided_recipe(step, plan=plan, backend=backend)
 
 
 def run_passes(

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fxzero
-import fxzero.passes.recompute_blocks as module
+import fxzero.passes.recompute_chosen as chosen
 import fxzero.recipe
 from fxzero.capture import Inventory, capture_step
 from fxzero.capture.rehearsal import rehearse
@@ -141,7 +141,7 @@ def test_backward_gathers_anew_what_it_recomputes_with() -> None:
 
 
 def test_a_dropout_that_is_drawn_again_is_found() -> None:
-    with mock.patch.object(module, "is_random", lambda node: False), pytest.raises(VerifyError, match="'random'"):
+    with mock.patch.object(chosen, "is_random", lambda node: False), pytest.raises(VerifyError, match="'random'"):
         train({"recompute": "blocks"}, steps=1)
 
 
