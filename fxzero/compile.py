@@ -34,10 +34,11 @@ from fxzero.plan import Plan
 from fxzero.recipe import auxiliary_state, captured_as
 from fxzero.runtime.agreement import Agreement, agreed_text
 from fxzero.runtime.checkpoint import load_state_dict, state_dict
+from fxzero.runtime.materialize import Init
 from fxzero.runtime.microbatches import Batch, joined_metrics
 from fxzero.runtime.program import Program
 from fxzero.runtime.skipped_steps import SkippedSteps
-from fxzero.runtime.state import Init, StepState
+from fxzero.runtime.state import StepState
 from fxzero.runtime.topology import Topology
 from fxzero.runtime.unsharded import unsharded
 

@@ -8,7 +8,6 @@ local tensor is the unpadded view of that memory, so state dicts, checkpoints an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,14 +20,14 @@ from fxzero import compat
 from fxzero.capture.inventory import Inventory, dense_strides, state_name
 from fxzero.capture.priming import check_state_can_be_sharded, initial_state
 from fxzero.capture.rehearsal import rehearse
-from fxzero.errors import CaptureError
 from fxzero.graph import AuxiliaryState
 from fxzero.graph.ops import local_shard, shard_rows
 from fxzero.graph.swap_ops import DEVICE
 from fxzero.runtime.homes import Homes
+from fxzero.runtime.materialize import Init, materialize
 from fxzero.runtime.topology import Topology
 
-Init = Callable[[nn.Module], Any]
+Blank = Callable[[tuple[int, ...]], torch.Tensor]
 
 
 class StepState:
@@ -55,6 +54,7 @@ class StepState:
         self.model = model
         self.optimizer = optimizer
         self.topology = topology
+        self.device = device
         self.homes = Homes(topology.plan, device)
         self.auxiliary = {state.name: state for state in auxiliary}
         self.init = init
@@ -97,11 +97,11 @@ class StepState:
         on_meta = any(p.is_meta for p in inventory.parameters.values())
         _, self.special_first_step = rehearse(inventory)
         if on_meta:
-            self._materialize(inventory)
+            materialize(self, inventory)
         else:
             self._broadcast(inventory)
             for name, parameter in inventory.parameters.items():
-                self._replace(parameter, self._adopt_parameter(name, parameter.detach()), name=name)
+                self.replace(parameter, self.adopt_parameter(name, parameter.detach()), name=name)
         self.prime(Inventory.of(self.model, self.optimizer))
         for state in self.auxiliary.values():
             self._make_auxiliary(state)
@@ -110,8 +110,7 @@ class StepState:
     def _make_auxiliary(self, state: AuxiliaryState) -> None:
         size = self.topology.plan.axes.get("dp", 1)
         shape = (state.shape[0] // size, *state.shape[1:]) if state.sharded else state.shape
-        device = next(self.model.parameters()).device
-        memory = torch.full(shape, state.initial, dtype=state.dtype, device=device)
+        memory = torch.full(shape, state.initial, dtype=state.dtype, device=self.device)
         if self.topology.mesh is None:
             self._local[state.entry.key] = (memory, memory)
         else:
@@ -120,61 +119,30 @@ class StepState:
     def _broadcast(self, inventory: Inventory) -> None:
         """All ranks start from rank 0's values, as under DDP."""
         for tensor in (*inventory.parameters.values(), *inventory.buffers.values()):
-            self._send_from_first_rank(tensor)
+            self.send_from_first_rank(tensor)
 
-    def _materialize(self, inventory: Inventory) -> None:
-        """Fill a meta model, one module's own tensors at a time; each is sharded before the next one exists.
+    def blank_parameter(self, name: str, shape: torch.Size, strides: tuple[int, ...], blank: Blank) -> torch.Tensor:
+        """A parameter that a checkpoint will fill, in rows where it is sharded, never the whole.
 
-        Without `init` there are only rows, full of NaN, for a checkpoint to be loaded into.
+        Args:
+            name, shape, strides: of the parameter.
+            blank: makes memory of a shape.
         """
-        names = {id(p): n for n, p in inventory.parameters.items()}
-        paths = {module: path for path, module in self.model.named_modules()}
-
-        def fill(module: nn.Module) -> None:
-            own = {k: p for k, p in module.named_parameters(recurse=False) if p.is_meta}
-            buffers = {k: b for k, b in module.named_buffers(recurse=False) if b.is_meta}
-            for key, buffer in buffers.items():
-                setattr(module, key, self._blank(buffer.shape, buffer.dtype))
-            if self.init is None:
-                for old in own.values():
-                    self._replace(old, self._blank_rows(names[id(old)], old), name=names[id(old)])
-                return
-            for key, old in own.items():
-                blank = self._blank(old.shape, old.dtype)
-                module.register_parameter(key, nn.Parameter(blank, requires_grad=old.requires_grad))
-            if own or buffers:
-                self.init(module)
-            for key in (*own, *buffers):
-                value = getattr(module, key)
-                _check_filled(value, f"{paths[module]}.{key}".lstrip("."))
-                self._send_from_first_rank(value)
-            for key, old in own.items():
-                name, full = names[id(old)], getattr(module, key)
-                self._replace(old, self._adopt_parameter(name, full.detach()), name=name, also=full)
-
-        self.model.apply(fill)
-        self.awaits_checkpoint = self.init is None
-
-    def _blank(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:
-        device = self.topology.mesh.device_type if self.topology.mesh is not None else _default_device()
-        return torch.full(tuple(shape), math.nan if dtype.is_floating_point else 0, dtype=dtype, device=device)
-
-    def _blank_rows(self, name: str, old: nn.Parameter) -> torch.Tensor:
-        """Memory for a parameter that a checkpoint will fill: rows where it is sharded, never the whole."""
-        sharded = self.parameter_is_sharded(old.shape, stage=self.topology.plan.parameter_stage)
-        rows = (shard_rows(old.shape[0], self.topology.plan.axes["dp"]), *old.shape[1:]) if sharded else old.shape
-        memory = self._blank(rows, old.dtype)
+        key = ("parameter", name)
+        sharded = self.parameter_is_sharded(shape, stage=self.topology.plan.parameter_stage)
+        rows = (shard_rows(shape[0], self.topology.plan.axes["dp"]), *shape[1:]) if sharded else tuple(shape)
         if self.topology.mesh is None:
-            memory = self.homes.settle(("parameter", name), memory, old.shape)
-            self._local[("parameter", name)] = (memory, memory)
+            memory = self.homes.settle(key, blank(rows), shape)
+            self._local[key] = (memory, memory)
             return memory
-        return self._wrap(("parameter", name), memory, old.shape, sharded, dense_strides(old))
+        return self._wrap(key, blank(rows), shape, sharded, strides)
 
-    def _send_from_first_rank(self, tensor: torch.Tensor) -> None:
+    def send_from_first_rank(self, tensor: torch.Tensor) -> None:
+        """Give all ranks what the first one holds."""
         if self.topology.world_size > 1:
             dist.broadcast(tensor.detach(), src=0)
 
-    def _replace(self, old: nn.Parameter, new: torch.Tensor, *, name: str, also: torch.Tensor | None = None) -> None:
+    def replace(self, old: nn.Parameter, new: torch.Tensor, *, name: str, also: torch.Tensor | None = None) -> None:
         """Put a new parameter wherever the old one (or its filled form) was: module tree, ties, optimizer."""
         if self.topology.mesh is None and not old.is_meta:
             if new.data_ptr() != old.data_ptr():
@@ -192,7 +160,8 @@ class StepState:
         if old in self.optimizer.state:
             self.optimizer.state[parameter] = self.optimizer.state.pop(old)
 
-    def _adopt_parameter(self, name: str, full: torch.Tensor) -> torch.Tensor:
+    def adopt_parameter(self, name: str, full: torch.Tensor) -> torch.Tensor:
+        """Take a whole parameter into this rank's memory; returns what the model will own."""
         sharded = self.parameter_is_sharded(full.shape, stage=self.topology.plan.parameter_stage)
         return self._adopt(("parameter", name), full, sharded)
 
@@ -351,7 +320,7 @@ class StepState:
         kind, name = key
         if kind == "parameter":
             assert isinstance(theirs, nn.Parameter)
-            self._replace(theirs, ours, name=name)
+            self.replace(theirs, ours, name=name)
         else:
             param, _, entry = name.partition(":")
             self.optimizer.state[self._parameter(param)][entry] = ours
@@ -387,17 +356,3 @@ def _padded_rows(local: torch.Tensor, rows: int, ranks: int) -> torch.Tensor:
     memory = local.new_zeros((each, *local.shape[1:]))
     memory[: local.shape[0]].copy_(local)
     return memory
-
-
-def _check_filled(value: torch.Tensor, name: str) -> None:
-    if value.dtype.is_floating_point and value.isnan().any():
-        raise CaptureError.of(
-            where=f"init(module) for {name}",
-            expected="every parameter and buffer that the module owns itself to be filled",
-            got="one that was left as it was",
-            fix="let init fill it, or give it a value when the module is built",
-        )
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
