@@ -1,4 +1,4 @@
-"""The command line: `fxzero dump | diff | memory | passes | env`, a module each; docs/cli.md shows them."""
+"""The command line: `fxzero dump | passes | diff | memory | env`, a module each; docs/cli.md shows them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fxzero.cli import diff, dump, env, memory, passes
 from fxzero.cli.usage import UsageError
 from fxzero.errors import FxzeroError
 
-COMMANDS = (dump, diff, memory, passes, env)
+COMMANDS = (dump, passes, diff, memory, env)
 FAILED = 2
 INTERRUPTED = 130
 

@@ -445,12 +445,12 @@ def test_options_that_cannot_be_honoured_are_refused_at_once(call, tiny, options
 def test_a_command_that_is_none_is_refused(call) -> None:
     code, _, err = call("dmup")
     assert code == 2 and err.count("\n") == 1
-    assert re.search(r"'dmup' .*dump.*passes.*diff.*env", err)
+    assert re.search(r"'dmup' .*dump.*passes.*diff.*memory.*env", err)
     code, _, err = call()
     assert code == 2 and "COMMAND" in err
 
 
-@pytest.mark.parametrize("command", ["dump", "passes", "diff", "env"])
+@pytest.mark.parametrize("command", ["dump", "passes", "diff", "memory", "env"])
 def test_help_shows_an_example_that_the_parser_takes(printed, command) -> None:
     out = printed(command, "--help")
     examples = re.findall(rf"^  fxzero ({command}\b.*)$", out, flags=re.MULTILINE)
