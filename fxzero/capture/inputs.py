@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fxzero import compat
+from fxzero.capture.batch_dims import SymbolicSizes
 from fxzero.capture.inventory import Inventory, dense_strides, hyperparameters, state_name
 from fxzero.capture.options import CaptureOptions
 from fxzero.graph import StateEntry
@@ -19,14 +20,16 @@ class TracedInputs:
     Args:
         inventory: what model and optimizer own.
         env, mode: the symbol environment and the fake tensor mode of the trace.
+        sizes: those of the batch that are symbols.
 
     Attributes:
         entries, values: what the inputs are, and the fakes or symbols that stand for them.
         symbols: symbol -> key of the entry that it is.
     """
 
-    def __init__(self, inventory: Inventory, env: Any, mode: Any) -> None:
+    def __init__(self, inventory: Inventory, env: Any, mode: Any, sizes: SymbolicSizes | None = None) -> None:
         self.inventory = inventory
+        self.sizes = sizes
         self.env = env
         self.mode = mode
         self.entries: list[StateEntry] = []
@@ -53,7 +56,10 @@ class TracedInputs:
             self._add(entry, self._fake(parameter))
         for path, leaf in batch:
             if isinstance(leaf, torch.Tensor):
-                self._add(StateEntry("batch", path, tuple(leaf.shape)), compat.fake_like(self.mode, leaf))
+                make = (
+                    compat.fake_like(self.mode, leaf) if self.sizes is None else self.sizes.fake(self.mode, path, leaf)
+                )
+                self._add(StateEntry("batch", path, tuple(leaf.shape)), make)
         for entry in options.accumulation.weights:
             self._add(entry, self._blank(entry.shape, torch.float32))
 
