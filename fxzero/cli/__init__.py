@@ -1,4 +1,4 @@
-"""The command line: `fxzero dump | passes | diff | env`, each in a module of its own; docs/cli.md shows them."""
+"""The command line: `fxzero dump | passes | diff | fit | env`, each in a module of its own; docs/cli.md shows them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import fxzero
-from fxzero.cli import diff, dump, env, passes
+from fxzero.cli import diff, dump, env, fit, passes
 from fxzero.cli.usage import UsageError
 from fxzero.errors import FxzeroError
 
-COMMANDS = (dump, passes, diff, env)
+COMMANDS = (dump, passes, diff, fit, env)
 FAILED = 2
 INTERRUPTED = 130
 
