@@ -178,10 +178,12 @@ class WhatIf:
         what = ", ".join([what or "as it is", *changed])
         with self.progress.stage("what if", f"what if {what}"):
             steps = self._target(depth).at(sizes)
-            pipeline = recipe(plan, backend=self.backend)
-            for step in steps:
-                step.mesh = dict(plan.axes)
-            return memory_course([pipeline.run(step, check=False) for step in steps])
+            return memory_course([self._rewritten(step, plan) for step in steps])
+
+    def _rewritten(self, step: StepGraph, plan: Plan) -> StepGraph:
+        """The program that a rank would run; the one place where a plan becomes passes."""
+        step.mesh = dict(plan.axes)
+        return recipe(plan, backend=self.backend).run(step, check=False)
 
 
 def changes(plan: Plan, base: Plan) -> dict[str, Any]:
