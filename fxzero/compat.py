@@ -192,6 +192,12 @@ def value_range(env: ShapeEnv, symbol: Any) -> tuple[Any, Any]:
     return known.lower, known.upper
 
 
+def hints_of(env: ShapeEnv) -> dict[Any, Any]:
+    """Symbol -> the number that it had while the trace in `env` was made."""
+    known = getattr(env, "backed_var_to_val", None)  # before 2.12: var_to_val
+    return dict(env.var_to_val if known is None else known)  # type: ignore[attr-defined]
+
+
 def functional_mode() -> Any:
     """The mode under which in-place ops and views are traced as functional ones."""
     from torch._subclasses.functional_tensor import FunctionalTensorMode

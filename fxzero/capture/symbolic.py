@@ -60,8 +60,9 @@ class _Trace:
             least, most = compat.value_range(self.tracer.env, symbol)
             asked.append(sympy.Ge(symbol, least))
             asked += [sympy.Le(symbol, most)] if most.is_Integer else []
-        about = [expr for expr in dict.fromkeys(asked) if expr.free_symbols and expr.free_symbols <= set(names)]
-        return [compile_condition(expr, names) for expr in about]
+        others = {symbol: hint for symbol, hint in compat.hints_of(self.tracer.env).items() if symbol not in names}
+        about = [expr.xreplace(others) for expr in asked if expr.free_symbols & set(names)]
+        return [compile_condition(expr, names) for expr in dict.fromkeys(about)]
 
 
 class SymbolicStep:

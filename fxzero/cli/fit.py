@@ -165,7 +165,9 @@ def _answer(what_if: WhatIf, limit: int, start: float) -> Answer:
     if not depth:
         notes.append("the function has no keyword for depth: the largest depth is not known")
     tried = [] if asked.peak_bytes <= limit else sorted(_tried(what_if, sizes), key=lambda item: item[1])
-    return Answer(asked, limit, {**depth, **sizes}, found, tried, notes, time.perf_counter() - start)
+    return Answer(
+        asked, limit, {**depth, **sizes}, found, tried, list(dict.fromkeys(notes)), time.perf_counter() - start
+    )
 
 
 def _largest(peak: Any, limit: int, *, start: int) -> tuple[int, int | None, int]:

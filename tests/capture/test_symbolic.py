@@ -162,6 +162,34 @@ def test_without_the_refusal_the_program_would_be_a_wrong_one(monkeypatch: pytes
     assert "relu" not in to_text(step.at(sequence=17))
 
 
+class ByLength(torch.optim.SGD):
+    """An optimizer whose branch depends on a hyperparameter and on the batch's size together."""
+
+    length: object = 0
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                rate = group["lr"] if group["lr"] * ByLength.length < 1.0 else 2 * group["lr"]  # type: ignore[operator]
+                parameter.add_(parameter.grad, alpha=-1.0)
+                parameter.mul_(1.0 - rate)
+
+
+def test_a_condition_on_a_size_and_a_hyperparameter_is_asked_with_its_present_value() -> None:
+    model = nn.Linear(8, 8)
+    inventory, fresh = prepared(model, ByLength(model.parameters(), lr=0.1))
+
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        ByLength.length = x.shape[0]
+        return model(x).mean()
+
+    symbolic = SymbolicStep(inventory, loss, (torch.zeros(4, 8),), {}, fresh=fresh, dims={"args.0": {0: "rows"}})
+    assert "f32[9, 8]" in to_text(symbolic.at(rows=9))
+    with pytest.raises(CaptureError, match="sizes for which"):
+        symbolic.at(rows=11)
+
+
 def test_a_size_that_the_model_fixes_is_refused_elsewhere() -> None:
     model = nn.Sequential(nn.Linear(8, 1), nn.Flatten(0))
     inventory, fresh = prepared(model, torch.optim.SGD(model.parameters()))
