@@ -88,8 +88,9 @@ class Llama(nn.Module):
 
     def forward(self, tokens_BT, targets_BT):
         x_BTD = self.embed(tokens_BT)
+        cos_TE, sin_TE = self.cos[: tokens_BT.shape[1]], self.sin[: tokens_BT.shape[1]]
         for layer in self.layers:
-            x_BTD = layer(x_BTD, self.cos, self.sin)
+            x_BTD = layer(x_BTD, cos_TE, sin_TE)
         logits_BTV = self.output(self.norm(x_BTD))
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
 
@@ -106,6 +107,11 @@ def llama(*, layers=32, dim=4096, ffn=14336, heads=32, kv_heads=8, vocab=128256,
 def llama_8b():
     """Llama 3.1 8B: 32 layers, 8.03 billion parameters."""
     return llama()
+
+
+def llama_70b(layers=80, batch=1, seq=8192):
+    """Llama 3 70B: 70.6 billion parameters; precision="bf16" is what it is trained in."""
+    return llama(layers=layers, dim=8192, ffn=28672, heads=64, kv_heads=8, seq=seq, batch=batch)
 
 
 def llama_8b_64_layers():

@@ -177,6 +177,27 @@ def traced_nodes() -> int:
     return 0 if mode is None else len(mode.tracer.graph.nodes)
 
 
+def traced_graph() -> torch.fx.Graph:
+    """The graph of the trace in progress, with the nodes that are dropped at its end because nothing reads them."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    assert mode is not None, "only while tracing"
+    return mode.tracer.graph
+
+
+def value_range(env: ShapeEnv, symbol: Any) -> tuple[Any, Any]:
+    """The least and the greatest value that a symbol may have, as sympy numbers."""
+    known = env.var_to_range[symbol]
+    return known.lower, known.upper
+
+
+def hints_of(env: ShapeEnv) -> dict[Any, Any]:
+    """Symbol -> the number that it had while the trace in `env` was made."""
+    known = getattr(env, "backed_var_to_val", None)  # before 2.12: var_to_val
+    return dict(env.var_to_val if known is None else known)  # type: ignore[attr-defined]
+
+
 def functional_mode() -> Any:
     """The mode under which in-place ops and views are traced as functional ones."""
     from torch._subclasses.functional_tensor import FunctionalTensorMode
@@ -288,6 +309,30 @@ def symbolic_int(env: ShapeEnv, value: int, *, name: str) -> Any:
     source = ConstantSource(name)
     symbol = env.create_unspecified_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC)
     return env.create_symintnode(symbol, hint=value, source=source)
+
+
+def symbolic_size(env: ShapeEnv, value: int, *, name: str) -> Any:
+    """A symbolic size of a tensor from 2 to 2**31 - 1, with a hint: 0 and 1 are taken to be other programs."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    source = ConstantSource(name)
+    symbol = env.create_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+    # with an upper bound, a slice to the end is known to take all, and is left out as it is for numbers
+    env.constrain_symbol_range(symbol, compiler_min=2, compiler_max=2**31 - 1)
+    return env.create_symintnode(symbol, hint=value, source=source)
+
+
+@contextlib.contextmanager
+def kernels_for_symbols(enabled: bool) -> Iterator[None]:
+    """Within the block, if `enabled`, ops whose kernels want plain sizes run by others that take symbols."""
+    if not enabled:
+        yield
+        return
+    from torch._dispatch.python import enable_python_dispatcher
+
+    with enable_python_dispatcher():
+        yield
 
 
 def dispatch_mode() -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fxzero import compat
+from fxzero.capture.batch_dims import SymbolicSizes
 from fxzero.capture.inventory import Inventory, dense_strides, hyperparameters, state_name
 from fxzero.capture.options import CaptureOptions
 from fxzero.graph import StateEntry
@@ -20,14 +21,23 @@ class TracedInputs:
         inventory: what model and optimizer own.
         env, mode: the symbol environment and the fake tensor mode of the trace.
         device: where the step runs; None: where the parameters are.
+        sizes: those of the batch that are symbols.
 
     Attributes:
         entries, values: what the inputs are, and the fakes or symbols that stand for them.
         symbols: symbol -> key of the entry that it is.
     """
 
-    def __init__(self, inventory: Inventory, env: Any, mode: Any, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        inventory: Inventory,
+        env: Any,
+        mode: Any,
+        device: torch.device | None = None,
+        sizes: SymbolicSizes | None = None,
+    ) -> None:
         self.inventory = inventory
+        self.sizes = sizes
         self.env = env
         self.mode = mode
         found = (p.device for p in inventory.parameters.values() if not p.is_meta)
@@ -57,7 +67,10 @@ class TracedInputs:
             self._add(entry, self._fake(parameter, moved=True))
         for path, leaf in batch:
             if isinstance(leaf, torch.Tensor):
-                self._add(StateEntry("batch", path, tuple(leaf.shape)), compat.fake_like(self.mode, leaf))
+                make = (
+                    compat.fake_like(self.mode, leaf) if self.sizes is None else self.sizes.fake(self.mode, path, leaf)
+                )
+                self._add(StateEntry("batch", path, tuple(leaf.shape)), make)
         for entry in options.accumulation.weights:
             self._add(entry, self._blank(entry.shape, torch.float32))
 

@@ -15,16 +15,33 @@ do they leave the causal mask to the attention kernel.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 from torch.overrides import TorchFunctionMode
 
 from fxzero import compat
 from fxzero.graph.randomness import is_random
-from fxzero.graph.step_graph import ancestors
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class DerivedNumber:
+    """A number that a step computed from sizes of the batch alone and then took for a constant.
+
+    Args:
+        program: function of the sizes that yields it.
+        sizes: their expressions in the symbols of the batch.
+        value: what it was at the sizes of the trace.
+    """
+
+    program: Callable[..., Any]
+    sizes: tuple[Any, ...]
+    value: Any
 
 
 class ScalarReader(compat.dispatch_mode()):  # type: ignore[misc]
@@ -34,11 +51,18 @@ class ScalarReader(compat.dispatch_mode()):  # type: ignore[misc]
 
     Args:
         env: the symbol environment of the capture.
+
+    Attributes:
+        reads: (symbol, node that yields it) of each number with a hint.
+        sizes: the symbols of sizes of the batch, where those are symbolic.
+        derived: the numbers that follow from these.
     """
 
     def __init__(self, env: Any) -> None:
         super().__init__()
         self.env = env
+        self.sizes: set[Any] = set()
+        self.derived: list[DerivedNumber] = []
         self.twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.reads: list[tuple[Any, torch.fx.Node]] = []  # (symbol, node that yields the number)
         self.last_op: Any = None
@@ -51,11 +75,12 @@ class ScalarReader(compat.dispatch_mode()):  # type: ignore[misc]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.last_op = func
-        out = func(*args, **kwargs)
+        with compat.kernels_for_symbols(bool(self.sizes)):
+            out = func(*args, **kwargs)
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
         known = bool(tensors) and all(id(t) in self.twins for t in tensors)
         if func is aten._local_scalar_dense.default:
-            return self._hinted(out, self.twins[id(args[0])][1]) if known else _constant(out)
+            return self._hinted(out, self.twins[id(args[0])][1]) if known else self._constant(out)
         if not known:
             return out
         self._run_twin(func, args, kwargs, out)
@@ -87,25 +112,48 @@ class ScalarReader(compat.dispatch_mode()):  # type: ignore[misc]
         self.reads.append((compat.symbol_of(hinted), compat.rebind_scalar(recorded, hinted)))
         return hinted
 
+    def _constant(self, recorded: Any) -> Any:
+        """The value of a number that was read from a tensor, where that follows from no input and no random draw."""
+        node = compat.node_of(recorded)
+        if node is None:
+            return recorded
+        needed, sizes = self._origins(node)
+        if any(n.op == "placeholder" or is_random(n) or (n.op == "get_attr" and not _is_literal(n)) for n in needed):
+            return recorded
+        order = [n for n in node.graph.nodes if n in needed]
+        program = _program(node, order, list(sizes))
+        with compat.no_modes(), torch.no_grad():
+            value = program(*(size.node.hint for size in sizes.values()))
+        if sizes:
+            self.derived.append(DerivedNumber(program, tuple(size.node.expr for size in sizes.values()), value))
+        return value
 
-def _constant(recorded: Any) -> Any:
-    """The value of a number that was read from a tensor, where that tensor follows from no input and no random draw."""
-    node = compat.node_of(recorded)
-    if node is None:
-        return recorded
-    needed = ancestors([node])
-    if any(n.op == "placeholder" or is_random(n) or (n.op == "get_attr" and not _is_literal(n)) for n in needed):
-        return recorded
+    def _origins(self, node: fx.Node) -> tuple[set[fx.Node], dict[fx.Node, torch.SymInt]]:
+        """What a node is computed from, down to sizes of the batch; and those, with their symbols."""
+        needed: set[fx.Node] = set()
+        sizes: dict[fx.Node, torch.SymInt] = {}
+        stack = [node]
+        while stack:
+            n = stack.pop()
+            val = n.meta.get("val")
+            if isinstance(val, torch.SymInt) and val.node.expr.free_symbols <= self.sizes:
+                sizes[n] = val
+            elif n not in needed:
+                needed.add(n)
+                stack.extend(n.all_input_nodes)
+        return needed, sizes
+
+
+def _program(node: fx.Node, order: list[fx.Node], sizes: list[fx.Node]) -> Callable[..., Any]:
+    """The few ops that lead to one number, cut from the trace in progress, as a function of `sizes`."""
+    graph = fx.Graph()
+    mapping = {n: graph.placeholder(n.name) for n in sizes}
+    for n in order:
+        mapping[n] = graph.node_copy(n, lambda n: mapping[n])
+    graph.output(mapping[node])
     root = compat.traced_root()
-    values: dict[torch.fx.Node, Any] = {}
-    with compat.no_modes(), torch.no_grad():
-        for n in [n for n in node.graph.nodes if n in needed]:
-            if n.op == "get_attr":
-                values[n] = getattr(root, str(n.target))
-            else:
-                args, kwargs = torch.fx.map_arg((n.args, n.kwargs), values.__getitem__)
-                values[n] = n.target(*args, **kwargs)  # type: ignore[operator]
-    return values[node]
+    constants = {str(n.target): getattr(root, str(n.target)) for n in order if n.op == "get_attr"}
+    return fx.GraphModule(constants, graph).forward
 
 
 def _is_literal(constant: torch.fx.Node) -> bool:

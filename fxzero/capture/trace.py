@@ -30,6 +30,7 @@ from torch.fx.traceback import preserve_node_meta
 
 from fxzero import compat
 from fxzero.capture.accumulation import in_layout_of
+from fxzero.capture.batch_dims import SymbolicSizes
 from fxzero.capture.checks import capture_error, check_loss
 from fxzero.capture.clean import clean
 from fxzero.capture.draws import RandomDraws
@@ -41,10 +42,11 @@ from fxzero.capture.precision import check_dtypes, place_casts
 from fxzero.capture.provenance import module_paths
 from fxzero.capture.scalars import ScalarReader, SymbolicTensors
 from fxzero.capture.signature import flatten_batch
+from fxzero.capture.specialise import TracedNode, traced_nodes
 from fxzero.capture.untouched import untouched
 from fxzero.capture.update import reported, update
 from fxzero.errors import CaptureError, FxzeroError
-from fxzero.graph import StepGraph
+from fxzero.graph import StateEntry, StepGraph
 
 log = logging.getLogger("fxzero")
 
@@ -76,7 +78,7 @@ class Capture:
         return same and str(self.step.graph) == str(other.step.graph)
 
 
-class _StepTracer:
+class StepTracer:
     """Traces one step; see [Note: one trace]."""
 
     def __init__(
@@ -89,6 +91,7 @@ class _StepTracer:
         options: CaptureOptions,
         fresh: bool,
         as_compiler: bool = False,
+        sizes: Callable[[Any], SymbolicSizes] | None = None,
     ) -> None:
         self.inventory = inventory
         self.options = options
@@ -102,7 +105,10 @@ class _StepTracer:
         self.boundaries: dict[str, int] = {}
         self.results: list[tuple[str, str]] = []
         self.gradients: list[str] = []
-        self.inputs = TracedInputs(inventory, self.env, self.mode, options.device)
+        self.sizes = None if sizes is None else sizes(self.env)
+        self.reader.sizes = set(self.sizes.symbols) if self.sizes is not None else set()
+        self.traced: list[TracedNode] = []
+        self.inputs = TracedInputs(inventory, self.env, self.mode, options.device, self.sizes)
         self.batch_leaves, self.batch_structure = flatten_batch(args, kwargs)
 
     def run(self, *values: Any) -> list[Any]:
@@ -136,6 +142,8 @@ class _StepTracer:
             out.update(self._finish(table, gradients))
             out.update({("buffer", name): value for name, value in buffers.items()})
             self.results = list(out)
+            if self.sizes is not None:
+                self.traced = traced_nodes(compat.traced_graph())
             return [_unwrap(value) for value in out.values()]
 
     def _follow_host_scalars(self, table: dict[tuple[str, str], Any]) -> None:
@@ -255,36 +263,66 @@ def capture_step(
         CaptureError: naming module, op and source line.
     """
     start = time.perf_counter()
-    how: dict[str, Any] = {"options": options or CaptureOptions(), "fresh": fresh}
-    try:
-        tracer = _StepTracer(inventory, loss, args, kwargs, **how)
-        module = _trace(tracer)
-    except CaptureError as error:
-        if error.__cause__ is None or "update" in tracer.boundaries:
-            raise
-        log.info("fxzero: tracing again as a compiler (torch.compiler.is_compiling()): %s", error)
-        tracer = _StepTracer(inventory, loss, args, kwargs, as_compiler=True, **how)
-        module = _trace(tracer)
+    tracer, module = trace_step(inventory, loss, args, kwargs, options=options or CaptureOptions(), fresh=fresh)
     entries = tracer.inputs.entries
     guards = collect_guards(
         tracer.env, module.graph, entries=entries, symbols=tracer.inputs.symbols, reads=tracer.reader.reads
     )
-    step, constants = clean(
-        module,
-        entries=entries,
-        results=tracer.results,
-        boundaries=tracer.boundaries,
-        optimized=inventory.optimized,
-        mode=tracer.mode,
-    )
-    check_dtypes(step)
-    place_casts(step)
+    step, constants = finish_step(tracer, module, entries=entries, boundaries=tracer.boundaries)
     freeze_unused(guards, step, entries, tracer.inputs.values)
     guards.attributes = inventory.attributes
     return Capture(step, guards, constants, time.perf_counter() - start, tuple(tracer.gradients))
 
 
-def _trace(tracer: _StepTracer) -> fx.GraphModule:
+def trace_step(
+    inventory: Inventory,
+    loss: LossFn | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    options: CaptureOptions,
+    fresh: bool,
+    sizes: Callable[[Any], SymbolicSizes] | None = None,
+) -> tuple[StepTracer, fx.GraphModule]:
+    """The raw trace of a step, as eager code or else as a compiler ([Note: as a compiler]).
+
+    Args:
+        inventory, loss, args, kwargs, options, fresh: see `capture_step`.
+        sizes: makes sizes of the batch symbols of the trace's environment.
+
+    Raises:
+        CaptureError: naming module, op and source line.
+    """
+    how: dict[str, Any] = {"options": options, "fresh": fresh, "sizes": sizes}
+    try:
+        tracer = StepTracer(inventory, loss, args, kwargs, **how)
+        return tracer, _trace(tracer)
+    except CaptureError as error:
+        if error.__cause__ is None or "update" in tracer.boundaries:
+            raise
+        log.info("fxzero: tracing again as a compiler (torch.compiler.is_compiling()): %s", error)
+        tracer = StepTracer(inventory, loss, args, kwargs, as_compiler=True, **how)
+        return tracer, _trace(tracer)
+
+
+def finish_step(
+    tracer: StepTracer, module: fx.GraphModule, *, entries: list[StateEntry], boundaries: dict[str, int]
+) -> tuple[StepGraph, dict[str, torch.Tensor]]:
+    """The step graph of a raw trace without symbolic sizes, and its constants by entry name; see `clean`."""
+    step, constants = clean(
+        module,
+        entries=entries,
+        results=tracer.results,
+        boundaries=boundaries,
+        optimized=tracer.inventory.optimized,
+        mode=tracer.mode,
+    )
+    check_dtypes(step)
+    place_casts(step)
+    return step, constants
+
+
+def _trace(tracer: StepTracer) -> fx.GraphModule:
     tracer.inputs.declare(tracer.batch_leaves, tracer.options)
     with untouched(tracer.inventory.model), contextlib.ExitStack() as stack:
         stack.enter_context(compat.quiet_fake_kernels())

@@ -41,11 +41,12 @@ class Target:
     loss: Callable[..., Any] | None
 
 
-def load_target(text: str) -> Target:
+def load_target(text: str, **keywords: Any) -> Target:
     """Run FUNCTION of FILE.py and take what it returns.
 
     Args:
-        text: "FILE.py:FUNCTION"; the function takes no arguments. Neighbours of the file can be imported by it.
+        text: "FILE.py:FUNCTION". Neighbours of the file can be imported by it.
+        keywords: for the function.
 
     Raises:
         UsageError: if there is no such function, it raises, or it returns something else.
@@ -53,8 +54,8 @@ def load_target(text: str) -> Target:
     path, name = _split(text)
     try:
         with _importable(path.parent):
-            function = _function(text, _load(path), name)
-            returned = function()
+            function = _function(text, _load(path), name, keywords)
+            returned = function(**keywords)
     except FxzeroError:
         raise
     except (Exception, SystemExit) as error:
@@ -65,6 +66,26 @@ def load_target(text: str) -> Target:
             fix="correct the file; --traceback shows the whole way",
         ) from error
     return _checked(text, returned)
+
+
+def keywords_of(text: str) -> dict[str, inspect.Parameter]:
+    """The parameters of FUNCTION of FILE.py that can be given by name.
+
+    Raises:
+        UsageError: if there is no such function.
+    """
+    path, name = _split(text)
+    try:
+        with _importable(path.parent):
+            found = getattr(_load(path), name, None)
+    except Exception:  # load_target says what is wrong with the file
+        found = None
+    if not callable(found):
+        load_target(text)
+        return {}
+    parameters = inspect.signature(found).parameters
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {key: parameter for key, parameter in parameters.items() if parameter.kind in by_name}
 
 
 def _split(text: str) -> tuple[Path, str]:
@@ -100,7 +121,7 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-def _function(text: str, module: ModuleType, name: str) -> Callable[[], Any]:
+def _function(text: str, module: ModuleType, name: str, keywords: Mapping[str, Any]) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if function is None:
         own = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
@@ -110,10 +131,11 @@ def _function(text: str, module: ModuleType, name: str) -> Callable[[], Any]:
         fix = f"name a function that returns {RETURNS}"
         raise UsageError.of(text, expected="a function", got=type(function).__name__, fix=fix)
     try:
-        inspect.signature(function).bind()
+        inspect.signature(function).bind(**keywords)
     except TypeError as error:
         fix = "give its parameters defaults, or write a function that calls it with them"
-        raise UsageError.of(text, expected="a function that takes no arguments", got=str(error), fix=fix) from error
+        expected = f"a function that takes {', '.join(keywords) or 'no arguments'}"
+        raise UsageError.of(text, expected=expected, got=str(error), fix=fix) from error
     return function
 
 

@@ -1,0 +1,260 @@
+"""fxzero fit: every answer is compared with what direct captures of whole models predict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fxzero import Plan
+from fxzero.capture import Inventory, capture_step
+from fxzero.capture.rehearsal import rehearse
+from fxzero.cli import main
+from fxzero.cli.target import keywords_of, load_target
+from fxzero.cli.what_if import largest
+from fxzero.cost.memory import memory_profile
+from fxzero.cost.memory_at_depth import DepthLines
+from fxzero.cost.memory_course import Course, Place, memory_course
+from fxzero.recipe import captured_as, recipe
+
+TARGETS = """
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Model(nn.Module):
+    def __init__(self, layers, width):
+        super().__init__()
+        self.embed = nn.Embedding(64, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.head = nn.Linear(width, 64)
+
+    def forward(self, x):
+        hidden = self.embed(x)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return nn.functional.cross_entropy(self.head(hidden).flatten(0, 1), x.flatten())
+
+
+def step(layers=12, width=32, batch=4, seq=16):
+    with torch.device("meta"):
+        model, x = Model(layers, width), torch.zeros(batch, seq, dtype=torch.int64)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), (x,)
+
+
+def shallow():
+    return step(layers=2)
+
+
+def single():
+    model, optimizer, _ = step(layers=2)
+    return model, optimizer, (), lambda model: model(torch.zeros(2, 8, dtype=torch.int64))
+
+
+def unsized(layers):
+    return step(layers)
+"""
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("fit") / "targets.py"
+    path.write_text(TARGETS)
+    return str(path)
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    def run(*argv: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(["fit", *argv])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def answer(call: Call) -> Callable[..., Any]:
+    def run(*argv: str) -> Any:
+        code, out, err = call(*argv, "--quiet", "--json")
+        assert (code, err) == (0, "")
+        return json.loads(out)
+
+    return run
+
+
+def direct_peak(text: str, plan: Plan, **keywords: Any) -> int:
+    """The peak by a capture of the whole model, verified after each pass."""
+    target = load_target(text, **keywords)
+    inventory, fresh = rehearse(Inventory.of(target.model, target.optimizer))
+    how: Any = {"fresh": fresh, "options": captured_as(plan)}
+    step = capture_step(inventory, target.loss, target.args, target.kwargs, **how).step
+    step.mesh = dict(plan.axes)
+    return memory_profile(recipe(plan, backend="nccl").run(step)).peak_bytes
+
+
+def test_every_answer_is_that_of_a_direct_capture(answer, targets) -> None:
+    keys: dict[str, Any] = {"recompute": "blocks", "bucket_bytes": 0}
+    text = f"{targets}:step"
+    plan = Plan(zero=3, **keys).resolve(4)
+    limit = direct_peak(text, plan) + 100_000
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in keys.items()]
+    found = answer(text, "--world", "4", "--device-memory", str(limit), *options)
+    assert found["fits"] and found["notes"] == []
+    assert found["peak_bytes"] == limit - 100_000
+    assert found["setting"] == {"layers": 12, "batch": 4, "sequence": 16}
+    assert sum(found["peak_bytes_by_kind"].values()) == found["peak_bytes"]
+    for keyword in ("batch", "layers"):
+        best = found["largest"][keyword]
+        assert best["peak_bytes"] == direct_peak(text, plan, **{keyword: best["value"]}) <= limit
+        assert best["next_peak_bytes"] == direct_peak(text, plan, **{keyword: best["value"] + 1}) > limit
+
+
+def test_a_step_that_does_not_fit_is_an_answer_with_advice(call, answer, targets) -> None:
+    text = f"{targets}:shallow"
+    needed = direct_peak(text, Plan(zero=3, recompute="blocks", bucket_bytes=0).resolve(4))
+    keys = (text, "--world", "4", "--zero", "0", "--bucket-bytes", "0", "--device-memory", str(needed))
+    code, out, err = call(*keys, "--quiet")
+    assert (code, err) == (0, "")
+    assert out.startswith("does not fit: predicted peak ")
+    assert "\nit fits with zero=3, recompute=blocks: " in out and "\nthe smallest peak of what was tried is " in out
+    found = answer(*keys)
+    tried = {json.dumps(item["changes"]): item["peak_bytes"] for item in found["tried"]}
+    assert tried[json.dumps({"zero": 3, "recompute": "blocks"})] == needed
+    assert found["tried"][0]["peak_bytes"] == min(tried.values())
+    assert found["tried"][0]["changes"].get("batch") == 1
+
+
+def test_without_a_keyword_for_depth_the_whole_is_captured(answer, targets) -> None:
+    plan = Plan(zero=3).resolve(4)
+    limit = direct_peak(f"{targets}:shallow", plan)
+    found = answer(f"{targets}:shallow", "--world", "4", "--device-memory", str(limit))
+    assert found["fits"] and found["peak_bytes"] == limit
+    assert found["largest"].keys() == {"batch"} and found["largest"]["batch"]["value"] == 4
+    assert "no keyword for depth" in found["notes"][0]
+
+
+def test_microbatches_and_a_batch_without_tensors(answer, targets) -> None:
+    found = answer(f"{targets}:shallow", "--world", "2", "--accumulate", "3", "--device-memory", "1MB")
+    assert found["fits"] and found["largest"]["batch"]["value"] > 4
+    found = answer(f"{targets}:single", "--world", "2", "--device-memory", "1MB")
+    assert found["largest"] == {} and "nothing to vary" in found["notes"][0]
+
+
+def test_nothing_fits_into_nothing(call, targets) -> None:
+    code, out, _ = call(f"{targets}:shallow", "--world", "2", "--device-memory", "1kB", "--quiet")
+    assert code == 0 and out.startswith("does not fit") and "none" in out and "it fits with" not in out
+
+
+def test_memory_that_is_not_linear_in_depth_is_captured_whole(answer, targets) -> None:
+    """Buckets that span blocks: the lines do not hold, and the answers are still right."""
+    text, plan = f"{targets}:step", Plan(zero=3, bucket_bytes="40 kB").resolve(4)
+    peak = direct_peak(text, plan, layers=8)
+    keys = ("--set", "layers=8", "--bucket-bytes", "40 kB", "--device-memory", str(peak))
+    found = answer(text, "--world", "4", *keys)
+    assert found["peak_bytes"] == peak
+    assert found["largest"]["layers"]["value"] == 8 and found["largest"]["batch"]["value"] == 4
+    assert "layers is not extrapolated" in found["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (
+            ("step", "--set", "layer=3"),
+            "--set: expected a keyword of the function, got 'layer'; did you mean 'layers'?",
+        ),
+        (("step", "--set", "layers"), "--set: expected each KEY=VALUE once, got 'layers'"),
+        (("step", "--depth", "deep"), "--depth: expected a keyword of the function, got 'deep'"),
+        (("step", "--set", "layers=0"), "--depth: expected a number of blocks as the function's layers, got 0"),
+        (("unsized",), "--depth: expected a number of blocks as the function's layers, got no default"),
+        (("step", "--set", "width='x'"), "expected a function that returns"),
+        (("shallow", "--set", "layers=3"), "--set: expected a keyword of the function, got 'layers'; leave it out"),
+        (("nothing",), "got none of that name"),
+    ],
+)
+def test_what_is_refused(call, targets, argv, said) -> None:
+    name, *rest = argv
+    code, out, err = call(f"{targets}:{name}", "--world", "4", "--device-memory", "1GB", "--quiet", *rest)
+    assert (code, out) == (2, "") and said in err
+
+
+def test_device_memory_is_checked(call, targets) -> None:
+    assert call(f"{targets}:step", "--world", "4")[0] == 2
+    code, _, err = call(f"{targets}:step", "--world", "4", "--device-memory", "80GiBi", "--quiet")
+    assert code == 2 and "--device-memory: expected a number of bytes, got '80GiBi'" in err
+
+
+@pytest.mark.parametrize("start", [1, 7, 300])
+@pytest.mark.parametrize(("slope", "base", "limit"), [(10, 5, 100), (10, 5, 4), (3, 0, 3), (7, 1, 10**5), (0, 1, 2)])
+def test_largest_is_the_last_that_fits(start, slope, base, limit) -> None:
+    asked: list[int] = []
+
+    def peak(number: int) -> int:
+        asked.append(number)
+        return max(base + slope * number, base + 2 * slope * (number - 40))  # steeper from 80 on
+
+    expected = max((n for n in range(1, 20001) if peak(n) <= limit), default=0) if slope else 2**20
+    asked.clear()
+    assert largest(peak, limit, start=start, most=2**20) == expected
+    assert len(asked) <= 30
+
+
+def course(depth: int, *, at_middle: int = 0, bend: int = 0) -> Course:
+    paths = ["embed", *(f"blocks.{i}.lin" for i in range(depth)), "head"]
+    places = tuple(Place(0, "forward", path, "mm", 0) for path in paths)
+    totals = [100 + 10 * i for i in range(depth + 1)] + [50 + 20 * depth + bend * depth**2]
+    totals[depth // 2] += at_middle
+    return Course(10 + depth, places, tuple(totals), {"all": max(totals)})
+
+
+def test_the_peak_of_a_deep_model_may_stand_elsewhere_than_in_shallow_ones() -> None:
+    lines = DepthLines({depth: course(depth) for depth in (4, 5, 6)}, edge=2)
+    assert lines.at(4).peak_bytes == 140 and "blocks.last-0.lin" in lines.at(4).place
+    assert lines.at(80).peak_bytes == 1650 == max(course(80).totals) and lines.at(80).state_bytes == 90
+    assert "head" in lines.at(80).place and lines.at(80).kinds == {}
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        ({"bend": 1}, "not linear"),
+        ({"at_middle": 1000}, "middle block|not linear"),
+    ],
+)
+def test_memory_off_the_lines_is_found(faults, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        DepthLines({depth: course(depth, **faults) for depth in (4, 5, 6)}, edge=2)
+
+
+def test_depth_that_no_list_follows_is_found() -> None:
+    with pytest.raises(ValueError, match="no list of modules grows"):
+        DepthLines({depth: course(4) for depth in (4, 5, 6)}, edge=2)
+
+
+def test_a_course_peaks_where_the_profile_does(targets) -> None:
+    target = load_target(f"{targets}:shallow")
+    inventory, fresh = rehearse(Inventory.of(target.model, target.optimizer))
+    plan = Plan(zero=3).resolve(4)
+    step = capture_step(inventory, None, target.args, {}, fresh=fresh).step
+    step.mesh = dict(plan.axes)
+    step = recipe(plan, backend="nccl").run(step)
+    found, profile = memory_course([step]), memory_profile(step)
+    assert found.totals[found.peak] == profile.peak_bytes == sum(found.peak_kinds.values())
+    assert found.state_bytes == profile.state_bytes
+    assert set(keywords_of(f"{targets}:step")) == {"layers", "width", "batch", "seq"}
