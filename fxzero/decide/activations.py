@@ -96,6 +96,7 @@ class Activations:
         step: captured, before any pass.
         hardware: for estimates of time.
         tiers: where else than on the device a tensor may be kept: "host".
+        pointwise: whether the pass `recompute_pointwise` will run.
 
     Attributes:
         blocks: in forward order; what is outside of repeated modules comes first.
@@ -106,10 +107,12 @@ class Activations:
         shared: memory that has views.
     """
 
-    def __init__(self, step: StepGraph, hardware: Hardware, *, tiers: Iterable[str] = ()) -> None:
+    def __init__(
+        self, step: StepGraph, hardware: Hardware, *, tiers: Iterable[str] = (), pointwise: bool = True
+    ) -> None:
         self.hardware = hardware
         self.tiers = frozenset(tiers)
-        self.free = pointwise_again(step)
+        self.free = pointwise_again(step) if pointwise else set()
         forward = step.phase("forward")
         self.root: dict[fx.Node, fx.Node] = {}
         for node in (*step.placeholders, *forward):

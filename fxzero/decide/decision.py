@@ -30,6 +30,7 @@ from fxzero.plan import Plan
 from fxzero.recipe import recipe
 
 _MAX_RUNS = 6  # of the recipe, beside the one with nothing decided
+_MAX_AIMS = 16
 _CLOSE = 0.005  # of the budget: a peak that is so near it is not corrected
 
 
@@ -147,7 +148,8 @@ def decide(step: StepGraph, *, plan: Plan, backend: str, tiers: Iterable[str] = 
     )
     if profile.peak_bytes <= plan.memory_budget:
         return nothing
-    activations = Activations(step, hardware, tiers=tiers)
+    pointwise = "recompute_pointwise" not in plan.disable
+    activations = Activations(step, hardware, tiers=tiers, pointwise=pointwise)
     return _Search(activations, program, profile, plan, backend).run(step, nothing)
 
 
@@ -180,23 +182,29 @@ class _Search:
             nothing: the decision to recompute nothing, which does not meet the budget.
         """
         best: Decision | None = None
-        tried: dict[tuple[int, ...], float] = {}
+        tried: dict[tuple[int, ...], Decision] = {}
         low, high, aim = 0.0, float("inf"), float(self.budget)
-        for _ in range(_MAX_RUNS):
-            chosen = self.combination.within(aim) or self.combination.smallest()
-            if tuple(chosen) in tried:
-                break
-            found = self._evaluated(step, chosen, nothing)
-            tried[tuple(chosen)] = found.peak_bytes
-            slack = self.budget - found.peak_bytes
-            if slack >= 0 and (best is None or (found.seconds, found.peak_bytes) < (best.seconds, best.peak_bytes)):
-                best = found
-            if 0 <= slack <= _CLOSE * self.budget:
-                break
-            low, high = (max(low, aim), high) if slack >= 0 else (low, min(high, aim))
-            aim = aim + slack
+        for _ in range(_MAX_AIMS):
+            chosen = self.combination.within(aim)
+            slack = 0
+            if chosen is None:  # the estimate knows no answer: aim higher
+                low = max(low, aim)
+            else:
+                if tuple(chosen) not in tried and len(tried) == _MAX_RUNS:
+                    break
+                found = tried.get(tuple(chosen)) or self._evaluated(step, chosen, nothing)
+                tried[tuple(chosen)] = found
+                slack = self.budget - found.peak_bytes
+                if slack >= 0 and (best is None or (found.seconds, found.peak_bytes) < (best.seconds, best.peak_bytes)):
+                    best = found
+                if 0 <= slack <= _CLOSE * self.budget:
+                    break
+                low, high = (max(low, aim), high) if slack > 0 else (low, min(high, aim))
+            aim += slack
             if not low < aim < high:
                 aim = (low + high) / 2
+            if not high - low > _CLOSE * self.budget or aim == float("inf"):
+                break
         # What fits by the estimate alone may still not fit: the other passes have their own needs.
         blocks = zip(self.activations.blocks, self.choices, strict=True)
         fewest = [len(choices) - 1 if block.name else 0 for block, choices in blocks]

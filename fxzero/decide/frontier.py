@@ -2,7 +2,8 @@
 
 Variables: how each tensor is kept (or not), and which values backward has again. What backward reads must be kept or
 had again; what is had again follows from values that are. The least time is found under bounds on the bytes that are
-kept; each solution is exact for its bound. HiGHS solves it, through `scipy.optimize.milp`: deterministic, no clock.
+kept; each solution is exact for its bound (to the solver's 1e-6). HiGHS solves it, through `scipy.optimize.milp`:
+deterministic, no clock.
 Source: Checkmate (Jain et al., 2020), here for one block and with one copy of each value.
 """
 
@@ -17,6 +18,11 @@ import numpy as np
 from fxzero.decide.activations import Problem
 
 NUM_BOUNDS = 16
+# Of the solver's search, so that a model without repeated blocks ends too: by count, as a clock would let ranks differ.
+# What is found by then is an answer that holds, perhaps not the best. Blocks of transformers stay far below.
+_MAX_NODES = 100
+_LARGE = 300  # variables from which an answer may be this much worse than the best, as a fraction
+_GAP = 0.005
 _ROUNDING = 1e-7  # of a sum of seconds
 
 
@@ -52,7 +58,7 @@ def frontier(problem: Problem, *, num_bounds: int = NUM_BOUNDS) -> tuple[Choice,
     """
     program = _Program(problem)
     first = program.fastest()
-    last = program.fastest(program.smallest().kept_bytes)
+    last = program.fastest(program.smallest(instead=first).kept_bytes, instead=first)
     gaps = [_Gap(first, last, last.kept_bytes)]
     found = {first.kept_bytes: first, last.kept_bytes: last}
     for _ in range(num_bounds):
@@ -61,7 +67,7 @@ def frontier(problem: Problem, *, num_bounds: int = NUM_BOUNDS) -> tuple[Choice,
             break
         gaps.remove(gap)
         middle = (gap.upper.kept_bytes + gap.known_bytes) // 2
-        between = program.fastest(middle)
+        between = program.fastest(middle, instead=gap.lower)
         found[between.kept_bytes] = between
         gaps.append(_Gap(gap.upper, between, middle))
         if between.kept_bytes > gap.lower.kept_bytes:
@@ -127,14 +133,25 @@ class _Program:
         columns = [*self._kept_columns[storage], *([self._column[index]] if index in self._column else [])]
         return dict.fromkeys(columns, 1.0)
 
-    def fastest(self, bound_bytes: float = np.inf) -> Choice:
-        """The answer that takes the least time, with at most so many bytes; of those, the one with the fewest."""
-        shortest = float(self.seconds @ self._solve(self.seconds, bound_bytes=bound_bytes))
-        return self._choice(self._solve(self.bytes, bound_bytes=bound_bytes, bound_s=shortest * (1 + _ROUNDING)))
+    def fastest(self, bound_bytes: float = np.inf, *, instead: Choice | None = None) -> Choice:
+        """The answer that takes the least time, with at most so many bytes; of those, the one with the fewest.
 
-    def smallest(self) -> Choice:
+        Args:
+            bound_bytes: the most that may be kept.
+            instead: what to say where none is found.
+        """
+        quick = self._solve(self.seconds, bound_bytes=bound_bytes)
+        if quick is None:
+            assert instead is not None, "keeping everything is always an answer"
+            return instead
+        shortest = float(self.seconds @ quick)
+        small = self._solve(self.bytes, bound_bytes=bound_bytes, bound_s=shortest * (1 + _ROUNDING))
+        return self._choice(quick if small is None else small)
+
+    def smallest(self, *, instead: Choice) -> Choice:
         """The answer that keeps the fewest bytes."""
-        return self._choice(self._solve(self.bytes))
+        found = self._solve(self.bytes)
+        return instead if found is None else self._choice(found)
 
     def _solve(self, cost: Any, *, bound_bytes: float = np.inf, bound_s: float = np.inf) -> Any:
         # Imported here: it takes half a second, and only plans with a decision need it.
@@ -156,10 +173,9 @@ class _Program:
             constraints=LinearConstraint(matrix, [bound for _, bound in rows]),
             integrality=np.ones(len(cost)),
             bounds=Bounds(0, 1),
-            options={"mip_rel_gap": 0.0},
+            options={"mip_rel_gap": _GAP if len(cost) > _LARGE else 0.0, "node_limit": _MAX_NODES},
         )
-        assert solved.x is not None, f"keeping everything is always an answer: {solved.message}"
-        return np.round(solved.x)
+        return None if solved.x is None else np.round(solved.x)
 
     def _choice(self, chosen: Any) -> Choice:
         """The answer without what nothing needs."""

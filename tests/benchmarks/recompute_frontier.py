@@ -1,7 +1,7 @@
 """Peak tensor memory against step time: fxzero's recompute="auto", torch.compile's memory budget, torch's checkpoint.
 
     python tests/benchmarks/recompute_frontier.py                    # about six minutes on two cores
-    python tests/benchmarks/recompute_frontier.py --rounds 1 --steps 1 --warmup 1
+    python tests/benchmarks/recompute_frontier.py --layers 3 --rounds 1 --steps 1     # to see that it works
 
 A decoder of twelve blocks (that of job.py, without dropout), on one CPU core, sized so that activations are most of the
 memory. Each variant lives in a process of its own and takes its turn: a round lets each make some steps, every second
@@ -18,6 +18,7 @@ plain with min..max over rounds, the measured peak of tensors in a step, and wha
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import multiprocessing
@@ -80,7 +81,7 @@ def next_order(connection):
         return None
 
 
-def serve(connection, kind, value, library):
+def serve(connection, size, kind, value, library):
     """What a variant's process does: make the step, then as many as asked for, until told to end."""
     import torch
 
@@ -88,7 +89,7 @@ def serve(connection, kind, value, library):
     memory = MemoryCounter(library)
     data = corpus()
     torch.manual_seed(0)
-    model = Llama(SIZE)
+    model = Llama(size)
     try:
         if kind == "fxzero":
             step, predicted = fxzero_step(model, **value)
@@ -97,7 +98,7 @@ def serve(connection, kind, value, library):
         count = 0
         while (num_steps := next_order(connection)) is not None:
             times_s, loss = [], None
-            inputs = [batch(data, SIZE, step=count + i, rank=0, world_size=1) for i in range(num_steps)]
+            inputs = [batch(data, size, step=count + i, rank=0, world_size=1) for i in range(num_steps)]
             memory.reset_peak()
             for given in inputs:
                 began = time.perf_counter()
@@ -113,12 +114,12 @@ def serve(connection, kind, value, library):
 class Variant:
     """One way to train, in a process of its own; `results` are its answers, round by round."""
 
-    def __init__(self, name, kind, value, *, library):
+    def __init__(self, name, kind, value, *, size, library):
         self.name, self.results, self.error = name, [], None
         self.budget_mb = value.get("memory_budget", 0) / MB or None
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, kind, value, library), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, size, kind, value, library), daemon=True)
         self.process.start()
 
     def run(self, num_steps):
@@ -143,11 +144,11 @@ class Variant:
             self.process.terminate()
 
 
-def start_all(args, library):
+def start_all(args, size, library):
     """The variants, each past its warm-up: compiled, with optimizer state, its memory steady."""
 
     def start(*variants):
-        started = [Variant(name, kind, value, library=library) for name, kind, value in variants]
+        started = [Variant(name, kind, value, size=size, library=library) for name, kind, value in variants]
         with ThreadPoolExecutor(len(started)) as pool:  # two at a time: as many as there are cores to compile on
             answers = list(pool.map(lambda variant: variant.run(args.warmup), started))
         return started, [answer and answer["predicted_mb"] for answer in answers]
@@ -226,6 +227,7 @@ def draw(summaries, path):
 def parse_arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=SIZE.layers, help="blocks of the model")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=3, help="of each variant in a round")
     parser.add_argument("--warmup", type=int, default=2, help="first steps, not in times and memory")
@@ -239,13 +241,14 @@ def parse_arguments():
 def main():
     """Prints the table, writes JSON and PNG; returns the exit code."""
     args = parse_arguments()
+    size = dataclasses.replace(SIZE, layers=args.layers)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the processes of the variants get this path too
     os.environ["OMP_NUM_THREADS"] = "1"
     library, why_not = build_memory_counter(sys.executable, args.out.parent / "cache")
     if why_not:
         print(f"no memory figures: memory_counter.cpp was not built ({why_not})")
-    variants = start_all(args, library and str(library))
+    variants = start_all(args, size, library and str(library))
     for index in range(args.rounds):
         for variant in variants if index % 2 == 0 else variants[::-1]:
             if (answer := variant.run(args.steps)) is not None:
@@ -258,14 +261,14 @@ def main():
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "torch": version("torch"),
         "machine": machine(),
-        "job": vars(SIZE),
+        "job": vars(size),
         "run": {key: getattr(args, key) for key in ("rounds", "steps", "warmup")},
         "summary": summaries,
         "raw": {variant.name: variant.results for variant in variants},
     }
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     draw(summaries, args.out.with_suffix(".png"))
-    print(f"12 blocks, one core, {args.rounds} rounds of {args.steps} steps, torch {version('torch')}")
+    print(f"{size.layers} blocks, one core, {args.rounds} rounds of {args.steps} steps, torch {version('torch')}")
     print(table(summaries))
     return 1 if any(s["error"] for s in summaries.values()) else 0
 

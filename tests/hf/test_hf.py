@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fxzero
+from fxzero.cost.memory import memory_profile
 from fxzero.errors import CaptureError
 from tests.hf.models import CASES
 from tests.hf.worker import FAULT, build
@@ -117,3 +118,23 @@ def test_every_model_has_its_line_in_the_docs() -> None:
     table = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
     missing = [name for name in CASES if f"| `{name}` |" not in table]
     assert not missing, f"docs/models.md has no line for {missing}"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama_lora"])
+def test_recompute_by_budget_is_bit_equal_to_keeping_everything(name: str) -> None:
+    case = CASES[name]
+
+    def train(**plan: Any) -> tuple[list[torch.Tensor], fxzero.TrainStep]:
+        model, optimizer = build(case, rank=0)
+        step = fxzero.compile(model, optimizer, fxzero.Plan(**plan), loss=case.loss)
+        generator = torch.Generator().manual_seed(5)
+        torch.manual_seed(100)
+        losses = [step(**case.batch(generator)) for _ in range(3)]
+        return [*losses, *(p.detach() for p in model.parameters())], step
+
+    kept, step = train()
+    most, least = (memory_profile(s.graph).peak_bytes for s in (step, train(recompute="blocks")[1]))
+    budget = (most + least) // 2
+    values, step = train(recompute="auto", memory_budget=budget)
+    assert memory_profile(step.graph).peak_bytes <= budget < most
+    assert all(torch.equal(a, b) for a, b in zip(kept, values, strict=True))

@@ -85,7 +85,7 @@ def readers_of_forward_gathers(step: StepGraph) -> list[torch.fx.Node]:
 
 
 def test_backward_gathers_anew_what_it_recomputes_with(step: StepGraph) -> None:
-    plan = plan_of(SETTING, recompute="auto", memory_budget=between(step, SETTING, 0.1), bucket_bytes=0)
+    plan = plan_of(SETTING, recompute="auto", memory_budget=between(SETTING, 0.1), bucket_bytes=0)
     names = decide(step, plan=plan, backend="nccl").names
     program = recipe(plan, backend="nccl", recomputed=names).run(step)
     products = [n for n in program.phase("backward") if n.target is aten.addmm.default]
