@@ -1,4 +1,4 @@
-"""Values for a model on the meta device: one module's own tensors at a time, each sharded before the next one exists."""
+"""Values for a model on the meta device: one module's tensors at a time, each sharded before the next one exists."""
 
 from __future__ import annotations
 
