@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import fx
-
-from fxzero.cost.memory import memory_profile, memory_timeline
+from fxzero.cost.memory import MemoryProfile, memory_timeline, profile_of
 from fxzero.graph import StepGraph
-from fxzero.graph import collectives as c10d
-from fxzero.graph.step_graph import CARRIED_KINDS, num_bytes
 from fxzero.graph.text import op_name
 
 
@@ -63,46 +59,22 @@ def memory_course(steps: Sequence[StepGraph]) -> Course:
     """
     places: list[Place] = []
     totals: list[int] = []
-    peaks: list[tuple[int, dict[str, int]]] = []
-    state_bytes = 0
-    for index, step in enumerate({id(step): step for step in steps}.values()):
-        profile = memory_profile(step)
-        state_bytes = max(state_bytes, profile.state_bytes)
+    peaks: list[MemoryProfile] = []
+    distinct = list({id(step): step for step in steps}.values())
+    for index, step in enumerate(distinct):
+        timeline = memory_timeline(step, beside=(other for other in distinct if other is not step))
+        peaks.append(profile_of(timeline))
         numbers: dict[tuple[str, str, str], int] = {}
         module = ""
-        for node, total, alive in memory_timeline(step):
+        for node, total in zip(timeline.nodes, timeline.total, strict=True):
+            if node.op != "call_function":
+                continue
             own = node.meta.get("module") or (node.meta.get("param") or "").rpartition(".")[0]
             module = own or (module if places and places[-1].phase == node.meta["phase"] else "")
             key = (node.meta["phase"], module, op_name(node.target))
             numbers[key] = numbers.get(key, -1) + 1
             places.append(Place(index, *key, numbers[key]))
-            totals.append(profile.state_bytes + total)
-            if node is profile.peak_node:
-                peaks.append((profile.peak_bytes, {**_resting(step), **_standing(dict(alive))}))
-    return Course(state_bytes, tuple(places), tuple(totals), max(peaks, key=lambda peak: peak[0])[1])
-
-
-def _resting(step: StepGraph) -> dict[str, int]:
-    """Bytes of a program's inputs, by their kind."""
-    kinds: dict[str, int] = {}
-    for node in step.placeholders:
-        kind = node.meta["entry"].kind
-        if kind not in CARRIED_KINDS and num_bytes(node.meta["val"]):
-            kinds[kind] = kinds.get(kind, 0) + num_bytes(node.meta["val"])
-    return kinds
-
-
-def _standing(alive: dict[fx.Node, int]) -> dict[str, int]:
-    """Bytes of what is alive beside the inputs, by what it is for."""
-    kinds: dict[str, int] = {}
-    for node, size in alive.items():
-        kinds[_kind(node)] = kinds.get(_kind(node), 0) + size
-    return kinds
-
-
-def _kind(node: fx.Node) -> str:
-    if "grad_of" in node.meta or node.op == "placeholder":
-        return "gradients"
-    if c10d.is_collective(node) or c10d.is_wait(node):
-        return "communicated"
-    return "forward values" if node.meta["phase"] == "forward" else f"{node.meta['phase']} values"
+            totals.append(int(total))
+    highest = max(peaks, key=lambda profile: profile.peak_bytes)
+    kinds = {kind: size for kind, size in highest.by_kind.items() if size}
+    return Course(max(profile.state_bytes for profile in peaks), tuple(places), tuple(totals), kinds)
