@@ -1,7 +1,6 @@
 """The plan: what a user asks of the compiler; frozen, checked when made, from and to TOML and JSON.
 
-Each key is declared once, in `Plan`, with its default and the check that its value must pass. Keys of parts
-that are not built yet are declared too, so that asking for one is an error and never silently ignored.
+Each key is declared once, in `Plan`, with its default and the check that its value must pass.
 """
 
 from __future__ import annotations
@@ -56,17 +55,6 @@ def _mesh(where: str, value: Any) -> Mesh | None:
 
 def _key(default: Any, check: Check) -> Any:
     return dataclasses.field(default=default, metadata={"check": check})
-
-
-def _reserved(default: Any) -> Any:
-    def check(where: str, value: Any) -> Any:
-        # The type too: `accumulate = true` equals 1.
-        if type(value) is type(default) and value == default:
-            return default
-        fix = "this part is reserved, not built yet: leave the key out"
-        raise PlanError.of(where, expected=repr(default), got=show(value), fix=fix)
-
-    return dataclasses.field(default=default, repr=False, metadata={"check": check, "reserved": True})
 
 
 def _refuse_unknown_keys(cls: type[Plan]) -> type[Plan]:
@@ -192,8 +180,6 @@ class Plan:
         disable: names of passes to leave out; kept sorted, since their order means nothing.
         timeout_s: seconds that ranks wait for each other to agree before the first collective.
 
-    The keys after those are reserved: anything but their default is a PlanError until their part is built.
-
     Raises:
         PlanError: a key is unknown or its value cannot be honoured. So do all methods that make a plan; those
             that read one also when the source cannot be read or parsed.
@@ -302,8 +288,8 @@ class Plan:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """All keys that are built, as plain values that TOML and JSON have."""
-        named = [f.name for f in dataclasses.fields(self) if "reserved" not in f.metadata]
+        """All keys, as plain values that TOML and JSON have."""
+        named = [f.name for f in dataclasses.fields(self)]
         mesh = None if self.mesh is None else dict(self.mesh)
         return {name: getattr(self, name) for name in named} | {
             "mesh": mesh,

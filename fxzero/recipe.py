@@ -105,13 +105,13 @@ def _kept_back(plan: Plan, parameters: Mapping[str, torch.Tensor]) -> list[Auxil
     return []
 
 
-def recipe(plan: Plan, *, backend: str, recomputed: tuple[str, ...] = ()) -> Pipeline:
+def recipe(plan: Plan, *, backend: str, recomputed: tuple[str, ...] = (), offloaded: tuple[str, ...] = ()) -> Pipeline:
     """The pipeline of a plan.
 
     Args:
         plan: resolved (its mesh is known).
         backend: what carries collectives ("gloo", "nccl", "fake"); decides what a plan leaves at "auto".
-        recomputed: with recompute="auto": the nodes that `fxzero.decide` has chosen for this step.
+        recomputed, offloaded: with recompute="auto": the nodes that `fxzero.decide` has chosen for this step.
 
     Raises:
         PlanError: if `disable` names no pass.
@@ -174,15 +174,16 @@ def recipe(plan: Plan, *, backend: str, recomputed: tuple[str, ...] = ()) -> Pip
     if gathers:
         passes.append(prefetch_all_gathers.using(distance=plan.prefetch))
     passes.append(place_updates.using(bucket_bytes=plan.bucket_bytes))
-    passes += _offloading(plan)
+    passes += _offloading(plan, offloaded)
     return Pipeline(passes, disable=plan.disable)
 
 
-def _offloading(plan: Plan) -> list[Pass]:
+def _offloading(plan: Plan, chosen: tuple[str, ...]) -> list[Pass]:
     """What leaves the device: last, because it follows the order of the program."""
     passes: list[Pass] = []
     if plan.offload_activations != "none":
-        passes.append(offload_activations.using(tier=plan.offload_activations, below=plan.offload_below))
+        which: dict[str, Any] = {"names": chosen} if plan.recompute == "auto" else {"below": plan.offload_below}
+        passes.append(offload_activations.using(tier=plan.offload_activations, **which))
     if tiers := state_tiers(plan):
         passes.append(offload_state.using(tiers=tiers, below=plan.offload_below, on_host=plan.update_on_host))
     return [*passes, place_swaps.using(distance=plan.prefetch, bucket_bytes=plan.bucket_bytes)] if passes else []

@@ -103,9 +103,9 @@ def test_a_mesh_that_does_not_multiply_to_the_world_size() -> None:
     refused(r"world size 1, got dp=2 = 2", plan={"mesh": {"dp": 2}}, kind=PlanError)
 
 
-def test_a_reserved_part() -> None:
-    says = r"Plan\.offload: expected 'none', got 'host'; this part is reserved"
-    refused(says, plan={"offload": "host"}, kind=PlanError)
+def test_a_tier_that_there_is_not() -> None:
+    says = r"Plan\.offload_optimizer: expected 'none' or 'host' or 'nvme', got 'cpu'"
+    refused(says, plan={"offload_optimizer": "cpu"}, kind=PlanError)
 
 
 def test_an_unknown_pass_to_disable() -> None:

@@ -21,8 +21,7 @@ from fxzero.errors import FxzeroError, PlanError
 from fxzero.plan import AXES, RESERVED_AXES, Mesh, Plan
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "plan.md"
-RESERVED = [f for f in dataclasses.fields(Plan) if f.metadata.get("reserved")]
-ACTIVE = [f for f in dataclasses.fields(Plan) if not f.metadata.get("reserved")]
+ACTIVE = dataclasses.fields(Plan)
 
 SIZES = st.integers(1, 2**20)
 MESHES = st.none() | st.permutations(AXES + RESERVED_AXES).flatmap(
@@ -62,6 +61,14 @@ KEYS = {
     "accumulate_in": st.sampled_from(["shards", "unsharded"]),
     "recompute": st.sampled_from(["none", "blocks", "auto", 0.5, 1, ["layers.*"], ["b", "a"]]),
     "memory_budget": st.none() | st.integers(1, 2**63 - 1),
+    "offload_optimizer": st.sampled_from(["none", "host", "nvme"]),
+    "offload_parameters": st.sampled_from(["none", "host", "nvme"]),
+    "offload_activations": st.sampled_from(["none", "host", "nvme"]),
+    "offload_below": st.integers(0, 2**63 - 1),
+    "update_on_host": st.floats(0, 1),
+    "offload_dir": st.none() | st.just("/scratch"),
+    "offload_io": st.sampled_from(["direct", "buffered"]),
+    "offload_buffer_bytes": st.integers(0, 2**63 - 1),
     "disable": st.lists(NAMES, max_size=5),
     "timeout_s": st.floats(0, 86_400, exclude_min=True) | st.integers(1, 86_400),
 }
@@ -76,7 +83,15 @@ def _consistent(keys: dict[str, Any]) -> dict[str, Any]:
         keys = {key: value for key, value in keys.items() if key not in ("reduce_dtype", "keep_fp32")}
     elif keys.get("reduce_dtype") not in (None, "fp32", precision):
         keys = {**keys, "reduce_dtype": precision}
-    return _compressing_what_can_be(keys)
+    return _offloading_what_can_be(_compressing_what_can_be(keys))
+
+
+def _offloading_what_can_be(keys: dict[str, Any]) -> dict[str, Any]:
+    where = {keys.get(f"offload_{part}", "none") for part in ("optimizer", "parameters", "activations")}
+    unread = [] if where != {"none"} else ["offload_below"]
+    unread += [] if "nvme" in where else ["offload_dir", "offload_io", "offload_buffer_bytes"]
+    unread += [] if keys.get("offload_optimizer") == "host" else ["update_on_host"]
+    return {key: value for key, value in keys.items() if key not in unread}
 
 
 def _compressing_what_can_be(keys: dict[str, Any]) -> dict[str, Any]:
@@ -152,21 +167,27 @@ def test_defaults() -> None:
         "accumulate_in": "shards",
         "recompute": "none",
         "memory_budget": None,
+        "offload_optimizer": "none",
+        "offload_parameters": "none",
+        "offload_activations": "none",
+        "offload_below": 4096,
+        "update_on_host": 0.0,
+        "offload_dir": None,
+        "offload_io": "direct",
+        "offload_buffer_bytes": 33554432,
         "disable": [],
         "timeout_s": 60.0,
     }
-    assert {f.name: f.default for f in RESERVED} == {"offload": "none"}
 
 
 def test_hypothesis_builds_every_active_key() -> None:
     assert set(KEYS) == {f.name for f in ACTIVE}
 
 
-def test_docs_list_every_key_with_its_default_and_whether_it_is_built() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| .+? \| `(.+?)` \| .+ \| (.+?) \|$", DOC.read_text("utf-8"), re.MULTILINE)
-    defaults = {name: default.replace('"', "'") for name, default, _ in rows}
+def test_docs_list_every_key_with_its_default() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| .+? \| `(.+?)` \| .+ \|$", DOC.read_text("utf-8"), re.MULTILINE)
+    defaults = {name: default.replace('"', "'") for name, default in rows}
     assert defaults == {f.name: repr(f.default) for f in dataclasses.fields(Plan)}
-    assert [name for name, _, built in rows if built == "reserved"] == [f.name for f in RESERVED]
 
 
 def test_docs_example_is_the_same_plan_in_python_and_toml() -> None:
@@ -236,7 +257,7 @@ def test_a_plan_survives_pickle_copy_and_asdict(plan: Plan) -> None:
 
 def test_repr_shows_what_is_built_and_reads_back() -> None:
     plan = Plan(mesh={"dp_replicate": 2, "dp": 4}, disable=("a",))
-    assert "mesh=Mesh(dp_replicate=2, dp=4)" in repr(plan) and "offload" not in repr(plan)
+    assert "mesh=Mesh(dp_replicate=2, dp=4)" in repr(plan)
     assert eval(repr(plan), {"Plan": Plan, "Mesh": Mesh}) == plan
 
 
@@ -500,21 +521,6 @@ def test_a_foreign_value_shows_its_type() -> None:
     assert "got 4 (Four);" in re.sub(r"\s+", " ", message(lambda: Plan(zero=Four())))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("field", RESERVED, ids=lambda f: f.name)
-def test_a_reserved_key_takes_only_its_default(field: "dataclasses.Field[Any]") -> None:
-    assert Plan(**{field.name: field.default}) == Plan()
-    for value in ["bf16", 2, 1.0, True, False, [], {"x": 1}]:
-        text = message(lambda value=value: Plan(**{field.name: value}))
-        assert text.startswith(f"Plan.{field.name}: expected {field.default!r}, got {value!r}; ")
-        assert "reserved, not built yet" in text
-
-
-def test_reserved_keys_are_not_written() -> None:
-    names = {f.name for f in RESERVED}
-    assert not names & set(Plan().to_dict())
-    assert not any(name in Plan().to_toml() + Plan().to_json() + Plan().fingerprint() for name in names)
-
-
 # Unknown keys
 
 
@@ -638,6 +644,13 @@ def test_to_toml_as_people_read_it() -> None:
         "accumulate = 1\n"
         'accumulate_in = "shards"\n'
         'recompute = "none"\n'
+        'offload_optimizer = "none"\n'
+        'offload_parameters = "none"\n'
+        'offload_activations = "none"\n'
+        "offload_below = 4096\n"
+        "update_on_host = 0.0\n"
+        'offload_io = "direct"\n'
+        "offload_buffer_bytes = 33554432\n"
         'disable = ["bucket_all_gathers"]\n'
         "timeout_s = 30.0\n"
         "\n"

@@ -39,6 +39,10 @@ class Hardware:
         """Floating point operations a second of matrix products in `dtype`."""
         return self.matrix_flops.get(dtype, self.matrix_flops[torch.float32])
 
+    def tier_bytes_s(self, tier: str) -> float:
+        """Bytes a second between the device and "host" or "nvme", one way."""
+        return self.host_bytes_s if tier == "host" else min(self.host_bytes_s, self.disk_bytes_s)
+
 
 def _rates(*, single: float, low: float) -> Mapping[torch.dtype, float]:
     return MappingProxyType({torch.float32: single, **dict.fromkeys(_LOW, low)})

@@ -32,7 +32,7 @@ class Option:
     """One way to carry a tensor from forward to backward.
 
     Args:
-        name: "keep", "bool" (a mask, as one byte an element) or "host".
+        name: "keep", "bool" (a mask, as one byte an element), "host" or "nvme".
         kept_bytes: device memory that it holds in between.
         seconds: what it adds to the step.
     """
@@ -95,7 +95,7 @@ class Activations:
     Args:
         step: captured, before any pass.
         hardware: for estimates of time.
-        tiers: where else than on the device a tensor may be kept: "host".
+        tiers: where else than on the device a tensor may be kept: "host", "nvme".
         pointwise: whether the pass `recompute_pointwise` will run.
 
     Attributes:
@@ -105,13 +105,15 @@ class Activations:
         leaving: forward nodes that forward reads in another block, or the step after backward.
         fixed: memory that leaves its block and that backward reads: it is kept.
         shared: memory that has views.
+        returned: what the step returns: it stays on the device.
     """
 
     def __init__(
         self, step: StepGraph, hardware: Hardware, *, tiers: Iterable[str] = (), pointwise: bool = True
     ) -> None:
         self.hardware = hardware
-        self.tiers = frozenset(tiers)
+        self.tiers = tuple(tiers)
+        self.returned = set(step.output.all_input_nodes)
         self.free = pointwise_again(step) if pointwise else set()
         forward = step.phase("forward")
         self.root: dict[fx.Node, fx.Node] = {}
@@ -203,6 +205,7 @@ class _BlockReader:
             number = root.meta["val"].numel()
             casts_s = 2 * ((size + number) / hardware.memory_bytes_s + hardware.op_overhead_s)
             options.append(Option("bool", number, casts_s))
-        if "host" in self.all.tiers and isinstance(root.meta.get("val"), torch.Tensor):
-            options.append(Option("host", 0, 2 * size / hardware.host_bytes_s))
+        for tier in self.all.tiers if root in self.own and root not in self.all.returned else ():
+            if isinstance(root.meta.get("val"), torch.Tensor):
+                options.append(Option(tier, 0, 2 * size / hardware.tier_bytes_s(tier)))
         return tuple(options)

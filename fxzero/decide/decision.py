@@ -9,7 +9,7 @@ that ranks with equal graphs decide alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -24,6 +24,7 @@ from fxzero.decide.lifetimes import Lifetimes
 from fxzero.errors import PlanError
 from fxzero.graph import StepGraph
 from fxzero.graph.blocks import list_of
+from fxzero.graph.swap_ops import TIERS
 from fxzero.graph.text import size_text
 from fxzero.pass_manager import Pipeline
 from fxzero.plan import Plan
@@ -31,6 +32,7 @@ from fxzero.recipe import recipe
 
 _MAX_RUNS = 6  # of the recipe, beside the one with nothing decided
 _MAX_AIMS = 16
+RECOMPUTED = "recomputed"
 _CLOSE = 0.005  # of the budget: a peak that is so near it is not corrected
 
 
@@ -40,20 +42,23 @@ class Group:
 
     Args:
         where: path of the modules that make them, "*" for the number of the block.
-        recomputed, copies: of how many blocks they are recomputed, and how many there are.
+        how: "recomputed", "offloaded to host" or "offloaded to nvme".
+        blocks, copies: of how many blocks they are, and how many there are.
         saved_bytes: that are not kept from forward to backward, in all blocks.
         seconds: of having them again.
     """
 
     where: str
-    recomputed: int
+    how: str
+    blocks: int
     copies: int
     saved_bytes: int
     seconds: float
 
     def __str__(self) -> str:
-        blocks = f"in {self.recomputed} of {self.copies} blocks, " if self.copies > 1 else ""
-        return f"{self.where} activations: recomputed {blocks}{size_text(self.saved_bytes)} for {_time(self.seconds)}"
+        blocks = f" in {self.blocks} of {self.copies} blocks" if self.copies > 1 else ""
+        saved = f"{size_text(self.saved_bytes)} for {_time(self.seconds)}"
+        return f"{self.where} activations: {self.how}{blocks}, {saved}"
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Decision:
 
     Args:
         names: of the captured step's forward nodes that backward has again (masks among them: kept as booleans).
-        offloaded: of those that are kept in the host's memory, where the caller allows that.
+        offloaded: names of those that wait on a tier, where the plan allows that.
         budget_bytes: what the plan says.
         peak_bytes: predicted, with this decision.
         kept_peak_bytes: predicted with nothing decided.
@@ -85,13 +90,11 @@ class Decision:
     def __str__(self) -> str:
         head = (
             f"budget {size_text(self.budget_bytes)}: predicted peak {size_text(self.peak_bytes)}, "
-            f"{size_text(self.kept_peak_bytes)} with nothing recomputed"
+            f"{size_text(self.kept_peak_bytes)} with everything kept"
         )
         if not self.groups:
-            return f"{head}; so nothing is"
-        cost = (
-            f"recomputed in {_time(self.seconds)} of a step's {_time(self.step_seconds)} on {self.hardware} (predicted)"
-        )
+            return f"{head}; so everything is"
+        cost = f"{_time(self.seconds)} beside a step's {_time(self.step_seconds)} on {self.hardware} (predicted)"
         return "\n".join([f"{head}; {cost}", *(f"  {group}" for group in self.groups)])
 
 
@@ -108,8 +111,9 @@ def decided_recipe(step: StepGraph, *, plan: Plan, backend: str) -> tuple[Pipeli
     """
     if plan.recompute != "auto":
         return recipe(plan, backend=backend), None
-    decision = decide(step, plan=plan, backend=backend)
-    return recipe(plan, backend=backend, recomputed=decision.names), decision
+    tiers = () if plan.offload_activations == "none" else (plan.offload_activations,)
+    decision = decide(step, plan=plan, backend=backend, tiers=tiers)
+    return recipe(plan, backend=backend, recomputed=decision.names, offloaded=decision.offloaded), decision
 
 
 def check_budget(step: StepGraph, *, plan: Plan) -> None:
@@ -133,7 +137,7 @@ def decide(step: StepGraph, *, plan: Plan, backend: str, tiers: Iterable[str] = 
         step: captured, with the mesh of the plan; it is not changed.
         plan: resolved, with a memory_budget.
         backend: what carries collectives.
-        tiers: where else tensors may be kept: "host".
+        tiers: where else tensors may be kept: "host", "nvme".
 
     Raises:
         PlanError: if no decision that was found meets the budget, naming the smallest peak.
@@ -224,8 +228,14 @@ class _Search:
             if number
         ]
         names = tuple(name for block, choice in answers for name in _names(block, choice))
-        offloaded = tuple(root.name for block, choice in answers for root in _kept_as(block, choice, "host"))
-        program = recipe(self.plan, backend=self.backend, recomputed=names).run(step, check=False)
+        offloaded = tuple(
+            root.name
+            for tier in self.activations.tiers
+            for block, choice in answers
+            for root in _kept_as(block, choice, tier)
+        )
+        decided = recipe(self.plan, backend=self.backend, recomputed=names, offloaded=offloaded)
+        program = decided.run(step, check=False)
         profile = memory_profile(program)
         if profile.peak_bytes < self.lowest.peak_bytes:
             self.lowest = profile
@@ -257,30 +267,42 @@ def _groups(
 ) -> tuple[Group, ...]:
     """What an answer a block means, by the modules that it is about."""
     copies: dict[str, int] = {}
-    touched: dict[str, set[str]] = {}
-    saved: dict[str, int] = {}
-    seconds: dict[str, float] = {}
+    touched: dict[tuple[str, str], set[str]] = {}
+    saved: dict[tuple[str, str], int] = {}
+    seconds: dict[tuple[str, str], float] = {}
     for block, _, _ in changes:
         copies[list_of(block.name)] = copies.get(list_of(block.name), 0) + 1
     for block, before, after in changes:
         if before is after:
             continue
-        for sign, choice in ((1, before), (-1, after)):
-            for storage, option in choice.kept:
-                where = _where(block.roots[storage], block)
-                size = sign * block.problem.storages[storage][option].kept_bytes
-                saved[where] = saved.get(where, 0) + size
+        for storage, was, now in _changed(before, after):
+            options = block.problem.storages[storage]
+            tier = options[now].name if now is not None and options[now].name in TIERS else None
+            key = (_where(block.roots[storage], block), RECOMPUTED if tier is None else f"offloaded to {tier}")
+            sizes = [0 if option is None else options[option].kept_bytes for option in (was, now)]
+            saved[key] = saved.get(key, 0) + sizes[0] - sizes[1]
+            if tier is not None and now is not None:
+                seconds[key] = seconds.get(key, 0.0) + options[now].seconds
+                touched.setdefault(key, set()).add(block.name)
         for index in after.again:
             node = block.nodes[index]
-            where = _where(node, block)
+            key = (_where(node, block), RECOMPUTED)
             if node not in free:
-                seconds[where] = seconds.get(where, 0.0) + compute_seconds(node, hardware)
-                touched.setdefault(where, set()).add(block.name)
+                seconds[key] = seconds.get(key, 0.0) + compute_seconds(node, hardware)
+                touched.setdefault(key, set()).add(block.name)
     groups = [
-        Group(where, len(names), copies[list_of(min(names))], saved.get(where, 0), seconds[where])
-        for where, names in touched.items()
+        Group(*key, len(names), copies[list_of(min(names))], saved.get(key, 0), seconds[key])
+        for key, names in touched.items()
     ]
-    return tuple(sorted(groups, key=lambda group: (-group.saved_bytes, group.where)))
+    return tuple(sorted(groups, key=lambda group: (-group.saved_bytes, group.where, group.how)))
+
+
+def _changed(before: Choice, after: Choice) -> Iterator[tuple[int, int | None, int | None]]:
+    """(storage, its option before, its option after) where these differ; None: it is not kept."""
+    was, now = dict(before.kept), dict(after.kept)
+    for storage in sorted(was.keys() | now.keys()):
+        if was.get(storage) != now.get(storage):
+            yield storage, was.get(storage), now.get(storage)
 
 
 def _where(node: fx.Node, block: Block) -> str:
