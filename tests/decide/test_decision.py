@@ -76,7 +76,7 @@ def test_budgets_are_met_and_time_falls_as_they_grow(setting: str, steps: dict[s
     found = [decided(step, setting, budget) for budget in budgets]
     for budget, decision in zip(budgets, found, strict=True):
         plan = plan_of(setting, recompute="auto", memory_budget=budget)
-        program = recipe(plan, backend="gloo", recomputed=decision.names).run(step)  # verified
+        program = recipe(plan, backend="gloo", recomputed=decision.names).run(step, check=budget == budgets[1])
         assert memory_profile(program).peak_bytes == decision.peak_bytes <= budget
         assert decision.names and decision.groups
     seconds = [decision.seconds for decision in found]
@@ -201,17 +201,18 @@ def kept() -> Values:
     return train({})[0]
 
 
-@pytest.mark.parametrize("budget", ["1.9 MiB", "1.45 MiB"])
-def test_20_steps_are_bit_equal_to_keeping_everything(budget: str, kept: Values) -> None:
+@pytest.mark.parametrize("budget", [2_000_000, 1_520_000])
+def test_20_steps_are_bit_equal_to_keeping_everything(budget: int, kept: Values) -> None:
     values, step = train({"recompute": "auto", "memory_budget": budget})
     assert first_difference(kept, values) == ""
-    assert memory_profile(step.graph).peak_bytes <= step.plan.memory_budget
-    assert f"budget {budget[:3]}" in step.report()
+    assert memory_profile(step.graph).peak_bytes <= budget
+    assert "layers.*.mlp activations: recomputed in " in step.report()
 
 
 def test_every_microbatch_meets_the_budget() -> None:
-    plan = {"accumulate": 2, "recompute": "auto", "memory_budget": "1.4 MiB"}
-    values, step = train(plan, steps=3)
-    assert first_difference(train({"accumulate": 2}, steps=3)[0], values) == ""
+    kept, step = train({"accumulate": 2}, steps=3)
+    budget = int(0.9 * min(memory_profile(graph).peak_bytes for graph in step.graphs))
+    values, step = train({"accumulate": 2, "recompute": "auto", "memory_budget": budget}, steps=3)
+    assert first_difference(kept, values) == ""
     assert len(step.graphs) == 2
-    assert all(memory_profile(graph).peak_bytes <= 1.4 * 2**20 for graph in step.graphs)
+    assert all(memory_profile(graph).peak_bytes <= budget for graph in step.graphs)
