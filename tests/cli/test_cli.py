@@ -577,3 +577,23 @@ def test_the_example_is_the_model_that_it_says(printed) -> None:
 
 def test_usage_errors_are_fxzero_errors() -> None:
     assert issubclass(UsageError, fxzero.FxzeroError) and "raise" in (UsageError.__doc__ or "").lower()
+
+
+def test_what_a_budget_decides_is_said_in_dumps_and_reports(printed) -> None:
+    plan = ("--world", "4", "--quiet", "--recompute", "auto", "--memory-budget", "1400000")
+    out = printed("dump", f"{EXAMPLE}:llama_tiny", *plan)
+    header, first, second, *_ = out.splitlines()
+    assert header.startswith("# after place_updates | ")
+    assert first.startswith("# budget 1.3 MiB: predicted peak 1.3 MiB, 1.5 MiB with nothing recomputed; recomputed in ")
+    assert re.match(r"#   layers\.\*.* activations: recomputed in \d of 2 blocks, .* for .* ms", second)
+    assert to_text(from_text(out)) == "".join(
+        line for line in out.splitlines(keepends=True) if "recomputed in" not in line
+    )
+    assert first.removeprefix("# ") in printed("dump", f"{EXAMPLE}:llama_tiny", *plan, "--format", "report")
+    assert "recompute_chosen" in printed("passes", *plan[:2], *plan[3:])
+
+
+def test_a_budget_that_cannot_be_met_is_an_error(call) -> None:
+    plan = ("--world", "4", "--quiet", "--recompute", "auto", "--memory-budget", "1 MB")
+    code, out, err = call("dump", f"{EXAMPLE}:llama_tiny", *plan)
+    assert code and not out and "Plan.memory_budget: expected at least 1." in err

@@ -211,7 +211,8 @@ def test_20_steps_are_bit_equal_to_keeping_everything(budget: int, kept: Values)
 
 def test_every_microbatch_meets_the_budget() -> None:
     kept, step = train({"accumulate": 2}, steps=3)
-    budget = int(0.9 * min(memory_profile(graph).peak_bytes for graph in step.graphs))
+    budget = 1_500_000
+    assert memory_profile(step.graphs[0]).peak_bytes < budget < memory_profile(step.graphs[1]).peak_bytes
     values, step = train({"accumulate": 2, "recompute": "auto", "memory_budget": budget}, steps=3)
     assert first_difference(kept, values) == ""
     assert len(step.graphs) == 2
