@@ -48,8 +48,8 @@ def integer(low: int, high: int = MAX_INT, *, fix: str) -> Check:
     return check
 
 
-def number_of_bytes(where: str, value: Any) -> int:
-    """Bytes, as a whole number or with a unit: "4 MiB"."""
+def number_of_bytes(where: str, value: Any, *, whole: bool = True) -> int:
+    """Bytes, as a whole number or with a unit: "4 MiB"; without `whole`, a part of a byte is left out."""
     if not isinstance(value, str):
         return int(integer(0, fix=_BYTES_FIX)(where, value))
     match = _BYTES.fullmatch(value)
@@ -57,17 +57,17 @@ def number_of_bytes(where: str, value: Any) -> int:
         raise PlanError.of(where, expected="a number of bytes", got=show(value), fix=_BYTES_FIX)
     # Exact arithmetic: 0.3 MB is 300000 bytes, which a float product misses.
     num_bytes = Fraction(match[1]) * _BYTE_UNITS[match[2]]
-    if num_bytes.denominator != 1 or num_bytes > MAX_INT:
+    if (whole and num_bytes.denominator != 1) or num_bytes > MAX_INT:
         got = f"{value!r} = {float(num_bytes):.10g} bytes"
         raise PlanError.of(where, expected="a whole number of bytes below 2**63", got=got, fix=_BYTES_FIX)
-    return int(num_bytes)
+    return math.floor(num_bytes)
 
 
 def budget(where: str, value: Any) -> int | None:
     """Bytes above 0, as a whole number or with a unit, or None."""
     if value is None:
         return None
-    num_bytes = number_of_bytes(where, value)
+    num_bytes = number_of_bytes(where, value, whole=False)
     if not num_bytes:
         fix = "write how much memory there is, such as '20 GiB', or leave the key out"
         raise PlanError.of(where, expected="more than 0 bytes, or None", got=show(value), fix=fix)

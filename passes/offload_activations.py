@@ -25,12 +25,12 @@ def offload_activations(
     Args:
         step: the graph, recomputation decided and updates placed.
         tier: "host" or "nvme".
-        names: of the forward nodes whose values leave; None: all that are worth it.
+        names: of the forward nodes whose values leave, where backward still reads them; None: all that are worth it.
         below: without names, tensors with fewer elements stay.
         min_gap: without names, a tensor that fewer calls than this neither read nor make stays.
 
     Raises:
-        RewriteError: if a name is of no activation.
+        RewriteError: if a name is of no forward node.
     """
     position = step.positions()
     gaps = {node: gap for node in step.phase("forward") if (gap := _gap(node, position)) is not None}
@@ -39,16 +39,15 @@ def offload_activations(
     if names is None:
         chosen = [n for n, (out, back) in gaps.items() if back - out >= min_gap and tensor_val(n).numel() >= below]
     else:
-        by_name = {node.name: node for node in gaps}
-        unknown = [name for name in names if name not in by_name]
+        chosen = [node for node in gaps if node.name in set(names)]
+        unknown = sorted(set(names) - {node.name for node in step.phase("forward")})
         if unknown:
             raise RewriteError.of(
                 "offload_activations(names)",
-                expected="names of tensors that forward makes and backward reads, views aside",
+                expected="names of forward nodes",
                 got=", ".join(unknown[:3]),
-                fix="name the node whose memory it is",
+                fix="take them from this step",
             )
-        chosen = [by_name[name] for name in dict.fromkeys(names)]
     nodes = list(step.graph.nodes)
     for node in chosen:
         out, back = gaps[node]

@@ -22,6 +22,7 @@ from torch import fx
 
 TIERS = ("host", "nvme")
 DEVICE = "device"
+FILE_BLOCK_BYTES = 4096  # what direct I/O reads and writes at least
 
 _LIBRARY = torch.library.Library("fxzero", "FRAGMENT")
 _LIBRARY.define("swap_out(Tensor x, str tier) -> Tensor")
@@ -100,7 +101,7 @@ def resting_tier(kind: str, shape: Sequence[int], tiers: Mapping[str, str], belo
 
 
 def swapped_bytes(nodes: Sequence[fx.Node]) -> dict[tuple[str, str], int]:
-    """(tier, "out" or "in") -> bytes that these calls move in one run."""
+    """(tier, "out" or "in") -> bytes that these calls move in one run; to and from files, in whole blocks."""
     total: dict[tuple[str, str], int] = {}
     for node in nodes:
         if is_launch(node):
@@ -108,5 +109,8 @@ def swapped_bytes(nodes: Sequence[fx.Node]) -> dict[tuple[str, str], int]:
             out = node.target is swap_out
             key = (tier_of(node if out else source), "out" if out else "in")
             val = node.meta["val"]
-            total[key] = total.get(key, 0) + val.numel() * val.element_size()
+            size = val.numel() * val.element_size()
+            if key[0] == "nvme":
+                size = -(-size // FILE_BLOCK_BYTES) * FILE_BLOCK_BYTES
+            total[key] = total.get(key, 0) + size
     return total

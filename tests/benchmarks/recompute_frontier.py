@@ -1,7 +1,7 @@
 """Peak tensor memory against step time: fxzero's recompute="auto", torch.compile's memory budget, torch's checkpoint.
 
     python tests/benchmarks/recompute_frontier.py                    # about six minutes on two cores
-    python tests/benchmarks/recompute_frontier.py --layers 3 --rounds 1 --steps 1     # to see that it works
+    python tests/benchmarks/recompute_frontier.py --layers 3 --budgets 1 --rounds 1 --steps 1  # to see that it works
 
 A decoder of twelve blocks (that of job.py, without dropout), on one CPU core, sized so that activations are most of the
 memory. Each variant lives in a process of its own and takes its turn: a round lets each make some steps, every second
@@ -148,6 +148,7 @@ def start_all(args, size, library):
     """The variants, each past its warm-up: compiled, with optimizer state, its memory steady."""
 
     def start(*variants):
+        print(f"compiling {', '.join(name for name, _, _ in variants)}", file=sys.stderr, flush=True)
         started = [Variant(name, kind, value, size=size, library=library) for name, kind, value in variants]
         with ThreadPoolExecutor(len(started)) as pool:  # two at a time: as many as there are cores to compile on
             answers = list(pool.map(lambda variant: variant.run(args.warmup), started))
@@ -159,10 +160,10 @@ def start_all(args, size, library):
     if most_mb is None or least_mb is None:
         raise SystemExit("\n".join(f"{variant.name}: {variant.error}" for variant in own if variant.error))
     wanted = []
-    for part in PARTS:
+    for part in PARTS[-args.budgets :]:
         budget = int((least_mb + part * (most_mb - least_mb)) * MB)
         wanted.append((f"auto {part}", "fxzero", {"recompute": "auto", "memory_budget": budget}))
-    wanted += [(f"aot {budget}", "plain", {"compiled": budget}) for budget in AOT_BUDGETS]
+    wanted += [(f"aot {budget}", "plain", {"compiled": budget}) for budget in AOT_BUDGETS[-args.budgets :]]
     for index in range(0, len(wanted), 2):
         variants += start(*wanted[index : index + 2])[0]
     return variants
@@ -228,9 +229,11 @@ def parse_arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=SIZE.layers, help="blocks of the model")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=3, help="of each variant in a round")
-    parser.add_argument("--warmup", type=int, default=2, help="first steps, not in times and memory")
+    about = f"how many of each kind, at most {len(PARTS)}"
+    parser.add_argument("--budgets", type=int, default=len(PARTS), choices=range(1, len(PARTS) + 1), help=about)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=2, help="of each variant in a round")
+    parser.add_argument("--warmup", type=int, default=1, help="first steps, not in times and memory")
     parser.add_argument("--out", type=Path, default=Path("out/recompute_frontier.json"), help="the PNG lies beside it")
     args = parser.parse_args()
     if min(args.rounds, args.steps, args.warmup) < 1:

@@ -622,3 +622,25 @@ def test_memory_is_drawn(call, tiny, tmp_path) -> None:
     code, _, err = call("memory", f"{tiny}:step", "--world", "4", "--png", str(path), "--budget", "4 KiB")
     assert code == 0 and f"draw {path}" in err
     assert path.read_text().startswith("<?xml")
+
+
+def test_what_a_budget_decides_is_said_in_dumps_and_reports(printed) -> None:
+    plan = ("--world", "4", "--quiet", "--recompute", "auto", "--memory-budget", "1400000")
+    out = printed("dump", f"{EXAMPLE}:llama_tiny", *plan)
+    header, first, second, *_ = out.splitlines()
+    assert header.startswith("# after place_updates | ")
+    assert re.match(
+        r"# budget 1.3 MiB: predicted peak 1.3 MiB, [\d.]+ MiB with everything kept; [\d.]+ ms beside a", first
+    )
+    assert re.match(r"#   layers\.\*.* activations: recomputed in \d of 2 blocks, .* for .* ms", second)
+    assert to_text(from_text(out)) == "".join(
+        line for line in out.splitlines(keepends=True) if not line.startswith(("# budget", "#   layers"))
+    )
+    assert first.removeprefix("# ") in printed("dump", f"{EXAMPLE}:llama_tiny", *plan, "--format", "report")
+    assert "recompute_chosen" in printed("passes", *plan[:2], *plan[3:])
+
+
+def test_a_budget_that_cannot_be_met_is_an_error(call) -> None:
+    plan = ("--world", "4", "--quiet", "--recompute", "auto", "--memory-budget", "1 MB")
+    code, out, err = call("dump", f"{EXAMPLE}:llama_tiny", *plan)
+    assert code and not out and "Plan.memory_budget: expected at least 1." in err
