@@ -3,6 +3,12 @@
 Optimizers create their state lazily, inside `step()`. A captured step needs it to exist, at its initial values. Each
 parameter's state is made on a twin of the optimizer with a zero gradient, and every entry is kept as it was at the
 moment when it was first stored.
+
+[Note: constant state]
+Most state starts full of one number, whatever the parameter holds. A step to find that out takes several times the
+parameter's memory, which a model that only just fits does not have. So it is tried on tiny parameters of two values:
+where state of the parameter's shape comes out constant, the same number each time, that is what the real one is filled
+with. That the real one has this state, in these dtypes and shapes, is asked of the meta device.
 """
 
 from __future__ import annotations
@@ -44,7 +50,49 @@ def initial_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], tenso
         group: the parameter group that the parameter belongs to.
         tensor: its values (a shard will do, for state that follows the parameter's shape).
     """
-    table, _ = _one_step(optimizer, group, tensor.detach().clone(), torch.zeros_like(tensor), None)
+    if not tensor.is_meta and tensor.dim() > 0:
+        constants = _constant_state(optimizer, group, tensor)
+        if constants is not None:
+            return constants
+    return _first_state(optimizer, group, tensor.detach())
+
+
+def _constant_state(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], tensor: torch.Tensor
+) -> dict[str, Any] | None:
+    """The state of a parameter where it does not depend on the parameter's values; see [Note: constant state]."""
+    meta = torch.empty_like(tensor, device="meta")
+    tiny = torch.full((3,) * tensor.dim(), 0.5, dtype=tensor.dtype, device=tensor.device)
+    try:
+        expected = _first_state(optimizer, group, meta)
+        one, other = (_first_state(optimizer, group, value) for value in (tiny, -2 * tiny))
+    except Exception:  # an optimizer that reads values, or takes no parameter so small
+        return None
+    if not one.keys() == other.keys() == expected.keys():
+        return None
+    state: dict[str, Any] = {}
+    for key, value in one.items():
+        like = expected[key]
+        if not isinstance(value, torch.Tensor):
+            if value != other[key] or value != like:
+                return None
+            state[key] = value
+        elif value.dim() == 0:
+            if not torch.equal(value, other[key]) or (like.dtype, like.shape) != (value.dtype, value.shape):
+                return None
+            state[key] = value
+        else:
+            number = value.flatten()[0]
+            same = bool((value == number).all()) and torch.equal(value, other[key])
+            if not same or value.shape != tiny.shape or like.shape != tensor.shape or like.dtype != value.dtype:
+                return None
+            state[key] = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=value.device)
+            state[key].fill_(number.item())
+    return state
+
+
+def _first_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], tensor: torch.Tensor) -> dict[str, Any]:
+    table, _ = _one_step(optimizer, group, tensor.clone(), torch.zeros_like(tensor), None)
     return next(iter(table.values())).first if table else {}
 
 

@@ -72,6 +72,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"persist_below": 40, "zero": 1},
     {"recompute": ["block"], "zero": 0},
     {"recompute": ["block"]},
+    {"offload_optimizer": "nvme", "offload_parameters": "nvme", "offload_activations": "nvme", "offload_below": 0},
+    {"offload_optimizer": "host", "offload_parameters": "nvme", "offload_below": 0, "update_on_host": 0.5, "zero": 1},
+    {"offload_optimizer": "host", "offload_activations": "host", "offload_below": 0, "update_on_host": 1.0, "zero": 0},
 ]
 
 
