@@ -33,6 +33,15 @@ class _Recording(dict[str, Any]):
         self.first.setdefault(key, value.detach().clone() if isinstance(value, torch.Tensor) else value)
         super().__setitem__(key, value)
 
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
+
 
 class _Table(dict[Any, _Recording]):
     """`optimizer.state` of a twin."""
