@@ -18,6 +18,7 @@ from fxzero.capture.signature import flatten_batch
 from fxzero.capture.symbolic import SymbolicStep
 from fxzero.cli.progress import Progress
 from fxzero.cli.target import Target, load_target
+from fxzero.cost.course_at_depth import course_at
 from fxzero.cost.memory_at_depth import DepthLines, Predicted
 from fxzero.cost.memory_course import Course, memory_course
 from fxzero.errors import CaptureError
@@ -118,7 +119,7 @@ class WhatIf:
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes of the example's batch."""
-        return self._target(self._depths[0] if self._extrapolates(self.depth) else self.depth).sizes
+        return self._target(self._depths[0] if self._extrapolates(self.depth, self.plan) else self.depth).sizes
 
     def predict(self, *, depth: int | None = None, sizes: Sizes | None = None, plan: Plan | None = None) -> Predicted:
         """What a step takes.
@@ -132,7 +133,7 @@ class WhatIf:
         sizes, plan = dict(sizes or {}), plan or self.plan
         key = (depth, tuple(sorted(sizes.items())), plan)
         if key not in self._known:
-            lines = self._lines_for(sizes, plan) if self._extrapolates(depth) else None
+            lines = self._lines_for(sizes, plan) if self._extrapolates(depth, plan) else None
             if lines is not None:
                 assert depth is not None
                 self._known[key] = lines.at(depth)
@@ -140,17 +141,30 @@ class WhatIf:
                 self._known[key] = Predicted.of(self._course(depth, sizes, plan))
         return self._known[key]
 
+    def course(self) -> Course:
+        """The whole course of the step as asked for."""
+        lines = self._lines_for({}, self.plan) if self._extrapolates(self.depth, self.plan) else None
+        if lines is not None:
+            assert self.depth is not None
+            try:
+                return course_at(lines, self.depth)
+            except ValueError as reason:
+                self.notes.append(f"the picture is of the whole model, captured: {reason}")
+        return self._course(self.depth, {}, self.plan)
+
     @property
     def _edge(self) -> int:
-        return 1 + max(1, self.plan.prefetch)
+        # what leaves the device is on its way for one block more
+        return 1 + max(1, self.plan.prefetch) + (self.plan.offload_activations != "none")
 
     @property
     def _depths(self) -> list[int]:
         return [2 * self._edge + extra for extra in range(3)]
 
-    def _extrapolates(self, depth: int | None) -> bool:
+    def _extrapolates(self, depth: int | None, plan: Plan) -> bool:
         """Whether a depth is to be had from three smaller ones; not where a pass decides by bytes of the whole."""
-        return depth is not None and depth > self._depths[-1] and self.plan.recompute in ("none", "blocks")
+        by_block = plan.recompute in ("none", "blocks") and plan.update_on_host in (0.0, 1.0)
+        return depth is not None and depth > self._depths[-1] and by_block
 
     def _lines_for(self, sizes: Sizes, plan: Plan) -> DepthLines | None:
         key = (tuple(sorted(sizes.items())), plan)
@@ -178,7 +192,9 @@ class WhatIf:
         what = ", ".join([what or "as it is", *changed])
         with self.progress.stage("what if", f"what if {what}"):
             steps = self._target(depth).at(sizes)
-            return memory_course([self._rewritten(step, plan) for step in steps])
+            middle = max(self.plan.accumulate - 2, 1)
+            times = [middle if index == 1 and len(steps) == 3 else 1 for index in range(len(steps))]
+            return memory_course([self._rewritten(step, plan) for step in steps], times=times)
 
     def _rewritten(self, step: StepGraph, plan: Plan) -> StepGraph:
         """The program that a rank would run; the one place where a plan becomes passes."""

@@ -11,13 +11,15 @@ import pytest
 from fxzero import Plan
 from fxzero.capture import Inventory, capture_step
 from fxzero.capture.rehearsal import rehearse
-from fxzero.cli import main
+from fxzero.cli import fit, main
+from fxzero.cli.progress import Progress
 from fxzero.cli.target import keywords_of, load_target
-from fxzero.cli.what_if import largest
+from fxzero.cli.what_if import WhatIf, largest
 from fxzero.cost.memory import memory_profile
-from fxzero.cost.memory_at_depth import DepthLines
-from fxzero.cost.memory_course import Course, Place, memory_course
+from fxzero.cost.memory_course import memory_course
 from fxzero.recipe import captured_as, recipe
+from fxzero.simulate import memory_picture
+from fxzero.simulate.memory_picture import Areas
 
 TARGETS = """
 import torch
@@ -215,36 +217,42 @@ def test_largest_is_the_last_that_fits(start, slope, base, limit) -> None:
     assert len(asked) <= 30
 
 
-def course(depth: int, *, at_middle: int = 0, bend: int = 0) -> Course:
-    paths = ["embed", *(f"blocks.{i}.lin" for i in range(depth)), "head"]
-    places = tuple(Place(0, "forward", path, "mm", 0) for path in paths)
-    totals = [100 + 10 * i for i in range(depth + 1)] + [50 + 20 * depth + bend * depth**2]
-    totals[depth // 2] += at_middle
-    return Course(10 + depth, places, tuple(totals), {"all": max(totals)})
+SAME_COURSE: list[dict[str, Any]] = [
+    {"zero": 3, "bucket_bytes": 0},
+    {"zero": 3, "bucket_bytes": 0, "recompute": "blocks", "precision": "bf16", "prefetch": 2},
+    {"zero": 1, "bucket_bytes": 0, "clip_grad_norm": 1.0, "accumulate": 3},
+    {"zero": 3, "bucket_bytes": 0, "offload_optimizer": "nvme", "offload_parameters": "host", "offload_below": 0},
+]
 
 
-def test_the_peak_of_a_deep_model_may_stand_elsewhere_than_in_shallow_ones() -> None:
-    lines = DepthLines({depth: course(depth) for depth in (4, 5, 6)}, edge=2)
-    assert lines.at(4).peak_bytes == 140 and "blocks.last-0.lin" in lines.at(4).place
-    assert lines.at(80).peak_bytes == 1650 == max(course(80).totals) and lines.at(80).state_bytes == 90
-    assert "head" in lines.at(80).place and lines.at(80).kinds == {}
+@pytest.mark.parametrize("keys", SAME_COURSE, ids=str)
+def test_the_drawn_course_is_that_of_a_direct_capture(keys, targets) -> None:
+    plan = Plan(**keys).resolve(4)
+    text = f"{targets}:step"
+    drawn = WhatIf(text, {}, plan, "nccl", Progress(None), "layers", 12)
+    found, answer = drawn.course(), drawn.predict()
+    direct = WhatIf(text, {"layers": 12}, plan, "nccl", Progress(None), None, None).course()
+    assert drawn.notes == [] and found.places == direct.places
+    for kind, line in direct.by_kind.items():
+        assert (found.by_kind[kind] == line).all(), kind
+    assert (found.state_bytes, found.elsewhere, found.swapped) == (direct.state_bytes, direct.elsewhere, direct.swapped)
+    assert (answer.peak_bytes, answer.kinds) == (direct.totals.max(), direct.peak_kinds)
+    assert bool(found.swapped) == ("offload_optimizer" in keys)
 
 
-@pytest.mark.parametrize(
-    ("faults", "said"),
-    [
-        ({"bend": 1}, "not linear"),
-        ({"at_middle": 1000}, "middle block|not linear"),
-    ],
-)
-def test_memory_off_the_lines_is_found(faults, said) -> None:
-    with pytest.raises(ValueError, match=said):
-        DepthLines({depth: course(depth, **faults) for depth in (4, 5, 6)}, edge=2)
-
-
-def test_depth_that_no_list_follows_is_found() -> None:
-    with pytest.raises(ValueError, match="no list of modules grows"):
-        DepthLines({depth: course(4) for depth in (4, 5, 6)}, edge=2)
+def test_the_picture_is_of_the_whole_depth(call, targets, tmp_path, monkeypatch) -> None:
+    drawn: list[Areas] = []
+    draw = memory_picture.draw_memory
+    monkeypatch.setattr(fit, "draw_memory", lambda areas, *a, **k: (drawn.append(areas), draw(areas, *a, **k)))
+    path = tmp_path / "fit.svg"
+    keys = ("--world", "4", "--bucket-bytes", "0", "--device-memory", "1MB", "--png", str(path))
+    code, _, err = call(f"{targets}:step", *keys)
+    assert code == 0 and f"draw {path}" in err and "layers=12" not in err
+    text = path.read_text()
+    assert text.startswith("<?xml") and "budget" in text
+    plan = Plan(zero=3, bucket_bytes=0).resolve(4)
+    assert drawn[0].total.max() == direct_peak(f"{targets}:step", plan)
+    assert call("no_file.py:step", "--world", "4", "--device-memory", "1MB", "--png", "fit.tiff0")[0] == 2
 
 
 def test_a_course_peaks_where_the_profile_does(targets) -> None:
