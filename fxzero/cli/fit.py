@@ -21,6 +21,7 @@ from fxzero.cli.target import keywords_of
 from fxzero.cli.usage import UsageError, choose
 from fxzero.cli.what_if import WhatIf, changes, largest
 from fxzero.cost.memory_at_depth import Predicted
+from fxzero.decide import Decision
 from fxzero.errors import PlanError
 from fxzero.plan import Plan
 from fxzero.plan_values import number_of_bytes
@@ -51,6 +52,7 @@ class Answer:
         tried: where the step does not fit: (changed keys and sizes, bytes), smallest first.
         notes: what could not be answered, and why.
         seconds: how long it took.
+        decision: what recompute="auto" comes to.
     """
 
     asked: Predicted
@@ -60,6 +62,7 @@ class Answer:
     tried: list[tuple[dict[str, Any], int]]
     notes: list[str]
     seconds: float
+    decision: Decision | None
 
     @property
     def fits(self) -> bool:
@@ -91,6 +94,9 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     limit = number_of_bytes("--device-memory", args.device_memory)
     plan = _plan(args, limit)
+    if plan.recompute == "auto":
+        assert plan.memory_budget is not None, "the plan has checked it"
+        limit = min(limit, plan.memory_budget)
     for path in filter(None, (args.out, args.png)):
         check_out(path)
     if args.png is not None:
@@ -157,7 +163,11 @@ def _depth(key: str | None, keywords: Mapping[str, Any], known: Mapping[str, ins
 
 
 def _answer(what_if: WhatIf, limit: int) -> Answer:
-    asked = what_if.predict()
+    decision: Decision | None = None
+    if what_if.plan.recompute == "auto":
+        asked, decision = what_if.decide()
+    else:
+        asked = what_if.predict()
     sizes = what_if.sizes
     depth = {what_if.depth_key: what_if.depth} if what_if.depth_key and what_if.depth else {}
     found: dict[str, tuple[int, int | None, int]] = {}
@@ -178,7 +188,7 @@ def _answer(what_if: WhatIf, limit: int) -> Answer:
     if not depth:
         notes.append("the function has no keyword for depth: the largest depth is not known")
     tried = [] if asked.peak_bytes <= limit else sorted(_tried(what_if, sizes), key=lambda item: item[1])
-    return Answer(asked, limit, {**depth, **sizes}, found, tried, [], 0.0)
+    return Answer(asked, limit, {**depth, **sizes}, found, tried, [], 0.0, decision)
 
 
 def _largest(peak: Any, limit: int, *, start: int) -> tuple[int, int | None, int]:
@@ -239,6 +249,7 @@ def _as_text(answer: Answer, plan: Plan) -> str:
         f"a step swaps {_size(size)} {'out to' if way == 'out' else 'in from'} tier {tier}"
         for (tier, way), size in asked.swapped.items()
     ]
+    lines += str(answer.decision).splitlines() if answer.decision is not None else []
     kinds = sorted(asked.kinds.items(), key=lambda item: -item[1])
     tables = [tabulate([[k, _size(v)] for k, v in kinds], headers=["at the peak", "size"], disable_numparse=True)]
     rows = []
@@ -274,6 +285,7 @@ def _as_json(answer: Answer, plan: Plan) -> dict[str, Any]:
         "nvme_bytes": asked.elsewhere.get("nvme", 0),
         "swapped_bytes": {" ".join(key): size for key, size in asked.swapped.items()},
         "setting": answer.setting,
+        "decision": None if answer.decision is None else str(answer.decision),
         "largest": {
             key: {"value": number, "peak_bytes": at, "next_peak_bytes": above}
             for key, (number, at, above) in answer.largest.items()

@@ -15,6 +15,8 @@ from fxzero.recipe import recipe
 from fxzero.report import memory_tables, swap_table, swapped_in_step
 from fxzero.simulate.memory_picture import areas_of_timeline, check_can_draw, draw_memory
 
+Swapped = dict[tuple[str, str], int]  # (tier, "out" or "in") -> bytes of a step
+
 DESCRIPTION = """\
 Print the peak of tensor memory of one rank of --world, by kind, and the largest of what stands there: in this process,
 on fake tensors. With --accumulate, of the microbatch that peaks highest.
@@ -66,13 +68,11 @@ def run(args: argparse.Namespace) -> None:
             title = f"{args.target}, {what}"
             draw_memory(areas_of_timeline(timeline), args.png, title=title, budget_bytes=budget)
     swapped = swapped_in_step(steps)
-    form = _as_json if args.json else _as_text
-    write(form(profile, swapped, what=what, microbatch=index, budget=budget), args.out)
+    found = _as_json(profile, swapped, index, budget) if args.json else _as_text(profile, swapped, what, budget)
+    write(found, args.out)
 
 
-def _as_text(
-    profile: MemoryProfile, swapped: dict[tuple[str, str], int], *, what: str, microbatch: int, budget: int | None
-) -> str:
+def _as_text(profile: MemoryProfile, swapped: Swapped, what: str, budget: int | None) -> str:
     lines = [what, "", memory_tables(profile)]
     lines += ["", swap_table(swapped)] if swapped else []
     if budget is not None:
@@ -82,9 +82,7 @@ def _as_text(
     return "\n".join(lines) + "\n"
 
 
-def _as_json(
-    profile: MemoryProfile, swapped: dict[tuple[str, str], int], *, what: str, microbatch: int, budget: int | None
-) -> str:
+def _as_json(profile: MemoryProfile, swapped: Swapped, index: int, budget: int | None) -> str:
     node = profile.peak_node
     found = {
         "peak_bytes": profile.peak_bytes,
@@ -95,7 +93,7 @@ def _as_json(
         "swapped_bytes": {" ".join(key): size for key, size in swapped.items()},
         "budget_bytes": budget,
         "allocator": profile.allocator.device,
-        "microbatch": microbatch,
+        "microbatch": index,
         "peak": {"node": node.name, "phase": node.meta.get("phase", ""), "module": node.meta.get("module", "")},
         "by_kind": profile.by_kind,
         "standing": [vars(item) for item in profile.grouped()],

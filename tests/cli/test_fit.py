@@ -17,6 +17,10 @@ from fxzero.cli.target import keywords_of, load_target
 from fxzero.cli.what_if import WhatIf, largest
 from fxzero.cost.memory import memory_profile
 from fxzero.cost.memory_course import memory_course
+from fxzero.decide import decide
+from fxzero.decide.uniform import UniformAnswers
+from fxzero.graph import StepGraph
+from fxzero.graph.text import size_text
 from fxzero.recipe import captured_as, recipe
 from fxzero.simulate import memory_picture
 from fxzero.simulate.memory_picture import Areas
@@ -253,6 +257,49 @@ def test_the_picture_is_of_the_whole_depth(call, targets, tmp_path, monkeypatch)
     plan = Plan(zero=3, bucket_bytes=0).resolve(4)
     assert drawn[0].total.max() == direct_peak(f"{targets}:step", plan)
     assert call("no_file.py:step", "--world", "4", "--device-memory", "1MB", "--png", "fit.tiff0")[0] == 2
+
+
+def captured(text: str, plan: Plan, **keywords: Any) -> StepGraph:
+    target = load_target(text, **keywords)
+    inventory, fresh = rehearse(Inventory.of(target.model, target.optimizer))
+    step = capture_step(inventory, target.loss, target.args, target.kwargs, fresh=fresh, options=captured_as(plan)).step
+    step.mesh = dict(plan.axes)
+    return step
+
+
+def peak_by_answer(text: str, plan: Plan, answer: int, **keywords: Any) -> int:
+    step = captured(text, plan, **keywords)
+    names = UniformAnswers(step, plan).names(answer)
+    return memory_profile(recipe(plan, backend="nccl", recomputed=names).run(step)).peak_bytes
+
+
+@pytest.mark.parametrize("layers", [5, 12])
+def test_what_auto_recomputes_is_decided_for_the_whole_depth(answer, call, targets, layers) -> None:
+    text = f"{targets}:step"
+    keys = {"bucket_bytes": 0, "recompute": "auto"}
+    anything = Plan(**keys, memory_budget=1).resolve(4)
+    step = captured(text, anything, layers=layers)
+    count = UniformAnswers(step, anything).count
+    peaks = [peak_by_answer(text, anything, number, layers=layers) for number in range(count)]
+    assert count > 1 and peaks[0] > peaks[-1]
+    limit = (peaks[0] + peaks[-1]) // 2
+    argv = (text, "--world", "4", "--set", f"layers={layers}", "--bucket-bytes", "0", "--recompute", "auto")
+    found = answer(*argv, "--device-memory", str(limit))
+    assert found["fits"] and found["notes"] == [] and found["peak_bytes"] in peaks
+    assert found["peak_bytes"] == next(peak for peak in peaks if peak <= limit)
+    plan = anything.replace(memory_budget=limit)
+    assert decide(step, plan=plan, backend="nccl").peak_bytes <= limit, "what fits is not refused by a compile"
+    assert f"recomputed in {layers} of {layers} blocks" in found["decision"]
+    assert f"predicted peak {size_text(found['peak_bytes'])}, {size_text(peaks[0])} with" in found["decision"]
+    for key in ("batch", "layers") if layers == 12 else ():
+        best = found["largest"][key]
+        for value, fits in ((best["value"], True), (best["value"] + 1, False)):
+            least = peak_by_answer(text, plan, count - 1, **{"layers": layers, key: value})
+            assert (least <= limit) is fits
+    out = call(*argv, "--device-memory", "1GB", "--quiet")[1]
+    assert out.startswith("fits") and "with nothing recomputed; so nothing is" in out
+    refused = call(*argv, "--device-memory", str(peaks[-1] - 1), "--quiet")[1]
+    assert refused.startswith("does not fit") and "offload_optimizer=host" in refused
 
 
 def test_a_course_peaks_where_the_profile_does(targets) -> None:
