@@ -146,6 +146,27 @@ def test_a_step_that_does_not_fit_is_an_answer_with_advice(call, answer, targets
     assert found["tried"][0]["changes"].get("batch") == 1
 
 
+def test_what_is_off_the_device_is_told(call, answer, targets) -> None:
+    keys = (f"{targets}:step", "--world", "4", "--bucket-bytes", "0", "--device-memory", "1MB", "--offload-below", "0")
+    keys += ("--offload-optimizer", "host")
+    found = answer(*keys)
+    assert found["host_bytes"] == found["swapped_bytes"]["host in"] == found["swapped_bytes"]["host out"] > 0
+    assert found["peak_bytes_by_kind"]["optimizer state"] < found["host_bytes"] and found["notes"] == []
+    out = call(*keys, "--quiet")[1]
+    assert "\nand up to 102.46 kB in tier host\n" in out and "\na step swaps 102.46 kB out to tier host\n" in out
+
+
+def test_offload_is_tried_where_a_step_does_not_fit(answer, targets) -> None:
+    keys = (f"{targets}:step", "--world", "4", "--bucket-bytes", "0", "--set", "width=64", "--device-memory", "10kB")
+    tried = {json.dumps(item["changes"]): item["peak_bytes"] for item in answer(*keys)["tried"]}
+    on_host = {"offload_optimizer": "host"}
+    everything = {**on_host, "offload_parameters": "host", "offload_activations": "host"}
+    for before, after in (({}, on_host), (on_host, everything)):
+        for keys in ({"recompute": "blocks"}, {"recompute": "blocks", "batch": 1}):
+            plan, size = ({k: v for k, v in keys.items() if (k == "batch") is batch} for batch in (False, True))
+            assert tried[json.dumps({**plan, **after, **size})] < tried[json.dumps({**plan, **before, **size})]
+
+
 def test_without_a_keyword_for_depth_the_whole_is_captured(answer, targets) -> None:
     plan = Plan(zero=3).resolve(4)
     limit = direct_peak(f"{targets}:shallow", plan)
