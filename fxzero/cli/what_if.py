@@ -186,6 +186,12 @@ class WhatIf:
         steps = self._target(self._depths(plan)[0] if self._extrapolates(depth, plan) else depth).at(sizes)
         return max(self._uniform(step, plan).count for step in steps)
 
+    def _check_same_answers(self, sizes: Sizes, plan: Plan) -> None:
+        """Raise ValueError unless an answer means the same at all depths that lines are drawn through."""
+        steps = [self._target(depth).at(sizes) for depth in self._depths(plan)]
+        if len({frozenset(f for step in own for f in self._uniform(step, plan).frontiers) for own in steps}) > 1:
+            raise ValueError("the blocks of other depths have other answers")
+
     def _uniform(self, step: StepGraph, plan: Plan) -> UniformAnswers:
         if id(step) not in self._answers:
             while len(self._answers) >= _MOST_ANSWERS:
@@ -234,6 +240,8 @@ class WhatIf:
         if key not in self._lines:
             courses = {depth: self._course(depth, sizes, plan, answer) for depth in self._depths(plan)}
             try:
+                if answer:
+                    self._check_same_answers(sizes, plan)
                 self._lines[key] = DepthLines(courses, edge=self._edge(plan))
             except ValueError as reason:
                 self.notes.append(

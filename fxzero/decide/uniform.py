@@ -13,9 +13,9 @@ from dataclasses import replace
 
 from fxzero.cost.compute import compute_seconds
 from fxzero.cost.hardware import hardware_of
-from fxzero.decide.activations import Activations
+from fxzero.decide.activations import Activations, Block
 from fxzero.decide.decision import Decision, Group, groups_of, names_of
-from fxzero.decide.frontier import frontier
+from fxzero.decide.frontier import Choice, frontier
 from fxzero.graph import StepGraph
 from fxzero.plan import Plan
 
@@ -29,6 +29,7 @@ class UniformAnswers:
 
     Attributes:
         count: of answers; at least 1.
+        frontiers: of the repeated blocks; where those of two depths differ, an answer means something else at each.
     """
 
     def __init__(self, step: StepGraph, plan: Plan) -> None:
@@ -37,7 +38,8 @@ class UniformAnswers:
         self.activations = Activations(step, self.hardware, pointwise="recompute_pointwise" not in plan.disable)
         self.choices = [frontier(block.problem) for block in self.activations.blocks]
         named = zip(self.activations.blocks, self.choices, strict=True)
-        self.count = max((len(choices) for block, choices in named if block.name), default=1)
+        self.frontiers = frozenset(choices for block, choices in named if block.name)
+        self.count = max((len(choices) for choices in self.frontiers), default=1)
 
     def names(self, answer: int) -> tuple[str, ...]:
         """What `recompute_chosen` is told for an answer."""
@@ -51,7 +53,8 @@ class UniformAnswers:
         step_seconds = sum(compute_seconds(node, self.hardware) for node in self.step.calls())
         return Decision((), (), budget_bytes, 0, 0, seconds, step_seconds, self.hardware.name, groups)
 
-    def _changes(self, answer: int):  # type: ignore[no-untyped-def]
+    def _changes(self, answer: int) -> list[tuple[Block, Choice, Choice]]:
+        """(block, the choice that loses no time, the choice of the answer) for each block."""
         pairs = zip(self.activations.blocks, self.choices, strict=True)
         return [(block, c[0], c[min(answer, len(c) - 1) if block.name else 0]) for block, c in pairs]
 

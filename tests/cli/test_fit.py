@@ -176,9 +176,13 @@ def test_without_a_keyword_for_depth_the_whole_is_captured(answer, targets) -> N
     assert "no keyword for depth" in found["notes"][0]
 
 
-def test_microbatches_and_a_batch_without_tensors(answer, targets) -> None:
+def test_microbatches_and_a_batch_without_tensors(answer, targets, capsys) -> None:
     found = answer(f"{targets}:shallow", "--world", "2", "--accumulate", "3", "--device-memory", "1MB")
     assert found["fits"] and found["largest"]["batch"]["value"] > 4
+    keys = (f"{targets}:shallow", "--world", "2", "--accumulate", "5", "--backend", "gloo")
+    assert main(["memory", *keys, "--quiet", "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)["peak_bytes"]
+    assert answer(*keys, "--device-memory", "1MB")["peak_bytes"] == expected, "the batch of all five rests"
     found = answer(f"{targets}:single", "--world", "2", "--device-memory", "1MB")
     assert found["largest"] == {} and "nothing to vary" in found["notes"][0]
 
