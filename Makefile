@@ -6,6 +6,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO_TIMEOUT_S ?= 600
 TEST_TIMEOUT_S ?= 3600
+TEST_WORKERS ?= 2
 BENCH_TIMEOUT_S ?= 3600
 
 .PHONY: demo test bench lint clean
@@ -15,7 +16,7 @@ demo: $(STAMP)
 		$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 examples/train_gpt.py
 
 test: lint
-	timeout -k 10 $(TEST_TIMEOUT_S) $(PY) -m pytest -q --durations=15
+	timeout -k 10 $(TEST_TIMEOUT_S) $(PY) -m pytest -q --durations=15 -n $(TEST_WORKERS) --dist loadfile
 
 bench: $(STAMP)
 	timeout -k 10 $(BENCH_TIMEOUT_S) $(PY) tests/benchmarks/compare.py

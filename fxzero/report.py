@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
@@ -13,6 +13,7 @@ from fxzero.decide import Decision
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.step_graph import STATE_KINDS, num_bytes
+from fxzero.graph.swap_ops import swapped_bytes
 from fxzero.graph.synchronisation import synchronisations
 from fxzero.pass_manager import PassRecord
 from fxzero.plan import Plan
@@ -48,6 +49,7 @@ def report(
         _state_table(last),
         _communication_table(steps),
         memory_tables(highest_profile(steps, allocator=allocator)[1]),
+        swap_table(swapped_in_step(steps)),
         "" if decision is None else str(decision),
         _waiting_lines(last),
         _pass_table(records),
@@ -116,6 +118,29 @@ def memory_tables(profile: MemoryProfile) -> str:
             tabulate(largest, headers=headers, disable_numparse=True, colalign=align),
         ]
     )
+
+
+def swapped_in_step(steps: Sequence[StepGraph]) -> dict[tuple[str, str], int]:
+    """(tier, "out" or "in") -> bytes that all programs of a step move."""
+    total: dict[tuple[str, str], int] = {}
+    for step in steps:
+        for key, size in swapped_bytes(step.calls()).items():
+            total[key] = total.get(key, 0) + size
+    return total
+
+
+def swap_table(swapped: Mapping[tuple[str, str], int]) -> str:
+    """What a step moves off the device and back, as text; "" where that is nothing.
+
+    Args:
+        swapped: from `swapped_in_step`.
+    """
+    if not swapped:
+        return ""
+    tiers = sorted({tier for tier, _ in swapped})
+    rows = [[tier, *(_mib(swapped.get((tier, way), 0)) for way in ("out", "in"))] for tier in tiers]
+    headers = ["swapped in a step", "out MiB", "in MiB"]
+    return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", "right", "right"))
 
 
 def _waiting_lines(step: StepGraph) -> str:

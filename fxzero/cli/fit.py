@@ -8,7 +8,7 @@ import inspect
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tabulate import tabulate
@@ -21,11 +21,15 @@ from fxzero.cli.target import keywords_of
 from fxzero.cli.usage import UsageError, choose
 from fxzero.cli.what_if import WhatIf, changes, largest
 from fxzero.cost.memory_at_depth import Predicted
+from fxzero.decide import Decision
 from fxzero.errors import PlanError
 from fxzero.plan import Plan
 from fxzero.plan_values import number_of_bytes
+from fxzero.simulate.memory_picture import areas_of_course, check_can_draw, draw_memory
 
 DEPTH_KEYWORDS = ("layers", "num_layers", "n_layers", "n_layer", "num_hidden_layers", "depth", "blocks", "num_blocks")
+
+OFFLOADED = ("offload_optimizer", "offload_parameters", "offload_activations")
 
 DESCRIPTION = """\
 Say whether the step fits into --device-memory on each of --world ranks, what stands at its predicted peak, and how
@@ -48,6 +52,7 @@ class Answer:
         tried: where the step does not fit: (changed keys and sizes, bytes), smallest first.
         notes: what could not be answered, and why.
         seconds: how long it took.
+        decision: what recompute="auto" comes to.
     """
 
     asked: Predicted
@@ -57,6 +62,7 @@ class Answer:
     tried: list[tuple[dict[str, Any], int]]
     notes: list[str]
     seconds: float
+    decision: Decision | None
 
     @property
     def fits(self) -> bool:
@@ -73,6 +79,8 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=about)
     about = f"the keyword that says how many blocks the model has; default: the first of {', '.join(DEPTH_KEYWORDS)}"
     parser.add_argument("--depth", metavar="KEY", help=about)
+    about = "draw memory over the program, at its whole depth (.svg and .pdf too)"
+    parser.add_argument("--png", metavar="FILE", help=about)
     parser.add_argument("--json", action="store_true", help="the answer as one JSON object")
     parser.set_defaults(run=run)
 
@@ -86,13 +94,24 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     limit = number_of_bytes("--device-memory", args.device_memory)
     plan = _plan(args, limit)
-    check_out(args.out)
+    if plan.recompute == "auto":
+        assert plan.memory_budget is not None, "the plan has checked it"
+        limit = min(limit, plan.memory_budget)
+    for path in filter(None, (args.out, args.png)):
+        check_out(path)
+    if args.png is not None:
+        check_can_draw(args.png)
     known = keywords_of(args.target)
     keywords = _keywords(args.set, known)
     depth_key = _depth_key(args.depth, known)
     depth = _depth(depth_key, keywords, known)
     what_if = WhatIf(args.target, keywords, plan, args.backend, progress_of(args), depth_key, depth)
-    answer = _answer(what_if, limit, start)
+    answer = _answer(what_if, limit)
+    if args.png is not None:
+        title = f"{args.target}: {_words(answer.setting)}\n{_words(changes(plan, Plan().resolve(1)))}"
+        with what_if.progress.stage("draw", f"draw {args.png}"):
+            draw_memory(areas_of_course(what_if.course()), args.png, title=title, budget_bytes=limit)
+    answer = replace(answer, notes=list(dict.fromkeys(what_if.notes)), seconds=time.perf_counter() - start)
     write(json.dumps(_as_json(answer, plan), indent=1) + "\n" if args.json else _as_text(answer, plan), args.out)
 
 
@@ -143,8 +162,12 @@ def _depth(key: str | None, keywords: Mapping[str, Any], known: Mapping[str, ins
     return depth
 
 
-def _answer(what_if: WhatIf, limit: int, start: float) -> Answer:
-    asked = what_if.predict()
+def _answer(what_if: WhatIf, limit: int) -> Answer:
+    decision: Decision | None = None
+    if what_if.plan.recompute == "auto":
+        asked, decision = what_if.decide()
+    else:
+        asked = what_if.predict()
     sizes = what_if.sizes
     depth = {what_if.depth_key: what_if.depth} if what_if.depth_key and what_if.depth else {}
     found: dict[str, tuple[int, int | None, int]] = {}
@@ -165,9 +188,7 @@ def _answer(what_if: WhatIf, limit: int, start: float) -> Answer:
     if not depth:
         notes.append("the function has no keyword for depth: the largest depth is not known")
     tried = [] if asked.peak_bytes <= limit else sorted(_tried(what_if, sizes), key=lambda item: item[1])
-    return Answer(
-        asked, limit, {**depth, **sizes}, found, tried, list(dict.fromkeys(notes)), time.perf_counter() - start
-    )
+    return Answer(asked, limit, {**depth, **sizes}, found, tried, [], 0.0, decision)
 
 
 def _largest(peak: Any, limit: int, *, start: int) -> tuple[int, int | None, int]:
@@ -183,6 +204,13 @@ def _tried(what_if: WhatIf, sizes: Mapping[str, int]) -> Iterator[tuple[dict[str
         less.append({"zero": 3})
     if plan.recompute == "none":
         less += [{**keys, "recompute": "blocks"} for keys in less]
+    strongest = less[-1]
+    on_host: dict[str, Any] = {}
+    for added in (OFFLOADED[:1], OFFLOADED[1:]):
+        more = {key: "host" for key in added if getattr(plan, key) == "none"}
+        on_host |= more
+        less += [{**keys, **on_host} for keys in ({}, strongest) if more]
+    less = [keys for index, keys in enumerate(less) if keys not in less[:index]]
     smaller = [{}, {BATCH: 1}] if sizes.get(BATCH, 1) > 1 else [{}]
     for keys in less:
         for size in smaller:
@@ -216,6 +244,12 @@ def _as_text(answer: Answer, plan: Plan) -> str:
         f"with {_words(answer.setting) or 'the batch as it is'}; {_words(changes(plan, Plan().resolve(1)))}",
         f"peak at {asked.place}; {_size(asked.state_bytes)} are there all the time",
     ]
+    lines += [f"and up to {_size(size)} in tier {tier}" for tier, size in asked.elsewhere.items()]
+    lines += [
+        f"a step swaps {_size(size)} {'out to' if way == 'out' else 'in from'} tier {tier}"
+        for (tier, way), size in asked.swapped.items()
+    ]
+    lines += str(answer.decision).splitlines() if answer.decision is not None else []
     kinds = sorted(asked.kinds.items(), key=lambda item: -item[1])
     tables = [tabulate([[k, _size(v)] for k, v in kinds], headers=["at the peak", "size"], disable_numparse=True)]
     rows = []
@@ -226,15 +260,13 @@ def _as_text(answer: Answer, plan: Plan) -> str:
     if answer.tried:
         tables.append("\n".join(_advice(answer)))
     tables += ["\n".join(answer.notes)] if answer.notes else []
-    if not kinds:
-        tables[0] = "what stands at the peak is not known: it is none of the peaks of the small depths"
     return "\n\n".join(["\n".join(lines), *(table for table in tables if table), f"in {answer.seconds:.0f} s"]) + "\n"
 
 
 def _advice(answer: Answer) -> Iterator[str]:
     fitting = [(keys, size) for keys, size in answer.tried if size <= answer.limit]
     if fitting:
-        fewest = min(fitting, key=lambda item: (BATCH in item[0], len(item[0])))
+        fewest = min(fitting, key=lambda item: (BATCH in item[0], len(item[0].keys() & set(OFFLOADED)), len(item[0])))
         yield f"it fits with {_words(fewest[0])}: {_size(fewest[1])}"
     keys, size = answer.tried[0]
     yield f"the smallest peak of what was tried is {_size(size)}, with {_words(keys)}"
@@ -249,7 +281,11 @@ def _as_json(answer: Answer, plan: Plan) -> dict[str, Any]:
         "state_bytes": asked.state_bytes,
         "peak_at": asked.place,
         "peak_bytes_by_kind": asked.kinds,
+        "host_bytes": asked.elsewhere.get("host", 0),
+        "nvme_bytes": asked.elsewhere.get("nvme", 0),
+        "swapped_bytes": {" ".join(key): size for key, size in asked.swapped.items()},
         "setting": answer.setting,
+        "decision": None if answer.decision is None else str(answer.decision),
         "largest": {
             key: {"value": number, "peak_bytes": at, "next_peak_bytes": above}
             for key, (number, at, above) in answer.largest.items()

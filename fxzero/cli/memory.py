@@ -12,8 +12,10 @@ from fxzero.cli.rewriting import capture_microbatches, progress_of, run_passes
 from fxzero.cost.memory import MemoryProfile, highest_profile, memory_timeline
 from fxzero.plan_values import number_of_bytes
 from fxzero.recipe import recipe
-from fxzero.report import memory_tables
-from fxzero.simulate.memory_picture import check_can_draw, draw_memory
+from fxzero.report import memory_tables, swap_table, swapped_in_step
+from fxzero.simulate.memory_picture import areas_of_timeline, check_can_draw, draw_memory
+
+Swapped = dict[tuple[str, str], int]  # (tier, "out" or "in") -> bytes of a step
 
 DESCRIPTION = """\
 Print the peak of tensor memory of one rank of --world, by kind, and the largest of what stands there: in this process,
@@ -63,12 +65,16 @@ def run(args: argparse.Namespace) -> None:
     if args.png is not None:
         with progress.stage("draw", f"draw {args.png}"):
             timeline = memory_timeline(steps[index], beside=[*steps[:index], *steps[index + 1 :]], allocator=allocator)
-            draw_memory(timeline, args.png, title=f"{args.target}, {what}", budget_bytes=budget)
-    write(_as_json(profile, index, budget) if args.json else _as_text(profile, what, budget), args.out)
+            title = f"{args.target}, {what}"
+            draw_memory(areas_of_timeline(timeline), args.png, title=title, budget_bytes=budget)
+    swapped = swapped_in_step(steps)
+    found = _as_json(profile, swapped, index, budget) if args.json else _as_text(profile, swapped, what, budget)
+    write(found, args.out)
 
 
-def _as_text(profile: MemoryProfile, what: str, budget: int | None) -> str:
+def _as_text(profile: MemoryProfile, swapped: Swapped, what: str, budget: int | None) -> str:
     lines = [what, "", memory_tables(profile)]
+    lines += ["", swap_table(swapped)] if swapped else []
     if budget is not None:
         left = budget - profile.peak_bytes
         words = "left" if left >= 0 else "missing"
@@ -76,7 +82,7 @@ def _as_text(profile: MemoryProfile, what: str, budget: int | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _as_json(profile: MemoryProfile, index: int, budget: int | None) -> str:
+def _as_json(profile: MemoryProfile, swapped: Swapped, index: int, budget: int | None) -> str:
     node = profile.peak_node
     found = {
         "peak_bytes": profile.peak_bytes,
@@ -84,6 +90,7 @@ def _as_json(profile: MemoryProfile, index: int, budget: int | None) -> str:
         "reserved_bytes": profile.reserved_bytes,
         "host_bytes": profile.host_bytes,
         "nvme_bytes": profile.nvme_bytes,
+        "swapped_bytes": {" ".join(key): size for key, size in swapped.items()},
         "budget_bytes": budget,
         "allocator": profile.allocator.device,
         "microbatch": index,

@@ -2,7 +2,8 @@
 
 Batches of other sizes come from one symbolic capture ([Note: symbolic sizes] in `capture/symbolic.py`), great depths
 from three small ones ([Note: depth] in `cost/memory_at_depth.py`); where either does not hold, the step is captured at
-these sizes. Graphs are not verified between passes here: `fxzero dump` verifies the same recipe.
+these sizes. With recompute="auto" all blocks get the same answer (`decide/uniform.py`). Graphs are not verified between
+passes here: `fxzero dump` verifies the same recipe.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from fxzero.capture.signature import flatten_batch
 from fxzero.capture.symbolic import SymbolicStep
 from fxzero.cli.progress import Progress
 from fxzero.cli.target import Target, load_target
+from fxzero.cost.course_at_depth import course_at
 from fxzero.cost.memory_at_depth import DepthLines, Predicted
 from fxzero.cost.memory_course import Course, memory_course
+from fxzero.decide import Decision
+from fxzero.decide.uniform import UniformAnswers, decision_at
 from fxzero.errors import CaptureError
 from fxzero.graph import StepGraph
 from fxzero.graph.step_graph import CARRIED_KINDS
@@ -27,6 +31,8 @@ from fxzero.plan import Plan
 from fxzero.recipe import captured_as, recipe
 
 Sizes = Mapping[str, int]
+
+_MOST_ANSWERS = 12  # captured steps whose problems are remembered
 
 
 class CapturedTarget:
@@ -112,16 +118,20 @@ class WhatIf:
     depth: int | None
     notes: list[str] = field(default_factory=list)
     _targets: dict[int | None, CapturedTarget] = field(default_factory=dict)
+    _answer: int = 0
     _known: dict[tuple[Any, ...], Predicted] = field(default_factory=dict)
     _lines: dict[tuple[Any, ...], DepthLines | None] = field(default_factory=dict)
+    _answers: dict[int, tuple[StepGraph, UniformAnswers]] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes of the example's batch."""
-        return self._target(self._depths[0] if self._extrapolates(self.depth) else self.depth).sizes
+        return self._target(
+            self._depths(self.plan)[0] if self._extrapolates(self.depth, self.plan) else self.depth
+        ).sizes
 
     def predict(self, *, depth: int | None = None, sizes: Sizes | None = None, plan: Plan | None = None) -> Predicted:
-        """What a step takes.
+        """What a step takes; with recompute="auto", at least.
 
         Args:
             depth: blocks; default: the function's.
@@ -130,34 +140,109 @@ class WhatIf:
         """
         depth = self.depth if depth is None else depth
         sizes, plan = dict(sizes or {}), plan or self.plan
-        key = (depth, tuple(sorted(sizes.items())), plan)
+        if plan.recompute != "auto":
+            return self._predicted(depth, sizes, plan)
+        assert plan.memory_budget is not None, "the plan has checked it"
+        least = self._predicted(depth, sizes, plan, answer=self._num_answers(depth, sizes, plan) - 1)
+        if least.peak_bytes <= plan.memory_budget:
+            return least
+        return min(least, self._predicted(depth, sizes, plan, answer=0), key=lambda found: found.peak_bytes)
+
+    def decide(self) -> tuple[Predicted, Decision]:
+        """What the step as asked for takes under recompute="auto", by the answer that loses the least time and fits.
+
+        Where none fits, it is the one with the smallest peak of those that were tried.
+        """
+        budget = self.plan.memory_budget
+        assert budget is not None, "the plan has checked it"
+
+        def at(answer: int) -> Predicted:
+            return self._predicted(self.depth, {}, self.plan, answer=answer)
+
+        above, low, high = at(0).peak_bytes > budget, 0, self._num_answers(self.depth, {}, self.plan) - 1
+        if above and at(high).peak_bytes > budget:
+            self._answer = min(low, high, key=lambda answer: at(answer).peak_bytes)
+        else:
+            while above and high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if at(middle).peak_bytes <= budget else (middle, high)
+            self._answer = high if above else 0
+        found, kept = at(self._answer), at(0)
+        decision = self._decision(self._answer, budget)
+        return found, replace(decision, peak_bytes=found.peak_bytes, kept_peak_bytes=kept.peak_bytes)
+
+    def _decision(self, answer: int, budget: int) -> Decision:
+        """An answer at the depth that was asked for; of microbatches, that of the last."""
+        lines = self._lines_for({}, self.plan, answer) if self._extrapolates(self.depth, self.plan) else None
+        depths: list[int | None] = [lines.first, lines.third] if lines is not None else [self.depth]
+        steps = {depth: self._target(depth).at({})[-1] for depth in depths}
+        found = {d: self._uniform(s, self.plan).decision(answer, budget_bytes=budget) for d, s in steps.items()}
+        if lines is None:
+            return found[self.depth]
+        assert self.depth is not None
+        return decision_at(self.depth, {depth: at for depth, at in found.items() if depth is not None})
+
+    def _num_answers(self, depth: int | None, sizes: Sizes, plan: Plan) -> int:
+        steps = self._target(self._depths(plan)[0] if self._extrapolates(depth, plan) else depth).at(sizes)
+        return max(self._uniform(step, plan).count for step in steps)
+
+    def _check_same_answers(self, sizes: Sizes, plan: Plan) -> None:
+        """Raise ValueError unless an answer means the same at all depths that lines are drawn through."""
+        steps = [self._target(depth).at(sizes) for depth in self._depths(plan)]
+        if len({frozenset(f for step in own for f in self._uniform(step, plan).frontiers) for own in steps}) > 1:
+            raise ValueError("the blocks of other depths have other answers")
+
+    def _uniform(self, step: StepGraph, plan: Plan) -> UniformAnswers:
+        if id(step) not in self._answers:
+            while len(self._answers) >= _MOST_ANSWERS:
+                del self._answers[next(iter(self._answers))]
+            step.mesh = dict(plan.axes)
+            self._answers[id(step)] = step, UniformAnswers(step, plan)
+        return self._answers[id(step)][1]
+
+    def _predicted(self, depth: int | None, sizes: Sizes, plan: Plan, answer: int = 0) -> Predicted:
+        key = (depth, tuple(sorted(sizes.items())), plan, answer)
         if key not in self._known:
-            lines = self._lines_for(sizes, plan) if self._extrapolates(depth) else None
+            lines = self._lines_for(sizes, plan, answer) if self._extrapolates(depth, plan) else None
             if lines is not None:
                 assert depth is not None
                 self._known[key] = lines.at(depth)
             else:
-                self._known[key] = Predicted.of(self._course(depth, sizes, plan))
+                self._known[key] = Predicted.of(self._course(depth, sizes, plan, answer))
         return self._known[key]
 
-    @property
-    def _edge(self) -> int:
-        return 1 + max(1, self.plan.prefetch)
-
-    @property
-    def _depths(self) -> list[int]:
-        return [2 * self._edge + extra for extra in range(3)]
-
-    def _extrapolates(self, depth: int | None) -> bool:
-        """Whether a depth is to be had from three smaller ones; not where a pass decides by bytes of the whole."""
-        return depth is not None and depth > self._depths[-1] and self.plan.recompute in ("none", "blocks")
-
-    def _lines_for(self, sizes: Sizes, plan: Plan) -> DepthLines | None:
-        key = (tuple(sorted(sizes.items())), plan)
-        if key not in self._lines:
-            courses = {depth: self._course(depth, sizes, plan) for depth in self._depths}
+    def course(self) -> Course:
+        """The whole course of the step as asked for; with recompute="auto", by the answer of `decide`."""
+        extrapolates = self._extrapolates(self.depth, self.plan)
+        lines = self._lines_for({}, self.plan, self._answer) if extrapolates else None
+        if lines is not None:
+            assert self.depth is not None
             try:
-                self._lines[key] = DepthLines(courses, edge=self._edge)
+                return course_at(lines, self.depth)
+            except ValueError as reason:
+                self.notes.append(f"the picture is of the whole model, captured: {reason}")
+        return self._course(self.depth, {}, self.plan, self._answer)
+
+    def _edge(self, plan: Plan) -> int:
+        # what leaves the device is on its way for one block more
+        return 1 + max(1, plan.prefetch) + (plan.offload_activations != "none")
+
+    def _depths(self, plan: Plan) -> list[int]:
+        return [2 * self._edge(plan) + extra for extra in range(3)]
+
+    def _extrapolates(self, depth: int | None, plan: Plan) -> bool:
+        """Whether a depth is to be had from three smaller ones; not where a pass decides by bytes of the whole."""
+        by_block = plan.recompute in ("none", "blocks", "auto") and plan.update_on_host in (0.0, 1.0)
+        return depth is not None and depth > self._depths(plan)[-1] and by_block
+
+    def _lines_for(self, sizes: Sizes, plan: Plan, answer: int = 0) -> DepthLines | None:
+        key = (tuple(sorted(sizes.items())), plan, answer)
+        if key not in self._lines:
+            courses = {depth: self._course(depth, sizes, plan, answer) for depth in self._depths(plan)}
+            try:
+                if answer:
+                    self._check_same_answers(sizes, plan)
+                self._lines[key] = DepthLines(courses, edge=self._edge(plan))
             except ValueError as reason:
                 self.notes.append(
                     f"{self.depth_key} is not extrapolated: {reason}; the whole model is captured instead"
@@ -171,19 +256,23 @@ class WhatIf:
             self._targets[depth] = CapturedTarget(load_target(self.text, **{**self.keywords, **own}), self.plan)
         return self._targets[depth]
 
-    def _course(self, depth: int | None, sizes: Sizes, plan: Plan) -> Course:
+    def _course(self, depth: int | None, sizes: Sizes, plan: Plan, answer: int = 0) -> Course:
         told = {**sizes, **({self.depth_key: depth} if self.depth_key else {})}
         what = ", ".join(f"{name}={value}" for name, value in told.items())
-        changed = (f"{key}={value}" for key, value in changes(plan, self.plan).items())
+        changed = [f"{key}={value}" for key, value in changes(plan, self.plan).items()]
+        changed += [f"recompute by answer {answer}"] if answer else []
         what = ", ".join([what or "as it is", *changed])
         with self.progress.stage("what if", f"what if {what}"):
             steps = self._target(depth).at(sizes)
-            return memory_course([self._rewritten(step, plan) for step in steps])
+            middle = max(self.plan.accumulate - 2, 1)
+            times = [middle if index == 1 and len(steps) == 3 else 1 for index in range(len(steps))]
+            return memory_course([self._rewritten(step, plan, answer) for step in steps], times=times)
 
-    def _rewritten(self, step: StepGraph, plan: Plan) -> StepGraph:
+    def _rewritten(self, step: StepGraph, plan: Plan, answer: int) -> StepGraph:
         """The program that a rank would run; the one place where a plan becomes passes."""
         step.mesh = dict(plan.axes)
-        return recipe(plan, backend=self.backend).run(step, check=False)
+        names = self._uniform(step, plan).names(answer) if answer else ()
+        return recipe(plan, backend=self.backend, recomputed=names).run(step, check=False)
 
 
 def changes(plan: Plan, base: Plan) -> dict[str, Any]:

@@ -1,12 +1,16 @@
-"""The course of memory over the programs of a step: how much is alive where, and of what kind that is at the peak."""
+"""The course of memory over the programs of a step: how much of which kind is alive where."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from fxzero.cost.memory import MemoryProfile, memory_timeline, profile_of
+import numpy as np
+
+from fxzero.cost.memory import TIERS, MemoryProfile, memory_timeline, profile_of
 from fxzero.graph import StepGraph
+from fxzero.graph.swap_ops import swapped_bytes
 from fxzero.graph.text import op_name
 
 
@@ -31,50 +35,79 @@ class Place:
         return f"{self.op} ({self.phase} of {self.module or 'the model'})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Course:
     """Memory on this rank over the programs of a step.
 
     Args:
         state_bytes: what rests between steps, and the batch.
-        places, totals: each call in order, and the bytes alive while it runs, state included.
-        peak_kinds: bytes by kind at the peak.
+        places: each call in order.
+        by_kind: kind -> the bytes alive while each of them runs, state included; int64 arrays.
+        elsewhere: tier -> the most bytes there, for tiers that are used.
+        swapped: (tier, "out" or "in") -> bytes that all microbatches of a step move.
     """
 
     state_bytes: int
     places: tuple[Place, ...]
-    totals: tuple[int, ...]
-    peak_kinds: dict[str, int]
+    by_kind: Mapping[str, np.ndarray]
+    elsewhere: Mapping[str, int]
+    swapped: Mapping[tuple[str, str], int]
+
+    @cached_property
+    def totals(self) -> np.ndarray:
+        """The bytes of all kinds at each place."""
+        return sum(self.by_kind.values(), start=np.zeros(len(self.places), dtype=np.int64))
 
     @property
     def peak(self) -> int:
         """Index of the place where most is alive."""
-        return max(range(len(self.totals)), key=self.totals.__getitem__)
+        return int(self.totals.argmax())
+
+    @property
+    def peak_kinds(self) -> dict[str, int]:
+        """Bytes by kind at the peak, of the kinds that are there."""
+        peak = self.peak
+        return {kind: int(line[peak]) for kind, line in self.by_kind.items() if line[peak]}
 
 
-def memory_course(steps: Sequence[StepGraph]) -> Course:
-    """The course of memory over the distinct programs of a step.
+def memory_course(steps: Sequence[StepGraph], *, times: Sequence[int] | None = None) -> Course:
+    """The course of memory over the programs of a step.
 
     This is the one place where predictions for other sizes and depths meet the memory profile.
+
+    Args:
+        steps: one program for each kind of microbatch.
+        times: how often a step runs each of them; default: once.
     """
     places: list[Place] = []
-    totals: list[int] = []
-    peaks: list[MemoryProfile] = []
-    distinct = list({id(step): step for step in steps}.values())
-    for index, step in enumerate(distinct):
-        timeline = memory_timeline(step, beside=(other for other in distinct if other is not step))
-        peaks.append(profile_of(timeline))
-        numbers: dict[tuple[str, str, str], int] = {}
-        module = ""
-        for node, total in zip(timeline.nodes, timeline.total, strict=True):
-            if node.op != "call_function":
-                continue
-            own = node.meta.get("module") or (node.meta.get("param") or "").rpartition(".")[0]
-            module = own or (module if places and places[-1].phase == node.meta["phase"] else "")
-            key = (node.meta["phase"], module, op_name(node.target))
-            numbers[key] = numbers.get(key, -1) + 1
-            places.append(Place(index, *key, numbers[key]))
-            totals.append(int(total))
-    highest = max(peaks, key=lambda profile: profile.peak_bytes)
-    kinds = {kind: size for kind, size in highest.by_kind.items() if size}
-    return Course(max(profile.state_bytes for profile in peaks), tuple(places), tuple(totals), kinds)
+    lines: list[dict[str, np.ndarray]] = []
+    profiles: list[MemoryProfile] = []
+    swapped: dict[tuple[str, str], int] = {}
+    programs = list(zip(steps, times or [1] * len(steps), strict=True))
+    for index, (step, count) in enumerate(programs):
+        beside = (other for other, number in programs for _ in range(number - (other is step)))
+        timeline = memory_timeline(step, beside=beside)
+        profiles.append(profile_of(timeline))
+        calls = [position for position, node in enumerate(timeline.nodes) if node.op == "call_function"]
+        places += _places(step, index)
+        lines.append({kind: line[calls] for kind, line in timeline.bytes_by_kind.items()})
+        for key, size in swapped_bytes(step.calls()).items():
+            swapped[key] = swapped.get(key, 0) + size * count
+    by_kind = {kind: np.concatenate([line[kind] for line in lines]) for kind in lines[0]}
+    elsewhere = {tier: max(getattr(profile, f"{tier}_bytes") for profile in profiles) for tier in TIERS[1:]}
+    elsewhere = {tier: size for tier, size in elsewhere.items() if size}
+    return Course(max(p.state_bytes for p in profiles), tuple(places), by_kind, elsewhere, swapped)
+
+
+def _places(step: StepGraph, program: int) -> list[Place]:
+    """The places of a program's calls."""
+    places: list[Place] = []
+    numbers: dict[tuple[str, str, str], int] = {}
+    module = ""
+    for node in step.calls():
+        own = node.meta.get("module") or (node.meta.get("param") or "").rpartition(".")[0]
+        module = own or (module if places and places[-1].phase == node.meta["phase"] else "")
+        key = (node.meta["phase"], module, op_name(node.target))
+        numbers[key] = numbers.get(key, -1) + 1
+        places.append(Place(program, *key, numbers[key]))
+    return places

@@ -9,7 +9,8 @@
     communication         what is only made to be sent, what arrives and is no other kind, buffers of a collective
     workspace             all else: values that die in the phase that made them, scratch of an op
 
-A storage has the first kind, in the order of `_PRECEDENCE`, that any value in it has.
+A storage has the first kind, in the order of `_PRECEDENCE`, that any value in it has. What is brought in from another
+tier has the kind of what was brought there: rows of parameters and optimizer state, activations, gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import fx
 
 from fxzero.cost.lifetimes import Storage, is_resting
-from fxzero.graph import StepGraph, compression_ops, ops
+from fxzero.graph import StepGraph, compression_ops, ops, swap_ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph.step_graph import CARRIED_KINDS, is_getitem, is_view, iter_views, yields_scalar
 
@@ -54,6 +55,8 @@ def _kind(storage: Storage, values: _Values) -> str:
         return COMMUNICATION if c10d.is_collective(storage.node) else WORKSPACE
     if storage.node.op == "placeholder":
         return _OF_ENTRY.get(storage.node.meta["entry"].kind, INPUTS)
+    if storage.node.target is swap_ops.swap_in:
+        return values.kind[storage.node]
     kinds = {values.kind[member] for member in storage.members}
     if not storage.members:
         kinds = {values.kind[storage.node]}
@@ -91,6 +94,8 @@ class _Values:
     def _of_call(self, node: fx.Node) -> str:
         phase = node.meta["phase"]
         self._note_loss(node)
+        if node.target in swap_ops.OPS:
+            return self._of_move(node)
         if self._is_parameter(node):
             self._parameters.add(node)
             return COMMUNICATION if _is_message(node) and node.target is not ops.local_shard else GATHERED
@@ -103,11 +108,20 @@ class _Values:
             return GATHERED
         if c10d.is_collective(node) or c10d.is_wait(node) or _is_message(node):
             return COMMUNICATION
-        if phase == "forward" and any(user.meta.get("phase") == "backward" for user in node.users):
+        if phase == "forward" and any(_is_kept(user) for user in node.users):
             return ACTIVATIONS
         if phase == "backward" and node not in self._of_loss:  # a forward value, computed again
             return ACTIVATIONS
         return WORKSPACE
+
+    def _of_move(self, node: fx.Node) -> str:
+        """The kind of what is on its way off the device, or back."""
+        (source,) = node.all_input_nodes
+        for known in (self._parameters, self._gradients):
+            if source in known:
+                known.add(node)
+        returned = next((kind for n in (node, *node.users) if (kind := self._returned.get(n)) in _OF_ENTRY), None)
+        return self.kind[source] if returned is None else _OF_ENTRY[returned]
 
     def _note_loss(self, node: fx.Node) -> None:
         """What follows from the loss: all that is differentiated, but not what backward computes of forward again."""
@@ -154,6 +168,11 @@ class _Values:
             if all(("grad_of" in u.meta or u in parts) and _joins(u) and _numel(u) == _numel(node) for u in node.users):
                 parts.add(node)
         return parts
+
+
+def _is_kept(reader: fx.Node) -> bool:
+    """Whether a reader of a forward value has it for backward: there, or off the device until then."""
+    return reader.meta.get("phase") == "backward" or reader.target is swap_ops.swap_out
 
 
 def _is_raw(node: fx.Node) -> bool:

@@ -227,6 +227,7 @@ class _Search:
             for block, choices, number in zip(self.activations.blocks, self.choices, chosen, strict=True)
             if number
         ]
+<<<<<<< HEAD
         names = tuple(name for block, choice in answers for name in _names(block, choice))
         offloaded = tuple(
             root.name
@@ -236,12 +237,17 @@ class _Search:
         )
         decided = recipe(self.plan, backend=self.backend, recomputed=names, offloaded=offloaded)
         program = decided.run(step, check=False)
+=======
+        names = tuple(name for block, choice in answers for name in names_of(block, choice))
+        offloaded = tuple(root.name for block, choice in answers for root in _kept_as(block, choice, "host"))
+        program = recipe(self.plan, backend=self.backend, recomputed=names).run(step, check=False)
+>>>>>>> f067c4b6d3a8d895fe547454ccc5a693cc5c33af
         profile = memory_profile(program)
         if profile.peak_bytes < self.lowest.peak_bytes:
             self.lowest = profile
         pairs = zip(self.activations.blocks, self.choices, chosen, strict=True)
         changes = [(block, choices[0], choices[number]) for block, choices, number in pairs]
-        groups = _groups(changes, hardware=self.activations.hardware, free=self.activations.free)
+        groups = groups_of(changes, hardware=self.activations.hardware, free=self.activations.free)
         return replace(
             nothing,
             names=names,
@@ -252,7 +258,7 @@ class _Search:
         )
 
 
-def _names(block: Block, choice: Choice) -> list[str]:
+def names_of(block: Block, choice: Choice) -> list[str]:
     """What `recompute_chosen` is told: nodes to have again, and masks to keep as booleans."""
     again = [block.nodes[index].name for index in choice.again]
     return again + [root.name for root in _kept_as(block, choice, "bool")]
@@ -262,7 +268,7 @@ def _kept_as(block: Block, choice: Choice, name: str) -> list[fx.Node]:
     return [block.roots[s] for s, option in choice.kept if block.problem.storages[s][option].name == name]
 
 
-def _groups(
+def groups_of(
     changes: list[tuple[Block, Choice, Choice]], *, hardware: Hardware, free: set[fx.Node]
 ) -> tuple[Group, ...]:
     """What an answer a block means, by the modules that it is about."""

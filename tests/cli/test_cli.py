@@ -604,6 +604,32 @@ def test_memory_of_microbatches_counts_what_rests_beside_each(printed, tiny) -> 
     assert three["by_kind"]["buffers and inputs"] == 3 * one["by_kind"]["buffers and inputs"]
 
 
+OFFLOAD = ("--offload-optimizer", "host", "--offload-parameters", "nvme", "--offload-below", "0")
+
+
+def test_memory_and_reports_say_what_is_swapped(printed, tiny) -> None:
+    target = (f"{tiny}:step", "--world", "4", "--quiet", "--backend", "gloo")
+    found = json.loads(printed("memory", *target, *OFFLOAD, "--json"))
+    rows = (16 * 16 + 16) * 4 // 4  # bytes of a quarter of the parameters, and of their momentum
+    assert (found["host_bytes"], found["nvme_bytes"]) == (rows, rows)
+    moved = found["swapped_bytes"]
+    assert moved["host in"] == moved["host out"] == moved["nvme out"] == rows < moved["nvme in"]
+    for command in (("memory",), ("dump", "--format", "report")):
+        out = printed(command[0], *target, *OFFLOAD, *command[1:])
+        assert re.search(r"swapped in a step +out MiB +in MiB\n.*\nhost .*\nnvme ", out)
+        assert "swapped" not in printed(command[0], *target, *command[1:])
+    assert json.loads(printed("memory", *target, "--json"))["swapped_bytes"] == {}
+
+
+def test_every_key_of_offload_is_an_option(printed, call, tmp_path) -> None:
+    keys = ("--offload-activations", "nvme", "--offload-dir", str(tmp_path), "--offload-io", "buffered")
+    keys += ("--offload-buffer-bytes", "8 MiB", "--update-on-host", "0.5", "--offload-optimizer", "host")
+    out = printed("passes", "--world", "4", *keys)
+    assert "on_host=0.5" in out and "tier='nvme'" in out
+    code, _, err = call("passes", "--world", "4", "--offload-io", "buffered")
+    assert code == 2 and "Plan.offload_io: expected one of them 'nvme' with it" in err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -11,13 +11,19 @@ import pytest
 from fxzero import Plan
 from fxzero.capture import Inventory, capture_step
 from fxzero.capture.rehearsal import rehearse
-from fxzero.cli import main
+from fxzero.cli import fit, main
+from fxzero.cli.progress import Progress
 from fxzero.cli.target import keywords_of, load_target
-from fxzero.cli.what_if import largest
+from fxzero.cli.what_if import WhatIf, largest
 from fxzero.cost.memory import memory_profile
-from fxzero.cost.memory_at_depth import DepthLines
-from fxzero.cost.memory_course import Course, Place, memory_course
+from fxzero.cost.memory_course import memory_course
+from fxzero.decide import decide
+from fxzero.decide.uniform import UniformAnswers
+from fxzero.graph import StepGraph
+from fxzero.graph.text import size_text
 from fxzero.recipe import captured_as, recipe
+from fxzero.simulate import memory_picture
+from fxzero.simulate.memory_picture import Areas
 
 TARGETS = """
 import torch
@@ -140,6 +146,27 @@ def test_a_step_that_does_not_fit_is_an_answer_with_advice(call, answer, targets
     assert found["tried"][0]["changes"].get("batch") == 1
 
 
+def test_what_is_off_the_device_is_told(call, answer, targets) -> None:
+    keys = (f"{targets}:step", "--world", "4", "--bucket-bytes", "0", "--device-memory", "1MB", "--offload-below", "0")
+    keys += ("--offload-optimizer", "host")
+    found = answer(*keys)
+    assert found["host_bytes"] == found["swapped_bytes"]["host in"] == found["swapped_bytes"]["host out"] > 0
+    assert found["peak_bytes_by_kind"]["optimizer state"] < found["host_bytes"] and found["notes"] == []
+    out = call(*keys, "--quiet")[1]
+    assert "\nand up to 102.46 kB in tier host\n" in out and "\na step swaps 102.46 kB out to tier host\n" in out
+
+
+def test_offload_is_tried_where_a_step_does_not_fit(answer, targets) -> None:
+    keys = (f"{targets}:step", "--world", "4", "--bucket-bytes", "0", "--set", "width=64", "--device-memory", "10kB")
+    tried = {json.dumps(item["changes"]): item["peak_bytes"] for item in answer(*keys)["tried"]}
+    on_host = {"offload_optimizer": "host"}
+    everything = {**on_host, "offload_parameters": "host", "offload_activations": "host"}
+    for before, after in (({}, on_host), (on_host, everything)):
+        for keys in ({"recompute": "blocks"}, {"recompute": "blocks", "batch": 1}):
+            plan, size = ({k: v for k, v in keys.items() if (k == "batch") is batch} for batch in (False, True))
+            assert tried[json.dumps({**plan, **after, **size})] < tried[json.dumps({**plan, **before, **size})]
+
+
 def test_without_a_keyword_for_depth_the_whole_is_captured(answer, targets) -> None:
     plan = Plan(zero=3).resolve(4)
     limit = direct_peak(f"{targets}:shallow", plan)
@@ -149,9 +176,13 @@ def test_without_a_keyword_for_depth_the_whole_is_captured(answer, targets) -> N
     assert "no keyword for depth" in found["notes"][0]
 
 
-def test_microbatches_and_a_batch_without_tensors(answer, targets) -> None:
+def test_microbatches_and_a_batch_without_tensors(answer, targets, capsys) -> None:
     found = answer(f"{targets}:shallow", "--world", "2", "--accumulate", "3", "--device-memory", "1MB")
     assert found["fits"] and found["largest"]["batch"]["value"] > 4
+    keys = (f"{targets}:shallow", "--world", "2", "--accumulate", "5", "--backend", "gloo")
+    assert main(["memory", *keys, "--quiet", "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)["peak_bytes"]
+    assert answer(*keys, "--device-memory", "1MB")["peak_bytes"] == expected, "the batch of all five rests"
     found = answer(f"{targets}:single", "--world", "2", "--device-memory", "1MB")
     assert found["largest"] == {} and "nothing to vary" in found["notes"][0]
 
@@ -215,36 +246,85 @@ def test_largest_is_the_last_that_fits(start, slope, base, limit) -> None:
     assert len(asked) <= 30
 
 
-def course(depth: int, *, at_middle: int = 0, bend: int = 0) -> Course:
-    paths = ["embed", *(f"blocks.{i}.lin" for i in range(depth)), "head"]
-    places = tuple(Place(0, "forward", path, "mm", 0) for path in paths)
-    totals = [100 + 10 * i for i in range(depth + 1)] + [50 + 20 * depth + bend * depth**2]
-    totals[depth // 2] += at_middle
-    return Course(10 + depth, places, tuple(totals), {"all": max(totals)})
+SAME_COURSE: list[dict[str, Any]] = [
+    {"zero": 3, "bucket_bytes": 0},
+    {"zero": 3, "bucket_bytes": 0, "recompute": "blocks", "precision": "bf16", "prefetch": 2},
+    {"zero": 1, "bucket_bytes": 0, "clip_grad_norm": 1.0, "accumulate": 3},
+    {"zero": 3, "bucket_bytes": 0, "offload_optimizer": "nvme", "offload_parameters": "host", "offload_below": 0},
+]
 
 
-def test_the_peak_of_a_deep_model_may_stand_elsewhere_than_in_shallow_ones() -> None:
-    lines = DepthLines({depth: course(depth) for depth in (4, 5, 6)}, edge=2)
-    assert lines.at(4).peak_bytes == 140 and "blocks.last-0.lin" in lines.at(4).place
-    assert lines.at(80).peak_bytes == 1650 == max(course(80).totals) and lines.at(80).state_bytes == 90
-    assert "head" in lines.at(80).place and lines.at(80).kinds == {}
+@pytest.mark.parametrize("keys", SAME_COURSE, ids=str)
+def test_the_drawn_course_is_that_of_a_direct_capture(keys, targets) -> None:
+    plan = Plan(**keys).resolve(4)
+    text = f"{targets}:step"
+    drawn = WhatIf(text, {}, plan, "nccl", Progress(None), "layers", 12)
+    found, answer = drawn.course(), drawn.predict()
+    direct = WhatIf(text, {"layers": 12}, plan, "nccl", Progress(None), None, None).course()
+    assert drawn.notes == [] and found.places == direct.places
+    for kind, line in direct.by_kind.items():
+        assert (found.by_kind[kind] == line).all(), kind
+    assert (found.state_bytes, found.elsewhere, found.swapped) == (direct.state_bytes, direct.elsewhere, direct.swapped)
+    assert (answer.peak_bytes, answer.kinds) == (direct.totals.max(), direct.peak_kinds)
+    assert bool(found.swapped) == ("offload_optimizer" in keys)
 
 
-@pytest.mark.parametrize(
-    ("faults", "said"),
-    [
-        ({"bend": 1}, "not linear"),
-        ({"at_middle": 1000}, "middle block|not linear"),
-    ],
-)
-def test_memory_off_the_lines_is_found(faults, said) -> None:
-    with pytest.raises(ValueError, match=said):
-        DepthLines({depth: course(depth, **faults) for depth in (4, 5, 6)}, edge=2)
+def test_the_picture_is_of_the_whole_depth(call, targets, tmp_path, monkeypatch) -> None:
+    drawn: list[Areas] = []
+    draw = memory_picture.draw_memory
+    monkeypatch.setattr(fit, "draw_memory", lambda areas, *a, **k: (drawn.append(areas), draw(areas, *a, **k)))
+    path = tmp_path / "fit.svg"
+    keys = ("--world", "4", "--bucket-bytes", "0", "--device-memory", "1MB", "--png", str(path))
+    code, _, err = call(f"{targets}:step", *keys)
+    assert code == 0 and f"draw {path}" in err and "layers=12" not in err
+    text = path.read_text()
+    assert text.startswith("<?xml") and "budget" in text
+    plan = Plan(zero=3, bucket_bytes=0).resolve(4)
+    assert drawn[0].total.max() == direct_peak(f"{targets}:step", plan)
+    assert call("no_file.py:step", "--world", "4", "--device-memory", "1MB", "--png", "fit.tiff0")[0] == 2
 
 
-def test_depth_that_no_list_follows_is_found() -> None:
-    with pytest.raises(ValueError, match="no list of modules grows"):
-        DepthLines({depth: course(4) for depth in (4, 5, 6)}, edge=2)
+def captured(text: str, plan: Plan, **keywords: Any) -> StepGraph:
+    target = load_target(text, **keywords)
+    inventory, fresh = rehearse(Inventory.of(target.model, target.optimizer))
+    step = capture_step(inventory, target.loss, target.args, target.kwargs, fresh=fresh, options=captured_as(plan)).step
+    step.mesh = dict(plan.axes)
+    return step
+
+
+def peak_by_answer(text: str, plan: Plan, answer: int, **keywords: Any) -> int:
+    step = captured(text, plan, **keywords)
+    names = UniformAnswers(step, plan).names(answer)
+    return memory_profile(recipe(plan, backend="nccl", recomputed=names).run(step)).peak_bytes
+
+
+@pytest.mark.parametrize("layers", [5, 12])
+def test_what_auto_recomputes_is_decided_for_the_whole_depth(answer, call, targets, layers) -> None:
+    text = f"{targets}:step"
+    keys = {"bucket_bytes": 0, "recompute": "auto"}
+    anything = Plan(**keys, memory_budget=1).resolve(4)
+    step = captured(text, anything, layers=layers)
+    count = UniformAnswers(step, anything).count
+    peaks = [peak_by_answer(text, anything, number, layers=layers) for number in range(count)]
+    assert count > 1 and peaks[0] > peaks[-1]
+    limit = (peaks[0] + peaks[-1]) // 2
+    argv = (text, "--world", "4", "--set", f"layers={layers}", "--bucket-bytes", "0", "--recompute", "auto")
+    found = answer(*argv, "--device-memory", str(limit))
+    assert found["fits"] and found["notes"] == [] and found["peak_bytes"] in peaks
+    assert found["peak_bytes"] == next(peak for peak in peaks if peak <= limit)
+    plan = anything.replace(memory_budget=limit)
+    assert decide(step, plan=plan, backend="nccl").peak_bytes <= limit, "what fits is not refused by a compile"
+    assert f"recomputed in {layers} of {layers} blocks" in found["decision"]
+    assert f"predicted peak {size_text(found['peak_bytes'])}, {size_text(peaks[0])} with" in found["decision"]
+    for key in ("batch", "layers") if layers == 12 else ():
+        best = found["largest"][key]
+        for value, fits in ((best["value"], True), (best["value"] + 1, False)):
+            least = peak_by_answer(text, plan, count - 1, **{"layers": layers, key: value})
+            assert (least <= limit) is fits
+    out = call(*argv, "--device-memory", "1GB", "--quiet")[1]
+    assert out.startswith("fits") and "with nothing recomputed; so nothing is" in out
+    refused = call(*argv, "--device-memory", str(peaks[-1] - 1), "--quiet")[1]
+    assert refused.startswith("does not fit") and "offload_optimizer=host" in refused
 
 
 def test_a_course_peaks_where_the_profile_does(targets) -> None:

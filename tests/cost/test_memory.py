@@ -31,7 +31,10 @@ from fxzero.errors import RewriteError
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.compression_ops import dequantize_reduce
+from fxzero.graph.edit import Editor
 from fxzero.graph.step_graph import CARRIED_KINDS, num_bytes
+from fxzero.graph.swap_ops import swap_in
+from fxzero.graph.swaps import store, take_in
 from fxzero.plan import Plan
 from fxzero.recipe import captured_as, recipe
 
@@ -196,6 +199,54 @@ def test_sums_that_microbatches_hand_on_are_gradients() -> None:
     assert beside.by_kind[OPTIMIZER] == state > alone.by_kind[OPTIMIZER] == 0
     assert beside.by_kind[INPUTS] == alone.by_kind[INPUTS] + ROWS * WIDTH * 4, "the other microbatch's part"
     assert highest_profile(steps)[1].peak_bytes >= beside.peak_bytes
+
+
+OFFLOADING: list[dict[str, Any]] = [
+    {"offload_optimizer": "host", "offload_parameters": "nvme", "offload_activations": "host"},
+    {"offload_optimizer": "host", "update_on_host": 1.0, "recompute": "blocks"},
+]
+
+
+@pytest.mark.parametrize("keys", OFFLOADING, ids=str)
+def test_what_swaps_bring_in_is_what_it_was(keys: dict[str, Any]) -> None:
+    step = rewritten(zero=3, bucket_bytes=0, offload_below=0, **keys)
+    timeline = memory_timeline(step)
+    assert (timeline.total == sum(timeline.bytes_by_kind.values())).all()
+    kinds = {storage.node: kind for storage, kind in timeline.kinds.items() if storage.node.target is swap_in}
+    expected = {"parameter": PARAMETERS, "optimizer": OPTIMIZER}
+    seen = set()
+    for node, kind in kinds.items():
+        origin = node.all_input_nodes[0]
+        if origin.op == "placeholder":
+            assert kind == expected[origin.meta["entry"].kind]
+        elif node.meta["phase"] == "backward":
+            assert kind == ACTIVATIONS
+            launch = origin.all_input_nodes[0]
+            assert kind_of(timeline, launch.all_input_nodes[0].name) == ACTIVATIONS, "before it leaves, too"
+        else:
+            assert kind == PARAMETERS, "the value that the host has updated"
+        seen.add(kind)
+    assert seen == ({PARAMETERS} if "update_on_host" in keys else {PARAMETERS, OPTIMIZER, ACTIVATIONS})
+    assert {kind_of(timeline, n.name) for n in step.calls(c10d.wait) if n.name.endswith("weight_full")} == {GATHERED}
+
+
+def test_a_gradient_that_comes_back_is_one() -> None:
+    step = rewritten(zero=2, bucket_bytes=0)
+    (gradient,) = (n for n in step.calls() if n.name == "layers_0_up_weight_grad_shard")
+    readers = [user for user in gradient.users if user.op == "call_function"]
+    with Editor(step, phase="update", module="", param="layers.0.up.weight").before(readers[0]) as editor:
+        here = take_in(editor, store(editor, gradient, "host", stem="gradient"), stem="gradient")
+    for reader in readers:
+        reader.replace_input_with(gradient, here)
+    timeline = memory_timeline(step)
+    assert kind_of(timeline, here.name) == GRADIENTS
+
+
+def test_a_wrong_kind_of_swaps_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check above reads what `kinds_of` says of moves."""
+    monkeypatch.setattr(memory_kinds.swap_ops, "OPS", ())
+    with pytest.raises(AssertionError):
+        test_what_swaps_bring_in_is_what_it_was(OFFLOADING[0])
 
 
 def test_a_wrong_kind_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import sympy
 import torch
@@ -63,7 +64,7 @@ def test_the_formula_is_the_peak_at_other_sizes() -> None:
 def course(batch: int, sequence: int, world: int, *, moves_at: int = 10**9, bend: int = 0) -> Course:
     total = 100 + 4 * batch * sequence + 64 // world + bend * sequence**3
     place = Place(0, "forward", "", "mm" if sequence < moves_at else "add", 0)
-    return Course(100, (place,), (total,), {"all": total})
+    return Course(100, (place,), {"all": np.array([total])}, {}, {})
 
 
 def test_a_formula_that_does_not_hold_is_refused() -> None:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from fxzero.cost.memory import memory_timeline
-from fxzero.simulate.memory_picture import COLORS, PictureError, check_can_draw, draw_memory
+from fxzero.simulate.memory_picture import COLORS, PictureError, areas_of_timeline, check_can_draw, draw_memory
 
 
 class Small(nn.Module):
@@ -34,7 +34,7 @@ def drawn(capture: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def draw(budget: int | None) -> Any:
         path = tmp_path / "memory.png"
-        draw_memory(timeline, path, title="a small step", budget_bytes=budget)
+        draw_memory(areas_of_timeline(timeline), path, title="a small step", budget_bytes=budget)
         assert path.read_bytes().startswith(b"\x89PNG")
         return timeline, figures[-1]
 
