@@ -227,8 +227,7 @@ class _Search:
             for block, choices, number in zip(self.activations.blocks, self.choices, chosen, strict=True)
             if number
         ]
-<<<<<<< HEAD
-        names = tuple(name for block, choice in answers for name in _names(block, choice))
+        names = tuple(name for block, choice in answers for name in names_of(block, choice))
         offloaded = tuple(
             root.name
             for tier in self.activations.tiers
@@ -237,11 +236,6 @@ class _Search:
         )
         decided = recipe(self.plan, backend=self.backend, recomputed=names, offloaded=offloaded)
         program = decided.run(step, check=False)
-=======
-        names = tuple(name for block, choice in answers for name in names_of(block, choice))
-        offloaded = tuple(root.name for block, choice in answers for root in _kept_as(block, choice, "host"))
-        program = recipe(self.plan, backend=self.backend, recomputed=names).run(step, check=False)
->>>>>>> f067c4b6d3a8d895fe547454ccc5a693cc5c33af
         profile = memory_profile(program)
         if profile.peak_bytes < self.lowest.peak_bytes:
             self.lowest = profile

@@ -71,17 +71,20 @@ def decision_at(depth: int, decisions: Mapping[int, Decision]) -> Decision:
     def line(first: float, second: float) -> float:
         return first + (second - first) * (depth - low) / (high - low)
 
-    other = {group.where: group for group in at_high.groups}
-    groups = [
-        Group(
-            group.where,
-            round(line(group.recomputed, other[group.where].recomputed)),
-            round(line(group.copies, other[group.where].copies)),
-            round(line(group.saved_bytes, other[group.where].saved_bytes)),
-            line(group.seconds, other[group.where].seconds),
+    other = {(group.where, group.how): group for group in at_high.groups}
+    groups = []
+    for group in at_low.groups:
+        deeper = other[group.where, group.how]
+        groups.append(
+            Group(
+                group.where,
+                group.how,
+                round(line(group.blocks, deeper.blocks)),
+                round(line(group.copies, deeper.copies)),
+                round(line(group.saved_bytes, deeper.saved_bytes)),
+                line(group.seconds, deeper.seconds),
+            )
         )
-        for group in at_low.groups
-    ]
     return replace(
         at_low,
         seconds=line(at_low.seconds, at_high.seconds),
