@@ -47,8 +47,8 @@ def answers(depth: int, *, nested: bool = False) -> UniformAnswers:
 
 
 def compare(found: Decision, direct: Decision) -> None:
-    assert [(g.where, g.recomputed, g.copies, g.saved_bytes) for g in found.groups] == [
-        (g.where, g.recomputed, g.copies, g.saved_bytes) for g in direct.groups
+    assert [(g.where, g.blocks, g.copies, g.saved_bytes) for g in found.groups] == [
+        (g.where, g.blocks, g.copies, g.saved_bytes) for g in direct.groups
     ]
     assert found.seconds == pytest.approx(direct.seconds) and found.step_seconds == pytest.approx(direct.step_seconds)
 
@@ -58,7 +58,7 @@ def test_a_decision_is_on_the_line_through_two_others() -> None:
     assert two.count == four.count == seven.count > 1 and two.frontiers == four.frontiers == seven.frontiers
     last = two.count - 1
     direct = seven.decision(last, budget_bytes=1)
-    assert direct.groups and direct.groups[0].recomputed == 7 and len(seven.names(last)) > len(four.names(last))
+    assert direct.groups and direct.groups[0].blocks == 7 and len(seven.names(last)) > len(four.names(last))
     compare(decision_at(7, {d: a.decision(last, budget_bytes=1) for d, a in ((2, two), (4, four))}), direct)
     with pytest.raises(AssertionError):  # of another depth
         compare(decision_at(6, {d: a.decision(last, budget_bytes=1) for d, a in ((2, two), (4, four))}), direct)

@@ -214,7 +214,7 @@ FAULTS: list[tuple[Callable[[StepGraph], None], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "keys"), FAULTS, ids=str)
+@pytest.mark.parametrize(("fault", "keys"), FAULTS, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_a_step_that_does_otherwise_is_seen(fault: Callable[[StepGraph], None], keys: dict[str, Any]) -> None:
     step = compiled(**keys)
     fault(step)
