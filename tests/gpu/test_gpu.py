@@ -76,6 +76,42 @@ def test_the_host_never_waits_inside_a_step(plan):
 
 
 @pytest.mark.parametrize("tier", ["host", "nvme"])
+@pytest.mark.parametrize("parts", [("optimizer",), ("optimizer", "parameters", "activations")])
+def test_a_step_with_state_off_the_gpu_is_the_one_without(tier, parts, tmp_path):
+    """Streamed state is updated by the same kernels: bit-equal. Parameters and optimizer state are tensors of the CPU."""
+
+    def train(plan):
+        torch.manual_seed(0)
+        model = Block().cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+        step = fxzero.compile(model, optimizer, plan)
+        torch.manual_seed(1)
+        losses = [step(torch.randint(64, (4, 16), device="cuda")) for _ in range(8)]
+        step.state_dict()  # waits until what was sent out is there
+        return [value.cpu() for value in (*losses, *model.state_dict().values())], step
+
+    plan = {f"offload_{part}": tier for part in parts} | {"offload_below": 0, "bucket_bytes": 4096}
+    if tier == "nvme":
+        plan["offload_dir"] = str(tmp_path)
+    values, step = train(plan)
+    assert all(torch.equal(a, b) for a, b in zip(values, train({})[0], strict=True))
+    if "parameters" in parts:
+        assert all(p.device.type == "cpu" for p in step.model.parameters())
+
+
+def test_a_step_updated_on_the_host_is_near_the_one_on_the_gpu():
+    def train(plan):
+        torch.manual_seed(0)
+        model = Block().cuda()
+        step = fxzero.compile(model, torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False), plan)
+        torch.manual_seed(1)
+        return torch.stack([step(torch.randint(64, (4, 16), device="cuda")) for _ in range(8)])
+
+    plan = {"offload_optimizer": "host", "offload_below": 0, "update_on_host": 1.0}
+    assert torch.allclose(train(plan), train({}), rtol=1e-4)
+
+
+@pytest.mark.parametrize("tier", ["host", "nvme"])
 def test_tensors_leave_the_gpu_and_come_back_while_it_computes(tier, tmp_path):
     """Written values die at once and their memory is computed in; a slot goes from value to value."""
     with Swapper(torch.device("cuda"), directory=tmp_path, io="buffered", buffer_bytes=2**20) as swapper:
