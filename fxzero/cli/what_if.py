@@ -197,7 +197,7 @@ class WhatIf:
             while len(self._answers) >= _MOST_ANSWERS:
                 del self._answers[next(iter(self._answers))]
             step.mesh = dict(plan.axes)
-            self._answers[id(step)] = step, UniformAnswers(step, plan)
+            self._answers[id(step)] = step, UniformAnswers(step, plan, backend=self.backend)
         return self._answers[id(step)][1]
 
     def _predicted(self, depth: int | None, sizes: Sizes, plan: Plan, answer: int = 0) -> Predicted:

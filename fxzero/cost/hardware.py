@@ -59,13 +59,17 @@ H100 = Hardware("H100", _rates(single=67e12, low=989e12), 67e12, 3.35e12, 6.3e10
 H200 = Hardware("H200", _rates(single=67e12, low=989e12), 67e12, 4.8e12, 6.3e10, 5e9, 5e-6)
 
 
-def hardware_of(step: StepGraph) -> Hardware:
+def hardware_of(step: StepGraph, *, backend: str = "") -> Hardware:
     """The description for the device that a graph's tensors lie on.
 
     A GPU is known by its name; one of another name, or of a machine that is not this one, counts as an H100.
+
+    Args:
+        step: the graph.
+        backend: what carries collectives; "nccl" stands for GPUs, though a meta model is traced on the CPU.
     """
     kinds = {val.device.type for node in step.placeholders if isinstance(val := node.meta.get("val"), torch.Tensor)}
-    if "cuda" not in kinds:
+    if "cuda" not in kinds and backend != "nccl":
         return CPU
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((known for known in (A100, H200) if known.name in name), H100)

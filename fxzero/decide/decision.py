@@ -57,7 +57,8 @@ class Group:
 
     def __str__(self) -> str:
         blocks = f" in {self.blocks} of {self.copies} blocks" if self.copies > 1 else ""
-        saved = f"{size_text(self.saved_bytes)} for {_time(self.seconds)}"
+        size = f"{size_text(self.saved_bytes)}" if self.saved_bytes > 0 else "for others, with none of their own freed"
+        saved = f"{size} for {_time(self.seconds)}"
         return f"{self.where} activations: {self.how}{blocks}, {saved}"
 
 
@@ -143,7 +144,7 @@ def decide(step: StepGraph, *, plan: Plan, backend: str, tiers: Iterable[str] = 
         PlanError: if no decision that was found meets the budget, naming the smallest peak.
     """
     assert plan.memory_budget is not None, "the plan has checked it"
-    hardware = hardware_of(step)
+    hardware = hardware_of(step, backend=backend)
     program = recipe(plan, backend=backend).run(step, check=False)
     profile = memory_profile(program)
     step_seconds = sum(compute_seconds(node, hardware) for node in program.calls())

@@ -26,15 +26,16 @@ class UniformAnswers:
     Args:
         step: captured, with the mesh of the plan.
         plan: resolved.
+        backend: what carries collectives.
 
     Attributes:
         count: of answers; at least 1.
         frontiers: of the repeated blocks; where those of two depths differ, an answer means something else at each.
     """
 
-    def __init__(self, step: StepGraph, plan: Plan) -> None:
+    def __init__(self, step: StepGraph, plan: Plan, *, backend: str = "") -> None:
         self.step = step
-        self.hardware = hardware_of(step)
+        self.hardware = hardware_of(step, backend=backend)
         self.activations = Activations(step, self.hardware, pointwise="recompute_pointwise" not in plan.disable)
         self.choices = [frontier(block.problem) for block in self.activations.blocks]
         named = zip(self.activations.blocks, self.choices, strict=True)

@@ -294,7 +294,7 @@ def captured(text: str, plan: Plan, **keywords: Any) -> StepGraph:
 
 def peak_by_answer(text: str, plan: Plan, answer: int, **keywords: Any) -> int:
     step = captured(text, plan, **keywords)
-    names = UniformAnswers(step, plan).names(answer)
+    names = UniformAnswers(step, plan, backend="nccl").names(answer)
     return memory_profile(recipe(plan, backend="nccl", recomputed=names).run(step)).peak_bytes
 
 
@@ -304,7 +304,7 @@ def test_what_auto_recomputes_is_decided_for_the_whole_depth(answer, call, targe
     keys = {"bucket_bytes": 0, "recompute": "auto"}
     anything = Plan(**keys, memory_budget=1).resolve(4)
     step = captured(text, anything, layers=layers)
-    count = UniformAnswers(step, anything).count
+    count = UniformAnswers(step, anything, backend="nccl").count
     peaks = [peak_by_answer(text, anything, number, layers=layers) for number in range(count)]
     assert count > 1 and peaks[0] > peaks[-1]
     limit = (peaks[0] + peaks[-1]) // 2

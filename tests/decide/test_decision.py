@@ -124,7 +124,7 @@ def test_a_tier_is_an_option_only_where_the_caller_allows_it(steps: dict[str, St
         blocks = Activations(steps[setting], hardware, tiers=tiers).blocks
         names = {option.name for block in blocks for options in block.problem.storages for option in options}
         assert names == {"keep", "bool", *tiers}
-    with mock.patch.object(module, "hardware_of", lambda step: hardware):
+    with mock.patch.object(module, "hardware_of", lambda step, backend: hardware):
         plan = plan_of(setting, recompute="auto", memory_budget=between(setting, 0.9))
         assert not decide(steps[setting], plan=plan, backend="gloo").offloaded
 
@@ -154,7 +154,7 @@ def test_activations_wait_on_a_tier_where_that_is_cheaper(setting: str, steps: d
         hardware = replace(module.hardware_of(steps[setting]), host_bytes_s=host_bytes_s)
         keys: dict[str, Any] = {"memory_budget": budget, "offload_activations": "host", "bucket_bytes": 2**13}
         plan = plan_of(setting, recompute="auto", **keys)
-        with mock.patch.object(module, "hardware_of", lambda step, found=hardware: found):
+        with mock.patch.object(module, "hardware_of", lambda step, backend, found=hardware: found):
             pipeline, decision = decided_recipe(steps[setting], plan=plan, backend="gloo")
         assert decision is not None and bool(decision.offloaded) is leaves
         assert memory_profile(pipeline.run(steps[setting])).peak_bytes == decision.peak_bytes <= budget
@@ -165,7 +165,9 @@ def test_activations_wait_on_a_tier_where_that_is_cheaper(setting: str, steps: d
 def test_twenty_steps_with_activations_on_a_tier_are_bit_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = train({})[0]
     real = module.hardware_of
-    monkeypatch.setattr(module, "hardware_of", lambda step: replace(real(step), host_bytes_s=1e12, disk_bytes_s=1e12))
+    monkeypatch.setattr(
+        module, "hardware_of", lambda step, backend: replace(real(step), host_bytes_s=1e12, disk_bytes_s=1e12)
+    )
     for tier in ("host", "nvme"):
         plan = {"recompute": "auto", "memory_budget": between("zero 0, one rank", 0.6), "offload_activations": tier}
         plan["bucket_bytes"] = 2**13  # of moves on their way

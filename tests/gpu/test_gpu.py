@@ -78,7 +78,7 @@ def test_the_host_never_waits_inside_a_step(plan):
 @pytest.mark.parametrize("tier", ["host", "nvme"])
 @pytest.mark.parametrize("parts", [("optimizer",), ("optimizer", "parameters", "activations")])
 def test_a_step_with_state_off_the_gpu_is_the_one_without(tier, parts, tmp_path):
-    """Streamed state is updated by the same kernels: bit-equal. Parameters and optimizer state are tensors of the CPU."""
+    """Streamed state is updated by the same kernels: bit-equal. What rests off the device is a tensor of the CPU."""
 
     def train(plan):
         torch.manual_seed(0)
