@@ -66,7 +66,7 @@ def test_the_documented_plan_errors_are_the_ones_raised() -> None:
         message(lambda: Plan(zero=4)),
         message(lambda: Plan(zeros=3)),  # type: ignore[call-arg]
         message(lambda: Plan(mesh={"dp": 4}).resolve(8)),
-        message(lambda: Plan(offload="host")),
+        message(lambda: Plan(offload_dir="/scratch")),
     ]
 
 

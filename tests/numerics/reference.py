@@ -228,7 +228,7 @@ def planted(edit: Callable[[StepGraph], int], *, verified: bool = True) -> Itera
         edit: (step) -> number of edits; must find something to edit.
         verified: whether the verifier looks at it; off where it would find the fault before a comparison could.
     """
-    page = importlib.import_module("fxzero.compile")  # the module: the package has a function of that name
+    page = importlib.import_module("fxzero.decide.decision")  # where a plan becomes passes
     manager = importlib.import_module("fxzero.pass_manager")
     recipe = page.recipe
 
@@ -239,8 +239,8 @@ def planted(edit: Callable[[StepGraph], int], *, verified: bool = True) -> Itera
         assert edits, f"{edit.__name__} found nothing to break"
         return edits
 
-    def broken_recipe(plan: fxzero.Plan, *, backend: str) -> Pipeline:
-        return Pipeline([*recipe(plan, backend=backend).passes, planted_fault])
+    def broken_recipe(plan: fxzero.Plan, **how: Any) -> Pipeline:
+        return Pipeline([*recipe(plan, **how).passes, planted_fault])
 
     with mock.patch.object(page, "recipe", broken_recipe), contextlib.ExitStack() as stack:
         if not verified:

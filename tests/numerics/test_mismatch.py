@@ -77,11 +77,11 @@ def step_of(model: nn.Module, kind: Any = torch.optim.AdamW, **plan: Any) -> fxz
 @contextlib.contextmanager
 def other_order() -> Iterator[None]:
     """The same passes, the last two the other way round."""
-    page = importlib.import_module("fxzero.compile")
+    page = importlib.import_module("fxzero.decide.decision")
     recipe = page.recipe
 
-    def swapped(plan: fxzero.Plan, *, backend: str) -> Pipeline:
-        *first, a, b = recipe(plan, backend=backend).passes
+    def swapped(plan: fxzero.Plan, **how: Any) -> Pipeline:
+        *first, a, b = recipe(plan, **how).passes
         return Pipeline([*first, b, a])
 
     with mock.patch.object(page, "recipe", swapped):
