@@ -58,14 +58,15 @@ def test_rarer_things_are_bit_equal_too(case: Case) -> None:
     ("name", "fault", "label"),
     [
         ("one_cycle_sgd", reference.double_gradient, "loss 1"),
-        ("adam", reference.double_gradient, "state"),
+        # Adam divides the factor out, up to its eps: the last bit of a late loss may come before the state
+        ("adam", reference.double_gradient, ("state", "loss 10")),
         ("adam", reference.drop_dropout, "loss 0"),
         ("adam", reference.untie, "loss 1"),
         ("adam", reference.keep_buffers, "buffer block.norm.running_mean"),
         ("groups", reference.ignore_decay, "loss"),
     ],
 )
-def test_a_fault_in_the_graph_is_seen(name: str, fault: Callable[[StepGraph], int], label: str) -> None:
+def test_a_fault_in_the_graph_is_seen(name: str, fault: Callable[[StepGraph], int], label: Any) -> None:
     with planted(fault):
         got, _ = run_compiled(CASES[name], fxzero.Plan())
     difference = first_difference(run_plain(CASES[name]), got)
