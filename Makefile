@@ -15,8 +15,9 @@ demo: $(STAMP)
 	OMP_NUM_THREADS=1 timeout -k 10 $(DEMO_TIMEOUT_S) \
 		$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 examples/train_gpt.py
 
+# One thread a process: threads of several workers that wait for each other by spinning take each other's cores.
 test: lint
-	timeout -k 10 $(TEST_TIMEOUT_S) $(PY) -m pytest -q --durations=15 -n $(TEST_WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 timeout -k 10 $(TEST_TIMEOUT_S) $(PY) -m pytest -q --durations=15 -n $(TEST_WORKERS) --dist loadfile
 
 bench: $(STAMP)
 	timeout -k 10 $(BENCH_TIMEOUT_S) $(PY) tests/benchmarks/compare.py

@@ -8,11 +8,9 @@ signature only run.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,61 +18,26 @@ from torch import nn
 
 from fxzero import arguments, compat
 from fxzero.arguments import check_model, check_types, device_of
-from fxzero.capture import Capture, Inventory, Signature, capture_step
-from fxzero.capture.accumulation import Accumulation
+from fxzero.capture import Inventory
 from fxzero.capture.loss_scaling import OVERFLOWED, SCALE, SKIPPED
 from fxzero.capture.signature import flatten_batch
 from fxzero.capture.trace import LossFn
-from fxzero.decide import Decision, check_budget, decided_recipe
 from fxzero.errors import CaptureError, FxzeroError, PlanError
 from fxzero.graph import StepGraph
 from fxzero.graph.step_graph import CARRIED_KINDS
-from fxzero.pass_manager import PassRecord
 from fxzero.plan import Plan
+from fxzero.programs import Compiled, Programs, joined_text
 from fxzero.recipe import auxiliary_state, captured_as
-from fxzero.runtime.agreement import Agreement, agreed_text
+from fxzero.runtime.agreement import Agreement
 from fxzero.runtime.checkpoint import load_state_dict, state_dict
 from fxzero.runtime.materialize import Init
 from fxzero.runtime.microbatches import Batch, joined_metrics
-from fxzero.runtime.program import Program
 from fxzero.runtime.skipped_steps import SkippedSteps
 from fxzero.runtime.state import StepState
 from fxzero.runtime.topology import Topology
 from fxzero.runtime.unsharded import unsharded
 
 log = logging.getLogger("fxzero")
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """One signature's program and how it came to be.
-
-    Args:
-        captured: before any pass.
-        step: after all of them.
-        program: what runs.
-        capture: guards and constants.
-        text: what other ranks must agree to.
-        records: what each pass did.
-        seconds: phase of compilation -> time.
-        accumulation: which of the step's microbatches it serves.
-        decision: what was decided for it, where the plan leaves something open.
-    """
-
-    captured: StepGraph
-    step: StepGraph
-    program: Program
-    capture: Capture
-    text: str
-    records: list[PassRecord]
-    seconds: dict[str, float]
-    accumulation: Accumulation
-    decision: Decision | None = None
-
-    @property
-    def carries(self) -> tuple[str, ...]:
-        """The parameters whose gradients it hands on to the next microbatch."""
-        return tuple(name for kind, name in self.captured.results if kind in CARRIED_KINDS)
 
 
 def compile(
@@ -138,7 +101,14 @@ class TrainStep:
         auxiliary = auxiliary_state(self.plan, dict(model.named_parameters()))
         self._state = StepState(model, optimizer, self._topology, device=self._device, auxiliary=auxiliary, init=init)
         self._options = replace(captured_as(self.plan), device=self._device)
-        self._compiled: dict[tuple[Signature, Accumulation], list[Compiled]] = {}
+        self._programs = Programs(
+            self.plan,
+            self._state,
+            loss,
+            options=self._options,
+            groups=self._topology.groups,
+            backend=self._topology.backend,
+        )
         self._agreement = Agreement(timeout_s=self.plan.timeout_s)
         self._skipped = SkippedSteps(limit=self.plan.max_skipped_steps, dynamic=self._options.scaling.dynamic)
         self._last: list[Compiled] = []  # one a microbatch
@@ -167,12 +137,13 @@ class TrainStep:
             self._check_ready()
             batch = Batch.of(args, kwargs, number=self.plan.accumulate, device=self._device)
             inventory = Inventory.of(self.model, self.optimizer)
-            programs = self._find_all(inventory, batch)
-        self._agreement.settle(_joined(tuple(compiled.text for compiled in programs)))
+            programs = self._programs.of(inventory, batch)
+        self._agreement.settle(joined_text(tuple(compiled.text for compiled in programs)))
+        self._state.place(programs[-1].placed)
         if not self._state.bound:
             self._bind()
             inventory = Inventory.of(self.model, self.optimizer)
-            self._keep(inventory, programs, batch)
+            self._programs.keep(inventory, programs, batch)
         fresh = self._state.fresh
         loss = self._run(programs, inventory, batch)
         # A first step that was skipped makes the next one the first: the one thing that the host must ask for.
@@ -239,70 +210,6 @@ class TrainStep:
             else:
                 inputs.append(self._state.lookup(inventory, entry.kind, entry.name))
         return inputs
-
-    # ---- compiling
-
-    def _find_all(self, inventory: Inventory, batch: Batch) -> list[Compiled]:
-        """The programs of a step, one a microbatch; equal microbatches share theirs."""
-        if not self._state.bound:  # so that a failure leaves model and optimizer as they were
-            inventory = self._state.rehearsal()
-            self._compiled.clear()
-        programs: list[Compiled] = []
-        for index, (args, kwargs) in enumerate(batch.microbatches):
-            carried = programs[-1].carries if programs else ()
-            place = self._options.accumulation.at(index, weighted=batch.weights is not None, carried=carried)
-            programs.append(self._find(inventory, place, args, kwargs))
-        return programs
-
-    def _find(
-        self, inventory: Inventory, place: Accumulation, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Compiled:
-        signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
-        known = self._compiled.setdefault((signature, place), [])
-        if not self._state.bound:
-            if not known:
-                known.append(self._compile(self._capture(inventory, place, args, kwargs), place))
-            return known[0]
-        lookup = functools.partial(self._state.lookup, inventory)
-        for compiled in known:
-            if compiled.capture.guards.hold(lookup, inventory.attributes):
-                return compiled
-        if self._last:
-            log.info("fxzero: capturing again: the signature or a guard has changed")
-        self._state.prime(inventory)  # a parameter may have been unfrozen
-        capture = self._capture(inventory, place, args, kwargs)
-        for compiled in known:
-            if compiled.capture.same_as(capture):
-                compiled.capture.guards.relax(lookup, inventory.attributes)
-                return compiled
-        known.append(self._compile(capture, place))
-        return known[-1]
-
-    def _keep(self, inventory: Inventory, programs: list[Compiled], batch: Batch) -> None:
-        """Programs made before model and optimizer were bound serve those that are."""
-        self._compiled.clear()
-        for compiled, (args, kwargs) in zip(programs, batch.microbatches, strict=True):
-            signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
-            self._compiled[(signature, compiled.accumulation)] = [compiled]
-
-    def _capture(
-        self, inventory: Inventory, place: Accumulation, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Capture:
-        options = replace(self._options, accumulation=place)
-        return capture_step(inventory, self.loss, args, kwargs, options=options, fresh=self._state.fresh)
-
-    def _compile(self, capture: Capture, place: Accumulation) -> Compiled:
-        seconds = {"capture": capture.seconds}
-        capture.step.mesh = dict(self.plan.axes)
-        with _timed(seconds, "decide"):
-            pipeline, decision = decided_recipe(capture.step, plan=self.plan, backend=self._topology.backend)
-        with _timed(seconds, "passes"):
-            step = pipeline.run(capture.step)
-        check_budget(step, plan=self.plan)
-        with _timed(seconds, "lower"):
-            program = Program(step, groups=self._topology.groups, swapper=self._state.homes.swapper)
-        text = agreed_text(step, plan=self.plan.fingerprint(), passes=pipeline.describe())
-        return Compiled(capture.step, step, program, capture, text, list(pipeline.records), seconds, place, decision)
 
     @contextlib.contextmanager
     def _telling_other_ranks(self) -> Iterator[None]:
@@ -372,18 +279,3 @@ class TrainStep:
         """Take over what `torch.distributed.checkpoint.load` filled in a `state_dict()`."""
         self._bind()
         load_state_dict(self._state, state)
-
-
-@functools.lru_cache(maxsize=64)
-def _joined(texts: tuple[str, ...]) -> str:
-    """What ranks agree on for one step: the texts of its programs, equal ones once, and the order in which they run."""
-    distinct = list(dict.fromkeys(texts))
-    order = " ".join(str(distinct.index(text)) for text in texts)
-    return "\n".join(distinct) + (f"\nmicrobatches run programs {order}" if len(texts) > 1 else "")
-
-
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - start

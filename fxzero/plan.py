@@ -31,7 +31,7 @@ from fxzero.plan_values import (
     norm_order,
     number_of_bytes,
     one_of,
-    part,
+    part_or_auto,
     pass_names,
     patterns,
     recomputed,
@@ -168,12 +168,16 @@ class Plan:
             (the inside of each repeated module), a fraction of the blocks (the first), patterns of module paths, or
             "auto": what loses the least time, for a predicted peak within memory_budget.
         memory_budget: bytes of device memory that a rank's tensors, state included, may take at the predicted peak.
-        offload_optimizer: where optimizer state rests: "none" (on the device), "host" (in host memory) or "nvme" (in
-            files); it comes in for the update of its parameter.
+        offload_optimizer: where optimizer state rests: "none" (on the device), "host" (in host memory), "nvme" (in
+            files), or "auto": each where the least time is lost for memory_budget (in files only with offload_dir); it
+            comes in for the update of its parameter.
         offload_parameters: where parameters (their rows, where sharded) rest; they come in for each phase.
-        offload_activations: where activations wait from forward for backward.
+        offload_activations: where activations wait from forward for backward; with recompute "auto", those that are
+            chosen for it.
         offload_below: elements below which a tensor stays on the device.
-        update_on_host: the part of the optimizer state on the host (0 to 1, of its bytes) that is updated there.
+        update_on_host: the part of the optimizer state on the host (0 to 1, of its bytes) that is updated there, or
+            "auto": where that is predicted to be faster.
+        host_budget: bytes of host memory that what a rank offloads may take.
         offload_dir: for files: the directory in which each run makes one of its own; None: that for temporary files.
         offload_io: "direct" (past the page cache) or "buffered", for files.
         offload_buffer_bytes: of host memory through which tensors stream to and from files.
@@ -219,7 +223,8 @@ class Plan:
     offload_parameters: str = _key("none", one_of(*WHERE))
     offload_activations: str = _key("none", one_of(*WHERE))
     offload_below: int = _key(4096, integer(0, fix="write a number of elements; 0 offloads every tensor"))
-    update_on_host: float = _key(0.0, part)
+    update_on_host: str | float = _key(0.0, part_or_auto)
+    host_budget: int | None = _key(None, budget)
     offload_dir: str | None = _key(None, directory)
     offload_io: str = _key("direct", one_of("direct", "buffered"))
     offload_buffer_bytes: int = _key(32 * 2**20, number_of_bytes)

@@ -82,10 +82,13 @@ def seconds(where: str, value: Any) -> float:
     return float(value)
 
 
-def part(where: str, value: Any) -> float:
-    """A number from 0 to 1."""
+def part_or_auto(where: str, value: Any) -> str | float:
+    """A number from 0 to 1, or "auto"."""
+    if value == "auto":
+        return "auto"
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise PlanError.of(where, expected="a part, from 0 to 1", got=show(value), fix="write a number such as 0.5")
+        fix = "write a number such as 0.5"
+        raise PlanError.of(where, expected="a part, from 0 to 1, or 'auto'", got=show(value), fix=fix)
     return float(value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from fxzero.capture.precision import Precision
 from fxzero.errors import PlanError
 from fxzero.graph import AuxiliaryState
 from fxzero.graph.contract import Pass
+from fxzero.graph.placement import NOTHING_PLACED, Placement
 from fxzero.pass_manager import Pipeline
 from fxzero.passes.agree_on_overflow import agree_on_overflow
 from fxzero.passes.bucket_all_gathers import bucket_all_gathers
@@ -43,7 +45,7 @@ from fxzero.passes.shard_optimizer_state import shard_optimizer_state
 from fxzero.passes.shard_parameters import shard_parameters
 from fxzero.plan import Plan
 from fxzero.plan_compression import QUANTIZED
-from fxzero.plan_offload import state_tiers
+from fxzero.plan_offload import leaves_state_open, state_tiers
 
 ALL_PASSES: tuple[Pass, ...] = (
     recompute_blocks,
@@ -105,13 +107,31 @@ def _kept_back(plan: Plan, parameters: Mapping[str, torch.Tensor]) -> list[Auxil
     return []
 
 
-def recipe(plan: Plan, *, backend: str, recomputed: tuple[str, ...] = (), offloaded: tuple[str, ...] = ()) -> Pipeline:
+@dataclass(frozen=True)
+class Decided:
+    """What a plan leaves open, as `fxzero.decide` has decided it for one step.
+
+    Args:
+        recomputed: names of the captured step's forward nodes that backward has again.
+        offloaded: names of those that wait off the device, with their tier.
+        placed: where single tensors of the state rest.
+    """
+
+    recomputed: tuple[str, ...] = ()
+    offloaded: tuple[tuple[str, str], ...] = ()
+    placed: Placement = NOTHING_PLACED
+
+
+NOTHING_DECIDED = Decided()
+
+
+def recipe(plan: Plan, *, backend: str, decided: Decided = NOTHING_DECIDED) -> Pipeline:
     """The pipeline of a plan.
 
     Args:
         plan: resolved (its mesh is known).
         backend: what carries collectives ("gloo", "nccl", "fake"); decides what a plan leaves at "auto".
-        recomputed, offloaded: with recompute="auto": the nodes that `fxzero.decide` has chosen for this step.
+        decided: what the plan leaves open, for this step.
 
     Raises:
         PlanError: if `disable` names no pass.
@@ -132,7 +152,7 @@ def recipe(plan: Plan, *, backend: str, recomputed: tuple[str, ...] = (), offloa
     gathers = shards and plan.zero >= plan.parameter_stage
     passes: list[Pass] = []
     if plan.recompute == "auto":
-        passes.append(recompute_chosen.using(names=recomputed))
+        passes.append(recompute_chosen.using(names=decided.recomputed))
     elif plan.recompute != "none":
         passes.append(recompute_blocks.using(**_recomputed(plan.recompute)))
     passes.append(recompute_pointwise)
@@ -174,18 +194,20 @@ def recipe(plan: Plan, *, backend: str, recomputed: tuple[str, ...] = (), offloa
     if gathers:
         passes.append(prefetch_all_gathers.using(distance=plan.prefetch))
     passes.append(place_updates.using(bucket_bytes=plan.bucket_bytes))
-    passes += _offloading(plan, offloaded)
+    passes += _offloading(plan, decided)
     return Pipeline(passes, disable=plan.disable)
 
 
-def _offloading(plan: Plan, chosen: tuple[str, ...]) -> list[Pass]:
+def _offloading(plan: Plan, decided: Decided) -> list[Pass]:
     """What leaves the device: last, because it follows the order of the program."""
     passes: list[Pass] = []
-    if plan.offload_activations != "none":
-        which: dict[str, Any] = {"names": chosen} if plan.recompute == "auto" else {"below": plan.offload_below}
-        passes.append(offload_activations.using(tier=plan.offload_activations, **which))
+    if plan.offload_activations != "none" and plan.recompute == "auto":
+        passes.append(offload_activations.using(names=decided.offloaded))
+    elif plan.offload_activations != "none":
+        passes.append(offload_activations.using(tier=plan.offload_activations, below=plan.offload_below))
     if tiers := state_tiers(plan):
-        passes.append(offload_state.using(tiers=tiers, below=plan.offload_below, on_host=plan.update_on_host))
+        where = {"placed": decided.placed} if leaves_state_open(plan) else {}
+        passes.append(offload_state.using(tiers=tiers, below=plan.offload_below, on_host=plan.update_on_host, **where))
     return [*passes, place_swaps.using(distance=plan.prefetch, bucket_bytes=plan.bucket_bytes)] if passes else []
 
 

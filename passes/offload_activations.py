@@ -18,14 +18,20 @@ from fxzero.graph.swaps import store, take_in
 
 @graph_pass(requires=("updates-placed",), provides=("activations-offloaded",))
 def offload_activations(
-    step: StepGraph, *, tier: str, names: tuple[str, ...] | None = None, below: int = 0, min_gap: int = 64
+    step: StepGraph,
+    *,
+    tier: str = "host",
+    names: tuple[tuple[str, str], ...] | None = None,
+    below: int = 0,
+    min_gap: int = 64,
 ) -> int:
     """Swap activations out when forward has read them for the last time, and in when backward first does.
 
     Args:
         step: the graph, recomputation decided and updates placed.
-        tier: "host" or "nvme".
-        names: of the forward nodes whose values leave, where backward still reads them; None: all that are worth it.
+        tier: "host" or "nvme", without names.
+        names: of the forward nodes whose values leave, where backward still reads them, each with its tier; None: all
+            that are worth it.
         below: without names, tensors with fewer elements stay.
         min_gap: without names, a tensor that fewer calls than this neither read nor make stays.
 
@@ -37,10 +43,12 @@ def offload_activations(
     returned = set(step.output.all_input_nodes)
     gaps = {node: gap for node, gap in gaps.items() if not returned & {node, *iter_views(node)}}
     if names is None:
-        chosen = [n for n, (out, back) in gaps.items() if back - out >= min_gap and tensor_val(n).numel() >= below]
+        far = [n for n, (out, back) in gaps.items() if back - out >= min_gap and tensor_val(n).numel() >= below]
+        chosen = dict.fromkeys(far, tier)
     else:
-        chosen = [node for node in gaps if node.name in set(names)]
-        unknown = sorted(set(names) - {node.name for node in step.phase("forward")})
+        tiers = dict(names)
+        chosen = {node: tiers[node.name] for node in gaps if node.name in tiers}
+        unknown = sorted(tiers.keys() - {node.name for node in step.phase("forward")})
         if unknown:
             raise RewriteError.of(
                 "offload_activations(names)",
@@ -49,9 +57,9 @@ def offload_activations(
                 fix="take them from this step",
             )
     nodes = list(step.graph.nodes)
-    for node in chosen:
+    for node, where in chosen.items():
         out, back = gaps[node]
-        _swap(step, node, nodes[out], nodes[back], tier, position)
+        _swap(step, node, nodes[out], nodes[back], where, position)
     return len(chosen)
 
 

@@ -16,28 +16,37 @@ from fxzero.graph import PHASES, StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor
+from fxzero.graph.placement import NOTHING_PLACED, Placement, resting_tier
 from fxzero.graph.repeat_views import repeat_views
 from fxzero.graph.step_graph import identifier, num_bytes, yields_tensor
-from fxzero.graph.swap_ops import DEVICE, is_launch, is_off_device, resting_tier, tier_of
+from fxzero.graph.swap_ops import DEVICE, is_launch, is_off_device, tier_of
 from fxzero.graph.swaps import store, take_in
 from fxzero.graph.synchronisation import host_values
 
 
 @graph_pass(requires=("updates-placed",), provides=("state-offloaded",))
-def offload_state(step: StepGraph, *, tiers: Mapping[str, str], below: int = 0, on_host: float = 0.0) -> int:
+def offload_state(
+    step: StepGraph,
+    *,
+    tiers: Mapping[str, str],
+    below: int = 0,
+    on_host: float | str = 0.0,
+    placed: Placement = NOTHING_PLACED,
+) -> int:
     """Let state rest on tiers: swap it in before each phase that reads it, and out when it has its next value.
 
     Args:
         step: the graph, its updates where they will run.
-        tiers: kind of state -> "host" or "nvme".
+        tiers: kind of state -> "host", "nvme", or "auto": as placed.
         below: tensors with fewer elements stay on the device.
-        on_host: the part (0 to 1, of the bytes) of optimizer state resting on "host" that is updated there; first
-            those whose update comes first, while backward still runs.
+        on_host: the part (0 to 1, of the bytes) of optimizer state resting on "host" that is updated there, first
+            those whose update comes first, while backward still runs; or "auto": as placed.
+        placed: what was decided for single tensors.
     """
     offloaded = []
     for node in step.inputs(*tiers):
         entry = node.meta["entry"]
-        tier = resting_tier(entry.kind, entry.shape, tiers, below) if yields_tensor(node) else DEVICE
+        tier = resting_tier(entry.key, entry.shape, tiers, below, placed) if yields_tensor(node) else DEVICE
         if tier != DEVICE:
             node.meta["tier"] = tier
             offloaded.append(node)
@@ -45,7 +54,8 @@ def offload_state(step: StepGraph, *, tiers: Mapping[str, str], below: int = 0, 
     results = step.results
     edits = len(offloaded)
     host = host_values(step)
-    for param, nodes in _updates_for_host(step, offloaded, on_host).items():
+    wanted = placed.on_host if isinstance(on_host, str) else on_host
+    for param, nodes in _updates_for_host(step, offloaded, wanted).items():
         edits += _HostUpdate(step, param, nodes, host, results).run()
     for node in offloaded:
         if node.meta["entry"].kind == "parameter":
@@ -92,13 +102,17 @@ def _swap(
     return edits + 1
 
 
-def _updates_for_host(step: StepGraph, offloaded: Iterable[fx.Node], part: float) -> dict[str, list[fx.Node]]:
-    """Parameter -> its optimizer state on the host, for those that are updated there."""
+def _updates_for_host(
+    step: StepGraph, offloaded: Iterable[fx.Node], wanted: float | frozenset[str]
+) -> dict[str, list[fx.Node]]:
+    """Parameter -> its optimizer state on the host, for those that are updated there: a part of it, or as named."""
     state: dict[str, list[fx.Node]] = {}
     for node in offloaded:
         entry = node.meta["entry"]
         if entry.kind == "optimizer" and tier_of(node) == "host" and entry.param is not None:
             state.setdefault(entry.param, []).append(node)
+    if isinstance(wanted, frozenset):
+        return {param: nodes for param, nodes in state.items() if param in wanted}
     position = step.positions()
     first = {
         param: min((position[user] for node in nodes for user in node.users), default=0)
@@ -109,11 +123,32 @@ def _updates_for_host(step: StepGraph, offloaded: Iterable[fx.Node], part: float
     taken = 0
     for param in sorted(state, key=first.__getitem__):
         size = sum(num_bytes(node.meta["val"]) for node in state[param])
-        if taken + size > part * total:
+        if taken + size > wanted * total:
             continue
         chosen[param] = state[param]
         taken += size
     return chosen
+
+
+def update_of(step: StepGraph, param: str, state: Iterable[fx.Node], host: set[fx.Node]) -> list[fx.Node]:
+    """The calls that would run on the host with the optimizer state of one parameter, in program order.
+
+    Args:
+        step: the graph.
+        param: the parameter.
+        state: its optimizer state: inputs.
+        host: the values of the graph that are the host's already (`host_values`).
+    """
+    own = [n for n in step.phase("update") if n.meta.get("param") == param and yields_tensor(n)]
+    follows, moved = set(state), set()
+    for node in own:
+        if any(n in follows for n in node.all_input_nodes) and not c10d.is_collective(node):
+            follows.add(node)
+            moved.add(node)
+    for node in reversed(own):  # what serves these alone
+        if node.users and not c10d.is_wait(node) and all(user in moved for user in node.users):
+            moved.add(node)
+    return [node for node in own if node in moved and node not in host]
 
 
 class _HostUpdate:
@@ -132,7 +167,7 @@ class _HostUpdate:
         self.host = host
         self.stem = identifier(param)
         self.editor = Editor(step, phase="update", module=param.rpartition(".")[0], param=param)
-        self.moved = self._moved(param, state)
+        self.moved = update_of(step, param, state, host)
 
     def run(self) -> int:
         """Rewrite; returns the number of edits."""
@@ -163,18 +198,6 @@ class _HostUpdate:
         if place is not reader:
             reader.prepend(wait)
         return wait
-
-    def _moved(self, param: str, state: list[fx.Node]) -> list[fx.Node]:
-        own = [n for n in self.step.phase("update") if n.meta.get("param") == param and yields_tensor(n)]
-        follows, moved = set(state), set()
-        for node in own:
-            if any(n in follows for n in node.all_input_nodes) and not c10d.is_collective(node):
-                follows.add(node)
-                moved.add(node)
-        for node in reversed(own):  # what serves these alone
-            if node.users and not c10d.is_wait(node) and all(user in moved for user in node.users):
-                moved.add(node)
-        return [node for node in own if node in moved and node not in self.host]
 
     def _bring_back(self, node: fx.Node, inside: set[fx.Node]) -> int:
         readers = [u for u in node.users if u not in inside and u.op == "call_function" and not is_off_device(u)]

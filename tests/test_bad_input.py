@@ -104,7 +104,7 @@ def test_a_mesh_that_does_not_multiply_to_the_world_size() -> None:
 
 
 def test_a_tier_that_there_is_not() -> None:
-    says = r"Plan\.offload_optimizer: expected 'none' or 'host' or 'nvme', got 'cpu'"
+    says = r"Plan\.offload_optimizer: expected 'none' or 'host' or 'nvme' or 'auto', got 'cpu'"
     refused(says, plan={"offload_optimizer": "cpu"}, kind=PlanError)
 
 

@@ -61,11 +61,12 @@ KEYS = {
     "accumulate_in": st.sampled_from(["shards", "unsharded"]),
     "recompute": st.sampled_from(["none", "blocks", "auto", 0.5, 1, ["layers.*"], ["b", "a"]]),
     "memory_budget": st.none() | st.integers(1, 2**63 - 1),
-    "offload_optimizer": st.sampled_from(["none", "host", "nvme"]),
-    "offload_parameters": st.sampled_from(["none", "host", "nvme"]),
-    "offload_activations": st.sampled_from(["none", "host", "nvme"]),
+    "offload_optimizer": st.sampled_from(["none", "host", "nvme", "auto"]),
+    "offload_parameters": st.sampled_from(["none", "host", "nvme", "auto"]),
+    "offload_activations": st.sampled_from(["none", "host", "nvme", "auto"]),
     "offload_below": st.integers(0, 2**63 - 1),
-    "update_on_host": st.floats(0, 1),
+    "update_on_host": st.floats(0, 1) | st.just("auto"),
+    "host_budget": st.none() | st.integers(1, 2**63 - 1),
     "offload_dir": st.none() | st.just("/scratch"),
     "offload_io": st.sampled_from(["direct", "buffered"]),
     "offload_buffer_bytes": st.integers(0, 2**63 - 1),
@@ -88,9 +89,17 @@ def _consistent(keys: dict[str, Any]) -> dict[str, Any]:
 
 def _offloading_what_can_be(keys: dict[str, Any]) -> dict[str, Any]:
     where = {keys.get(f"offload_{part}", "none") for part in ("optimizer", "parameters", "activations")}
+    if "auto" in where:
+        keys = {**keys, "memory_budget": keys.get("memory_budget") or 2**30}
+    if keys.get("offload_activations") == "auto":
+        keys = {**keys, "recompute": "auto"}
     unread = [] if where != {"none"} else ["offload_below"]
-    unread += [] if "nvme" in where else ["offload_dir", "offload_io", "offload_buffer_bytes"]
-    unread += [] if keys.get("offload_optimizer") == "host" else ["update_on_host"]
+    unread += [] if where & {"nvme", "auto"} else ["offload_dir"]
+    files = "nvme" in where or ("auto" in where and keys.get("offload_dir") is not None)
+    unread += [] if files else ["offload_io", "offload_buffer_bytes"]
+    unread += [] if where & {"host", "auto"} else ["host_budget"]
+    taken = {"host": (0.0, 0.5, 1.0, "auto"), "auto": (0.0, "auto")}.get(keys.get("offload_optimizer", "none"), (0.0,))
+    unread += [] if keys.get("update_on_host", 0.0) in taken else ["update_on_host"]
     return {key: value for key, value in keys.items() if key not in unread}
 
 
@@ -172,6 +181,7 @@ def test_defaults() -> None:
         "offload_activations": "none",
         "offload_below": 4096,
         "update_on_host": 0.0,
+        "host_budget": None,
         "offload_dir": None,
         "offload_io": "direct",
         "offload_buffer_bytes": 33554432,

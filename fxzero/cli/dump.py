@@ -18,6 +18,7 @@ from fxzero.graph.export import to_dot, to_json
 from fxzero.graph.text import to_text
 from fxzero.pass_manager import Pipeline
 from fxzero.plan import Plan
+from fxzero.plan_offload import leaves_state_open
 from fxzero.recipe import ALL_PASSES, recipe
 from fxzero.report import report
 
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     pipeline, decision = decided_passes(step, plan, progress, backend=args.backend, until=until)
     step = run_passes(step, pipeline, progress, until=until, check=not args.no_verify)
     if until == names[-1]:
-        check_budget(step, plan=plan)
+        check_budget([step], plan=plan)
     with progress.stage("write", f"write {args.format}"):
         text = _render(step, args, plan=plan, pipeline=pipeline, seconds=progress.seconds, decision=decision)
     write(text, args.out)
@@ -75,6 +76,9 @@ def _microbatch(args: argparse.Namespace, plan: Plan) -> int:
         fix = f"choose from 0 to {plan.accumulate - 1}" if plan.accumulate > 1 else "add --accumulate, or leave it out"
         expected = f"one of the step's {plan.accumulate} microbatches"
         raise UsageError.of("--microbatch", expected=expected, got=str(index), fix=fix)
+    if leaves_state_open(plan) and index not in (-1, plan.accumulate - 1):
+        expected = "the last one, which decides where state rests"
+        raise UsageError.of("--microbatch", expected=expected, got=str(index), fix="leave it out")
     return index
 
 

@@ -119,7 +119,13 @@ def _plan(args: argparse.Namespace, limit: int) -> Plan:
     """The plan; one that chooses what to recompute by a budget of memory gets the device's."""
     if getattr(args, "recompute", None) == "auto" and getattr(args, "memory_budget", None) is None:
         args.memory_budget = limit
-    return plan_of(args)
+    plan = plan_of(args)
+    for key in OFFLOADED:
+        if getattr(plan, key) == "auto":
+            where = f"--{key.replace('_', '-')}"
+            fix = "leave it out: where the step does not fit, what would help is tried"
+            raise UsageError.of(where, expected="'none', 'host' or 'nvme' for fit", got="'auto'", fix=fix)
+    return plan
 
 
 def _keywords(given: list[str], known: Mapping[str, inspect.Parameter]) -> dict[str, Any]:

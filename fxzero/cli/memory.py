@@ -8,10 +8,10 @@ from typing import Any
 
 from fxzero.cli.dump import check_out, write
 from fxzero.cli.options import add_target_options, allocator_of, plan_of
-from fxzero.cli.rewriting import capture_microbatches, progress_of, run_passes
+from fxzero.cli.rewriting import capture_microbatches, progress_of, rewritten_microbatches
 from fxzero.cost.memory import MemoryProfile, highest_profile, memory_timeline
+from fxzero.decide import Decision
 from fxzero.plan_values import number_of_bytes
-from fxzero.recipe import recipe
 from fxzero.report import memory_tables, swap_table, swapped_in_step
 from fxzero.simulate.memory_picture import areas_of_timeline, check_can_draw, draw_memory
 
@@ -48,16 +48,9 @@ def run(args: argparse.Namespace) -> None:
         check_out(path)
     if args.png is not None:
         check_can_draw(args.png)
-    pipeline = recipe(plan, backend=args.backend)
     progress = progress_of(args)
     captured = capture_microbatches(args.target, plan, progress)
-    distinct = {id(step): step for step in captured}
-    last = pipeline.passes[-1].name
-    done = {
-        key: run_passes(step, pipeline, progress, until=last, check=not args.no_verify)
-        for key, step in distinct.items()
-    }
-    steps = [done[id(step)] for step in captured]
+    steps, decision = rewritten_microbatches(captured, plan, progress, backend=args.backend, check=not args.no_verify)
     allocator = allocator_of(args)
     index, profile = highest_profile(steps, allocator=allocator)
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.axes.items())
@@ -68,12 +61,16 @@ def run(args: argparse.Namespace) -> None:
             title = f"{args.target}, {what}"
             draw_memory(areas_of_timeline(timeline), args.png, title=title, budget_bytes=budget)
     swapped = swapped_in_step(steps)
-    found = _as_json(profile, swapped, index, budget) if args.json else _as_text(profile, swapped, what, budget)
-    write(found, args.out)
+    words = _as_json if args.json else _as_text
+    write(words(profile, swapped, budget, what=what, index=index, decision=decision), args.out)
 
 
-def _as_text(profile: MemoryProfile, swapped: Swapped, what: str, budget: int | None) -> str:
+def _as_text(
+    profile: MemoryProfile, swapped: Swapped, budget: int | None, *, what: str, index: int, decision: Decision | None
+) -> str:
+    del index  # it is in what
     lines = [what, "", memory_tables(profile)]
+    lines += ["", str(decision)] if decision is not None else []
     lines += ["", swap_table(swapped)] if swapped else []
     if budget is not None:
         left = budget - profile.peak_bytes
@@ -82,7 +79,9 @@ def _as_text(profile: MemoryProfile, swapped: Swapped, what: str, budget: int | 
     return "\n".join(lines) + "\n"
 
 
-def _as_json(profile: MemoryProfile, swapped: Swapped, index: int, budget: int | None) -> str:
+def _as_json(
+    profile: MemoryProfile, swapped: Swapped, budget: int | None, *, what: str, index: int, decision: Decision | None
+) -> str:
     node = profile.peak_node
     found = {
         "peak_bytes": profile.peak_bytes,
@@ -92,6 +91,8 @@ def _as_json(profile: MemoryProfile, swapped: Swapped, index: int, budget: int |
         "nvme_bytes": profile.nvme_bytes,
         "swapped_bytes": {" ".join(key): size for key, size in swapped.items()},
         "budget_bytes": budget,
+        "what": what,
+        "decision": None if decision is None else str(decision),
         "allocator": profile.allocator.device,
         "microbatch": index,
         "peak": {"node": node.name, "phase": node.meta.get("phase", ""), "module": node.meta.get("module", "")},

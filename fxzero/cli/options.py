@@ -18,7 +18,7 @@ _KEYS += ("powersgd_rank", "topk_fraction", "node_size")
 _KEYS += ("precision", "reduce_dtype", "keep_fp32", "clip_grad_norm", "clip_grad_norm_p", "clip_grad_value")
 _KEYS += ("loss_scale", "accumulate", "accumulate_in", "recompute", "memory_budget")
 _KEYS += ("offload_optimizer", "offload_parameters", "offload_activations", "offload_below", "update_on_host")
-_KEYS += ("offload_dir", "offload_io", "offload_buffer_bytes", "disable")
+_KEYS += ("host_budget", "offload_dir", "offload_io", "offload_buffer_bytes", "disable")
 _LISTS = ("keep_fp32", "disable")
 
 
@@ -55,9 +55,11 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--recompute", type=_recompute, metavar="WHAT", help="auto, blocks, a fraction, or PATTERN,..")
     group.add_argument("--memory-budget", type=_number, metavar="BYTES", help="'20 GiB': the greatest predicted peak")
     for part, what in (("optimizer", "its state rests"), ("parameters", "they rest"), ("activations", "they wait")):
-        group.add_argument(f"--offload-{part}", metavar="WHERE", help=f"where {what}: none, host or nvme")
+        group.add_argument(f"--offload-{part}", metavar="WHERE", help=f"where {what}: none, host, nvme or auto")
     group.add_argument("--offload-below", type=_number, metavar="N", help="elements below which nothing is offloaded")
-    group.add_argument("--update-on-host", type=_number, metavar="PART", help="of state on the host, 0 to 1; default 0")
+    about = "of state on the host, 0 to 1, or auto; default 0"
+    group.add_argument("--update-on-host", type=_number, metavar="PART", help=about)
+    group.add_argument("--host-budget", type=_number, metavar="BYTES", help="of host memory, for what is offloaded")
     group.add_argument("--offload-dir", metavar="DIR", help="where files of nvme are made; default: for temporary ones")
     group.add_argument("--offload-io", metavar="NAME", help="of files: direct (default) or buffered")
     group.add_argument(

@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from fxzero.capture import Inventory, capture_step
 from fxzero.capture.rehearsal import rehearse
 from fxzero.cli.progress import Progress
 from fxzero.cli.target import load_target
-from fxzero.decide import Decision, decided_recipe
+from fxzero.decide import Decision, decided_recipe, leaves_open
 from fxzero.graph import StepGraph
-from fxzero.graph.step_graph import CARRIED_KINDS
+from fxzero.graph.placement import Placement
 from fxzero.pass_manager import Pipeline
 from fxzero.plan import Plan
+from fxzero.programs import carried
 from fxzero.recipe import captured_as, recipe
 
 CAPTURE = "capture"
@@ -42,7 +43,7 @@ def capture_target(text: str, plan: Plan, progress: Progress, *, microbatch: int
     """
     capture, number = _captures(text, plan, progress), range(plan.accumulate)[microbatch]
     step = capture(0)
-    return capture(number, _carried(step)) if number else step
+    return capture(number, carried(step)) if number else step
 
 
 def capture_microbatches(text: str, plan: Plan, progress: Progress) -> list[StepGraph]:
@@ -51,12 +52,8 @@ def capture_microbatches(text: str, plan: Plan, progress: Progress) -> list[Step
     steps = [capture(0)]
     for index in range(1, plan.accumulate):
         alike = 1 < index < plan.accumulate - 1
-        steps.append(steps[-1] if alike else capture(index, _carried(steps[-1])))
+        steps.append(steps[-1] if alike else capture(index, carried(steps[-1])))
     return steps
-
-
-def _carried(step: StepGraph) -> list[str]:
-    return [name for kind, name in step.results if kind in CARRIED_KINDS]
 
 
 def _captures(text: str, plan: Plan, progress: Progress) -> Callable[..., StepGraph]:
@@ -83,7 +80,14 @@ def _captures(text: str, plan: Plan, progress: Progress) -> Callable[..., StepGr
 
 
 def decided_passes(
-    step: StepGraph, plan: Plan, progress: Progress, *, backend: str, until: str
+    step: StepGraph,
+    plan: Plan,
+    progress: Progress,
+    *,
+    backend: str,
+    until: str,
+    beside: Sequence[StepGraph] = (),
+    placed: Placement | None = None,
 ) -> tuple[Pipeline, Decision | None]:
     """The plan's pipeline for a step, what it leaves open decided.
 
@@ -93,11 +97,42 @@ def decided_passes(
         progress: what to tell.
         backend: what carries collectives.
         until: the last pass that will run; before "capture" nothing needs to be decided.
+        beside: the step's other microbatches: finished programs of later ones, earlier ones as captured.
+        placed: where state rests, if that is decided.
     """
-    if plan.recompute != "auto" or until == CAPTURE:
+    if not leaves_open(plan) or until == CAPTURE:
         return recipe(plan, backend=backend), None
-    with progress.stage("decide", "decide what is recomputed"):
-        return decided_recipe(step, plan=plan, backend=backend)
+    with progress.stage("decide", "decide what is kept"):
+        return decided_recipe(step, plan=plan, backend=backend, beside=beside, placed=placed)
+
+
+def rewritten_microbatches(
+    captured: Sequence[StepGraph], plan: Plan, progress: Progress, *, backend: str, check: bool
+) -> tuple[list[StepGraph], Decision | None]:
+    """The programs of a step, one a microbatch, and what was decided for the last; equal ones are the same object.
+
+    Args:
+        captured: its microbatches' programs before any pass.
+        plan: resolved.
+        progress: what to tell.
+        backend: what carries collectives.
+        check: verify after each pass.
+    """
+    last = recipe(plan, backend=backend).passes[-1].name
+    steps = list(captured)
+    done: dict[int, StepGraph] = {}
+    decision: Decision | None = None
+    for index, step in reversed(list(enumerate(captured))):  # the last one, which updates, decides where state rests
+        if id(step) not in done:
+            placed = None if decision is None else decision.decided.placed
+            beside = [*steps[:index], *steps[index + 1 :]]
+            pipeline, found = decided_passes(
+                step, plan, progress, backend=backend, until=last, beside=beside, placed=placed
+            )
+            done[id(step)] = run_passes(step, pipeline, progress, until=last, check=check)
+            decision = decision or found
+        steps[index] = done[id(step)]
+    return steps, decision
 
 
 def run_passes(

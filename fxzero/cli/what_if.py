@@ -28,7 +28,7 @@ from fxzero.errors import CaptureError
 from fxzero.graph import StepGraph
 from fxzero.graph.step_graph import CARRIED_KINDS
 from fxzero.plan import Plan
-from fxzero.recipe import captured_as, recipe
+from fxzero.recipe import Decided, captured_as, recipe
 
 Sizes = Mapping[str, int]
 
@@ -272,7 +272,7 @@ class WhatIf:
         """The program that a rank would run; the one place where a plan becomes passes."""
         step.mesh = dict(plan.axes)
         names = self._uniform(step, plan).names(answer) if answer else ()
-        return recipe(plan, backend=self.backend, recomputed=names).run(step, check=False)
+        return recipe(plan, backend=self.backend, decided=Decided(recomputed=names)).run(step, check=False)
 
 
 def changes(plan: Plan, base: Plan) -> dict[str, Any]:

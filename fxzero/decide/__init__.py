@@ -1,5 +1,6 @@
-"""Decisions by predicted time and memory: which activations are kept from forward to backward, for a budget."""
+"""Decisions by predicted time and memory: what is kept, what is had again and what rests elsewhere, for a budget."""
 
-from fxzero.decide.decision import Decision, Group, check_budget, decide, decided_recipe
+from fxzero.decide.decision import Decision, Group
+from fxzero.decide.search import check_budget, decide, decided_recipe, leaves_open
 
-__all__ = ["Decision", "Group", "check_budget", "decide", "decided_recipe"]
+__all__ = ["Decision", "Group", "check_budget", "decide", "decided_recipe", "leaves_open"]

@@ -25,10 +25,12 @@ class Alternative:
     Args:
         seconds: that it adds to a step.
         change: place -> by how much more bytes are alive from there on than with nothing decided, in order.
+        host_bytes: of host memory that it takes.
     """
 
     seconds: float
     change: Mapping[int, float]
+    host_bytes: float = 0.0
 
 
 class Combination:
@@ -37,11 +39,15 @@ class Combination:
     Args:
         alive: bytes alive at each place of the program with nothing decided.
         blocks: the alternatives of each; the first changes nothing and costs nothing.
+        host_bytes: of host memory that all may take together.
     """
 
-    def __init__(self, alive: np.ndarray, blocks: Sequence[Sequence[Alternative]]) -> None:
+    def __init__(
+        self, alive: np.ndarray, blocks: Sequence[Sequence[Alternative]], *, host_bytes: float = float("inf")
+    ) -> None:
         self.alive = alive
         self.blocks = blocks
+        self.host_bytes = host_bytes
         self._all = [alternative for block in blocks for alternative in block]
         self._starts = np.cumsum([0, *map(len, blocks)])
         self._seconds = np.array([alternative.seconds for alternative in self._all])
@@ -55,8 +61,7 @@ class Combination:
     def smallest(self) -> list[int]:
         """The index of each block's answer such that the peak is as low as it gets."""
         found = self._search(None)
-        assert found is not None
-        return found
+        return [0] * len(self.blocks) if found is None else found  # the host has no room for what rests there anyway
 
     def alive_with(self, chosen: Sequence[int]) -> np.ndarray:
         """Bytes alive at each place with these answers."""
@@ -96,11 +101,17 @@ class Combination:
         alive = self.alive[list(bounded)] / unit
         peak = -np.ones((len(bounded), 1)) if budget_bytes is None else np.zeros((len(bounded), 1))
         most = -alive if budget_bytes is None else budget_bytes / unit - alive
-        cost = np.append(self._seconds / (max(self._seconds) or 1.0) * (1e-9 if budget_bytes is None else 1.0), 0.0)
+        cost = np.append(
+            self._seconds / (max(abs(self._seconds)) or 1.0) * (1e-9 if budget_bytes is None else 1.0), 0.0
+        )
         cost[-1] = 1.0 if budget_bytes is None else 0.0
+        constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(np.hstack([change, peak]), -np.inf, most)]
+        if np.isfinite(self.host_bytes) and any(a.host_bytes for a in self._all):
+            taken = np.array([[*(a.host_bytes for a in self._all), 0.0]]) / unit
+            constraints.append(LinearConstraint(taken, -np.inf, self.host_bytes / unit))
         solved = milp(
             cost,
-            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(np.hstack([change, peak]), -np.inf, most)],
+            constraints=constraints,
             integrality=np.append(np.ones(count), 0),
             bounds=Bounds(0, np.append(np.ones(count), np.inf)),
             options={"mip_rel_gap": _RELATIVE_GAP, "node_limit": _MAX_NODES},

@@ -8,13 +8,14 @@ it gives up, so what fits by that one is never refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from fxzero.cost.compute import compute_seconds
 from fxzero.cost.hardware import hardware_of
+from fxzero.decide.activation_answers import groups_of, names_of
 from fxzero.decide.activations import Activations, Block
-from fxzero.decide.decision import Decision, Group, groups_of, names_of
+from fxzero.decide.decision import Decision, Group
 from fxzero.decide.frontier import Choice, frontier
 from fxzero.graph import StepGraph
 from fxzero.plan import Plan
@@ -52,7 +53,13 @@ class UniformAnswers:
         groups = groups_of(changes, hardware=self.hardware, free=self.activations.free)
         seconds = sum(after.seconds - before.seconds for _, before, after in changes)
         step_seconds = sum(compute_seconds(node, self.hardware) for node in self.step.calls())
-        return Decision((), (), budget_bytes, 0, 0, seconds, step_seconds, self.hardware.name, groups)
+        return Decision(
+            budget_bytes=budget_bytes,
+            seconds=seconds,
+            step_seconds=step_seconds,
+            hardware=self.hardware.name,
+            groups=_sorted(groups),
+        )
 
     def _changes(self, answer: int) -> list[tuple[Block, Choice, Choice]]:
         """(block, the choice that loses no time, the choice of the answer) for each block."""
@@ -72,13 +79,14 @@ def decision_at(depth: int, decisions: Mapping[int, Decision]) -> Decision:
     def line(first: float, second: float) -> float:
         return first + (second - first) * (depth - low) / (high - low)
 
-    other = {(group.where, group.how): group for group in at_high.groups}
+    other = {(group.where, group.what, group.how): group for group in at_high.groups}
     groups = []
     for group in at_low.groups:
-        deeper = other[group.where, group.how]
+        deeper = other[group.where, group.what, group.how]
         groups.append(
             Group(
                 group.where,
+                group.what,
                 group.how,
                 round(line(group.blocks, deeper.blocks)),
                 round(line(group.copies, deeper.copies)),
@@ -90,5 +98,9 @@ def decision_at(depth: int, decisions: Mapping[int, Decision]) -> Decision:
         at_low,
         seconds=line(at_low.seconds, at_high.seconds),
         step_seconds=line(at_low.step_seconds, at_high.step_seconds),
-        groups=tuple(sorted(groups, key=lambda group: (-group.saved_bytes, group.where))),
+        groups=_sorted(groups),
     )
+
+
+def _sorted(groups: Iterable[Group]) -> tuple[Group, ...]:
+    return tuple(sorted(groups, key=lambda group: (-group.saved_bytes, group.where, group.how)))

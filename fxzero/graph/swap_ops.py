@@ -13,8 +13,7 @@ says where. Called as ops, outside of a program, they copy on the device. Source
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,19 +84,6 @@ def tier_of(node: fx.Node) -> str:
 def is_off_device(node: fx.Node) -> bool:
     """Whether a value takes no memory of the device."""
     return "tier" in node.meta
-
-
-def resting_tier(kind: str, shape: Sequence[int], tiers: Mapping[str, str], below: int) -> str:
-    """Where a tensor of the state rests between steps.
-
-    Args:
-        kind: of its entry.
-        shape: single-device shape.
-        tiers: kind -> tier, for the kinds that are offloaded.
-        below: tensors with fewer elements stay on the device, and so do scalars.
-    """
-    stays = not shape or math.prod(shape) < max(below, 1)
-    return DEVICE if stays else tiers.get(kind, DEVICE)
 
 
 def swapped_bytes(nodes: Sequence[fx.Node]) -> dict[tuple[str, str], int]:

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from fxzero.graph import StateEntry
-from fxzero.graph.swap_ops import DEVICE, resting_tier
+from fxzero.graph.placement import AUTO, NOTHING_PLACED, Placement, resting_tier
+from fxzero.graph.swap_ops import DEVICE
 from fxzero.plan import Plan
-from fxzero.plan_offload import state_tiers, uses
+from fxzero.plan_offload import may_use, state_tiers
 from fxzero.runtime.swap import Swapper
 
 _NUM_BUFFERS = 4
@@ -25,6 +26,7 @@ class Homes:
         device: where the step runs.
 
     Attributes:
+        placed: what was decided where the plan leaves it open; None: nothing yet, and it rests on the host.
         swapper: what moves tensors; None where the plan keeps all on the device.
 
     Raises:
@@ -34,20 +36,30 @@ class Homes:
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self._tiers = state_tiers(plan)
         self._below = plan.offload_below
+        self.placed: Placement | None = None
         self._known: dict[tuple[str, str], torch.Tensor] = {}
         self.swapper: Swapper | None = None
-        if uses(plan, "host", "nvme"):
+        if may_use(plan, "host", "nvme"):
             self.swapper = Swapper(
                 device,
-                directory=_directory(plan) if uses(plan, "nvme") else None,
+                directory=_directory(plan) if may_use(plan, "nvme") else None,
                 io=plan.offload_io,
                 buffer_bytes=max(4096, plan.offload_buffer_bytes // _NUM_BUFFERS),
                 num_buffers=_NUM_BUFFERS,
             )
 
-    def tier(self, kind: str, shape: Sequence[int]) -> str:
-        """Where an entry of the state rests, by its kind and single-device shape."""
-        return resting_tier(kind, shape, self._tiers, self._below)
+    def tier(self, key: tuple[str, str], shape: Sequence[int]) -> str:
+        """Where an entry of the state with this single-device shape rests."""
+        rule = self._tiers
+        if self.placed is None:
+            rule = {kind: "host" if tier == AUTO else tier for kind, tier in rule.items()}
+        return resting_tier(key, shape, rule, self._below, self.placed or NOTHING_PLACED)
+
+    def vacate(self, key: tuple[str, str]) -> None:
+        """An entry rests elsewhere from now on."""
+        if self._known.pop(key, None) is not None:
+            assert self.swapper is not None
+            self.swapper.vacate(StateEntry(*key).label)
 
     def settle(self, key: tuple[str, str], memory: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """The memory in which an entry rests, with these values.
@@ -61,7 +73,7 @@ class Homes:
             `memory` itself where the entry stays on the device; else its home, a tensor of the CPU of the same shape
             and strides, into which the values have been moved.
         """
-        tier = self.tier(key[0], shape)
+        tier = self.tier(key, shape)
         if tier == DEVICE:
             return memory
         assert self.swapper is not None

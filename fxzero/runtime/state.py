@@ -22,6 +22,7 @@ from fxzero.capture.priming import check_state_can_be_sharded, initial_state
 from fxzero.capture.rehearsal import rehearse
 from fxzero.graph import AuxiliaryState
 from fxzero.graph.ops import local_shard, shard_rows
+from fxzero.graph.placement import Placement
 from fxzero.graph.swap_ops import DEVICE
 from fxzero.runtime.homes import Homes
 from fxzero.runtime.materialize import Init, materialize
@@ -106,6 +107,29 @@ class StepState:
         for state in self.auxiliary.values():
             self._make_auxiliary(state)
         self.bound = True
+
+    def place(self, placed: Placement) -> None:
+        """Let the state that a plan leaves open rest as decided; only the first decision counts."""
+        if self.homes.placed is not None:
+            return
+        owned = [(key, tensor) for *key, tensor in self.named() if tuple(key) in self._local] if self.bound else []
+        before = [self.homes.tier((kind, name), tensor.shape) for (kind, name), tensor in owned]
+        self.homes.settle_moves()
+        self.homes.placed = placed
+        for ((kind, name), tensor), was in zip(owned, before, strict=True):
+            if self.homes.tier((kind, name), tensor.shape) != was:
+                self._move((kind, name), tensor)
+        self.homes.settle_moves()
+
+    def _move(self, key: tuple[str, str], owned: torch.Tensor) -> None:
+        """Let a tensor rest where it belongs now."""
+        memory = self._local[key][1].to(self.device, copy=True)
+        self.homes.vacate(key)
+        if isinstance(owned, DTensor):
+            sharded = any(isinstance(p, Shard) for p in owned.placements)
+            self._take_over(key, self._wrap(key, memory, owned.shape, sharded, owned.stride()), owned)
+        else:
+            self._take_over(key, self.homes.settle(key, memory, owned.shape), owned)
 
     def _make_auxiliary(self, state: AuxiliaryState) -> None:
         size = self.topology.plan.axes.get("dp", 1)
@@ -303,7 +327,7 @@ class StepState:
             return memory
         sharded = any(isinstance(p, Shard) for p in owned.placements)
         local = owned.to_local().detach()
-        if self.homes.tier(key[0], owned.shape) != DEVICE:
+        if self.homes.tier(key, owned.shape) != DEVICE:
             memory = _padded_rows(local, owned.shape[0], self.topology.plan.axes["dp"]) if sharded else local
             return self._take_over(key, self._wrap(key, memory, owned.shape, sharded, owned.stride()), owned)
         if not sharded:

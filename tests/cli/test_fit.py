@@ -21,7 +21,7 @@ from fxzero.decide import decide
 from fxzero.decide.uniform import UniformAnswers
 from fxzero.graph import StepGraph
 from fxzero.graph.text import size_text
-from fxzero.recipe import captured_as, recipe
+from fxzero.recipe import Decided, captured_as, recipe
 from fxzero.simulate import memory_picture
 from fxzero.simulate.memory_picture import Areas
 
@@ -295,7 +295,7 @@ def captured(text: str, plan: Plan, **keywords: Any) -> StepGraph:
 def peak_by_answer(text: str, plan: Plan, answer: int, **keywords: Any) -> int:
     step = captured(text, plan, **keywords)
     names = UniformAnswers(step, plan, backend="nccl").names(answer)
-    return memory_profile(recipe(plan, backend="nccl", recomputed=names).run(step)).peak_bytes
+    return memory_profile(recipe(plan, backend="nccl", decided=Decided(recomputed=names)).run(step)).peak_bytes
 
 
 @pytest.mark.parametrize("layers", [5, 8])

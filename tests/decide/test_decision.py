@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fxzero
-import fxzero.decide.decision as module
+import fxzero.decide.search as module
 from fxzero.capture import Inventory, capture_step
 from fxzero.capture.rehearsal import rehearse
 from fxzero.cost.memory import memory_profile
@@ -76,7 +76,7 @@ def test_budgets_are_met_and_time_falls_as_they_grow(setting: str, steps: dict[s
     found = [decided(step, setting, budget) for budget in budgets]
     for budget, decision in zip(budgets, found, strict=True):
         plan = plan_of(setting, recompute="auto", memory_budget=budget)
-        program = recipe(plan, backend="gloo", recomputed=decision.names).run(step, check=budget == budgets[1])
+        program = recipe(plan, backend="gloo", decided=decision.decided).run(step, check=budget == budgets[1])
         assert memory_profile(program).peak_bytes == decision.peak_bytes <= budget
         assert decision.names and decision.groups
     seconds = [decision.seconds for decision in found]
@@ -126,7 +126,7 @@ def test_a_tier_is_an_option_only_where_the_caller_allows_it(steps: dict[str, St
         assert names == {"keep", "bool", *tiers}
     with mock.patch.object(module, "hardware_of", lambda step, backend: hardware):
         plan = plan_of(setting, recompute="auto", memory_budget=between(setting, 0.9))
-        assert not decide(steps[setting], plan=plan, backend="gloo").offloaded
+        assert not decide(steps[setting], plan=plan, backend="gloo").decided.offloaded
 
 
 # ---- what it says
@@ -156,7 +156,7 @@ def test_activations_wait_on_a_tier_where_that_is_cheaper(setting: str, steps: d
         plan = plan_of(setting, recompute="auto", **keys)
         with mock.patch.object(module, "hardware_of", lambda step, backend, found=hardware: found):
             pipeline, decision = decided_recipe(steps[setting], plan=plan, backend="gloo")
-        assert decision is not None and bool(decision.offloaded) is leaves
+        assert decision is not None and bool(decision.decided.offloaded) is leaves
         assert memory_profile(pipeline.run(steps[setting])).peak_bytes == decision.peak_bytes <= budget
         assert any(group.how == "offloaded to host" for group in decision.groups) is leaves
         assert ("offloaded to host in" in str(decision)) is leaves
@@ -173,7 +173,7 @@ def test_twenty_steps_with_activations_on_a_tier_are_bit_equal(monkeypatch: pyte
         plan["bucket_bytes"] = 2**13  # of moves on their way
         values, step = train(plan)
         assert first_difference(values, kept) == ""
-        assert step._last[-1].decision.offloaded
+        assert step._last[-1].decision.decided.offloaded
 
 
 def test_a_budget_that_is_too_small_is_refused(steps: dict[str, StepGraph]) -> None:

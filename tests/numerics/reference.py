@@ -228,7 +228,7 @@ def planted(edit: Callable[[StepGraph], int], *, verified: bool = True) -> Itera
         edit: (step) -> number of edits; must find something to edit.
         verified: whether the verifier looks at it; off where it would find the fault before a comparison could.
     """
-    page = importlib.import_module("fxzero.decide.decision")  # where a plan becomes passes
+    page = importlib.import_module("fxzero.decide.search")  # where a plan becomes passes
     manager = importlib.import_module("fxzero.pass_manager")
     recipe = page.recipe
 

@@ -77,7 +77,7 @@ def step_of(model: nn.Module, kind: Any = torch.optim.AdamW, **plan: Any) -> fxz
 @contextlib.contextmanager
 def other_order() -> Iterator[None]:
     """The same passes, the last two the other way round."""
-    page = importlib.import_module("fxzero.decide.decision")
+    page = importlib.import_module("fxzero.decide.search")
     recipe = page.recipe
 
     def swapped(plan: fxzero.Plan, **how: Any) -> Pipeline:

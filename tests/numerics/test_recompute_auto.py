@@ -1,4 +1,4 @@
-"""Two ranks: recompute="auto" is bit-equal to keeping everything, at two budgets, at stages 0 and 3, dropout included.
+"""Two ranks: what is decided for a budget is bit-equal to keeping everything, at stages 0 and 3, dropout included.
 
 Run as a module, this file is what each rank does. The reference is the same plan with recompute="none", which
 test_world2.py compares with DDP.
@@ -16,6 +16,7 @@ import fxzero.passes.recompute_chosen as chosen
 from fxzero.cost.memory import memory_profile
 from fxzero.graph import StepGraph
 from fxzero.graph.edit import Editor
+from fxzero.graph.swap_ops import swapped_bytes
 from tests.numerics.side_by_side import Values, check, first_difference, parameters, results_of, run_jobs
 from tests.passes.test_recompute_blocks import Reader, batch
 
@@ -28,20 +29,29 @@ class Job:
 
     Args:
         zero: the stage.
-        part: of what blocks save, how much the budget leaves.
+        part: of what blocks save, how much the budget leaves; below 0 it asks for more than that.
+        moved: state and activations may be offloaded, too.
         fault: backward reads other masks than forward drew.
     """
 
     zero: int
     part: float
+    moved: bool = False
     fault: bool = False
 
     @property
     def name(self) -> str:
-        return f"zero {self.zero}, part {self.part}{', other masks' if self.fault else ''}"
+        moved = ", what moves too" if self.moved else ""
+        return f"zero {self.zero}, part {self.part}{moved}{', other masks' if self.fault else ''}"
 
 
 JOBS = [Job(zero, part) for zero in (0, 3) for part in (0.6, 0.1)] + [Job(3, 0.1, fault=True)]
+JOBS += [Job(zero, -0.3, moved=True) for zero in (0, 3)]
+MOVED = {
+    **dict.fromkeys(("offload_optimizer", "offload_parameters", "offload_activations", "update_on_host"), "auto"),
+    "offload_below": 0,
+    "bucket_bytes": 2**13,
+}
 _keep_as_bool = chosen.keep_as_bool
 _kept: dict[int, tuple[Values, int, int]] = {}
 
@@ -78,12 +88,13 @@ def negated(step: StepGraph, mask: torch.fx.Node, position: dict[torch.fx.Node, 
 def run(job: Job, rank: int) -> str:
     values, most, least = kept(rank, job.zero)
     budget = int(least + job.part * (most - least))
-    plan = {"zero": job.zero, "recompute": "auto", "memory_budget": budget}
+    plan = {"zero": job.zero, "recompute": "auto", "memory_budget": budget, **(MOVED if job.moved else {})}
     if job.fault:
         with mock.patch.object(chosen, "keep_as_bool", negated):
             return first_difference(values, train(rank, **plan)[0])
     got, step = train(rank, **plan)
     assert memory_profile(step).peak_bytes <= budget < most
+    assert bool(swapped_bytes(step.calls())) is job.moved
     return first_difference(values, got)
 
 

@@ -127,10 +127,10 @@ def test_activations_leave_between_forward_and_backward() -> None:
 def test_only_what_is_named_leaves() -> None:
     step = program()
     chosen = first_argument(program(offload_activations="host").calls(swap_out)[3]).name
-    assert offload_activations.run(step, tier="nvme", names=(chosen,)) == 1
+    assert offload_activations.run(step, names=((chosen, "nvme"),)) == 1
     assert [first_argument(n).name for n in step.calls(swap_out)] == [chosen]
     with pytest.raises(RewriteError, match="nobody"):
-        offload_activations.run(step, tier="nvme", names=("nobody",))
+        offload_activations.run(step, names=(("nobody", "nvme"),))
 
 
 @pytest.mark.parametrize("part", [0.0, 0.4, 1.0])
@@ -165,8 +165,8 @@ def test_the_text_of_a_swapped_step_reads_back(tier: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"offload_optimizer": "disk"}, "Plan.offload_optimizer: expected 'none' or 'host' or 'nvme', got 'disk'"),
-        ({"offload_dir": "/tmp"}, "Plan.offload_dir: expected one of them 'nvme' with it"),
+        ({"offload_optimizer": "disk"}, "Plan.offload_optimizer: expected 'none' or 'host' or 'nvme' or 'auto', got 'disk'"),
+        ({"offload_dir": "/tmp"}, "Plan.offload_dir: expected one of them 'nvme' or 'auto' with it"),
         (
             {"update_on_host": 0.5, "offload_optimizer": "nvme"},
             "Plan.update_on_host: expected offload_optimizer='host'",

@@ -12,7 +12,7 @@ from fxzero.graph.randomness import is_random
 from fxzero.graph.step_graph import tensor_val
 from fxzero.graph.verify import verify
 from fxzero.passes.recompute_chosen import recompute_chosen
-from fxzero.recipe import recipe
+from fxzero.recipe import Decided, recipe
 from tests.decide.test_decision import between, captured, plan_of
 
 aten = torch.ops.aten
@@ -87,7 +87,7 @@ def readers_of_forward_gathers(step: StepGraph) -> list[torch.fx.Node]:
 def test_backward_gathers_anew_what_it_recomputes_with(step: StepGraph) -> None:
     plan = plan_of(SETTING, recompute="auto", memory_budget=between(SETTING, 0.1), bucket_bytes=0)
     names = decide(step, plan=plan, backend="nccl").names
-    program = recipe(plan, backend="nccl", recomputed=names).run(step)
+    program = recipe(plan, backend="nccl", decided=Decided(recomputed=names)).run(step)
     products = [n for n in program.phase("backward") if n.target is aten.addmm.default]
     assert products, "no linear layer is computed again"
     assert not readers_of_forward_gathers(program)

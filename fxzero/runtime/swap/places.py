@@ -154,6 +154,12 @@ class Places:
         self.homes[name] = home
         return home
 
+    def vacate(self, name: str) -> None:
+        """Let go of the home of that name, if there is one; its memory lives as long as a tensor over it."""
+        home = self.homes.pop(name, None)
+        if home is not None:
+            self.held[home.stored.tier] -= home.stored.place.capacity
+
     def take_slot(self, what: str, nbytes: int, tier: str) -> Place:
         """A slot with room for `nbytes`, one that is free if there is one; `what` is for errors."""
         capacity = slot_bytes(nbytes)

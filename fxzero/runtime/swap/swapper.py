@@ -129,6 +129,10 @@ class Swapper:
             )
         return self._places.home(name, size, tuple(stride), dtype, tier).tensor
 
+    def vacate(self, name: str) -> None:
+        """The tensor of this name rests elsewhere from now on; nothing of it may be under way (`settle`)."""
+        self._places.vacate(name)
+
     def reserve(self, nbytes: Sequence[int], tier: str) -> None:
         """Make slots for values of these sizes, all at the same time, so that a lack of room shows now, not in a step.
 

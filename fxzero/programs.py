@@ -1,0 +1,244 @@
+"""The programs of a step: captured, decided, rewritten and lowered when first needed, and found again later."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fxzero.capture import Capture, Inventory, Signature, capture_step
+from fxzero.capture.accumulation import Accumulation
+from fxzero.capture.options import CaptureOptions
+from fxzero.capture.trace import LossFn
+from fxzero.decide import Decision, check_budget, decided_recipe
+from fxzero.graph import StepGraph
+from fxzero.graph.placement import NOTHING_PLACED, Placement
+from fxzero.graph.step_graph import CARRIED_KINDS
+from fxzero.pass_manager import PassRecord
+from fxzero.plan import Plan
+from fxzero.runtime.agreement import agreed_text
+from fxzero.runtime.microbatches import Batch
+from fxzero.runtime.program import Program
+from fxzero.runtime.state import StepState
+
+log = logging.getLogger("fxzero")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One signature's program and how it came to be.
+
+    Args:
+        captured: before any pass.
+        step: after all of them.
+        program: what runs.
+        capture: guards and constants.
+        text: what other ranks must agree to.
+        records: what each pass did.
+        seconds: phase of compilation -> time.
+        accumulation: which of the step's microbatches it serves.
+        decision: what was decided for it, where the plan leaves something open.
+    """
+
+    captured: StepGraph
+    step: StepGraph
+    program: Program
+    capture: Capture
+    text: str
+    records: list[PassRecord]
+    seconds: dict[str, float]
+    accumulation: Accumulation
+    decision: Decision | None = None
+
+    @property
+    def carries(self) -> tuple[str, ...]:
+        """The parameters whose gradients it hands on to the next microbatch."""
+        return carried(self.captured)
+
+    @property
+    def placed(self) -> Placement:
+        """Where it takes state to rest, as far as the plan leaves that open."""
+        return NOTHING_PLACED if self.decision is None else self.decision.decided.placed
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A program that is known, or the capture of one that is not."""
+
+    known: list[Compiled]
+    place: Accumulation
+    found: Compiled | Capture
+
+    @property
+    def step(self) -> StepGraph:
+        """The program, or what was captured."""
+        return self.found.step
+
+    @property
+    def carries(self) -> tuple[str, ...]:
+        return carried(self.found.captured if isinstance(self.found, Compiled) else self.found.step)
+
+
+class Programs:
+    """The compiled programs of one step on this rank.
+
+    Args:
+        plan: resolved.
+        state: of the step.
+        loss: the user's, if any.
+        options: what the plan says of a capture.
+        groups: mesh axis -> process group.
+        backend: what carries collectives.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        state: StepState,
+        loss: LossFn | None,
+        *,
+        options: CaptureOptions,
+        groups: Any,
+        backend: str,
+    ) -> None:
+        self._plan, self._state, self._loss, self._options = plan, state, loss, options
+        self._groups, self._backend = groups, backend
+        self._compiled: dict[tuple[Signature, Accumulation], list[Compiled]] = {}
+        self._has_run = False
+
+    def of(self, inventory: Inventory, batch: Batch) -> list[Compiled]:
+        """The programs of a step, one a microbatch; equal microbatches share theirs.
+
+        They are captured first to last, since each says what it hands on, and compiled last to first, since the one
+        that updates decides where state rests.
+        """
+        if not self._state.bound:  # so that a failure leaves model and optimizer as they were
+            inventory = self._state.rehearsal()
+            self._compiled.clear()
+        asked: list[_Asked] = []
+        for index, (args, kwargs) in enumerate(batch.microbatches):
+            carries = asked[-1].carries if asked else ()
+            place = self._options.accumulation.at(index, weighted=batch.weights is not None, carried=carries)
+            before = [a for a in asked if a.place == place]
+            asked.append(self._asked(inventory, place, args, kwargs, before))
+        placed = self._state.homes.placed if self._state.bound else None
+        steps = [one.step for one in asked]
+        done: dict[int, Compiled] = {}
+        programs: list[Compiled] = []
+        fresh = False
+        for index, one in reversed(list(enumerate(asked))):
+            found = one.found if isinstance(one.found, Compiled) else done.get(id(one.found))
+            if found is None:
+                fresh = True
+                found = done[id(one.found)] = self._new(one, [*steps[:index], *steps[index + 1 :]], placed)
+            placed = found.placed if placed is None else placed
+            steps[index] = found.step
+            programs.insert(0, found)
+        if fresh:
+            check_budget([compiled.step for compiled in programs], plan=self._plan)
+        self._has_run = True
+        return programs
+
+    def keep(self, inventory: Inventory, programs: list[Compiled], batch: Batch) -> None:
+        """Programs made before model and optimizer were bound serve those that are."""
+        self._compiled.clear()
+        for compiled, (args, kwargs) in zip(programs, batch.microbatches, strict=True):
+            signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
+            self._compiled[(signature, compiled.accumulation)] = [compiled]
+
+    def _asked(
+        self,
+        inventory: Inventory,
+        place: Accumulation,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        before: Sequence[_Asked],
+    ) -> _Asked:
+        """A known program for a microbatch, or a capture: of this step's earlier microbatches where it is the same.
+
+        Args:
+            inventory: what is captured.
+            place: of the microbatch in the step.
+            args, kwargs: the microbatch.
+            before: what was asked for earlier ones in the same place.
+        """
+        signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
+        known = self._compiled.setdefault((signature, place), [])
+        alike = next((a for a in before if a.known is known), None)
+        if not self._state.bound:
+            return alike or _Asked(known, place, self._capture(inventory, place, args, kwargs))
+        lookup = functools.partial(self._state.lookup, inventory)
+        for compiled in known:
+            if compiled.capture.guards.hold(lookup, inventory.attributes):
+                return _Asked(known, place, compiled)
+        if alike is not None:
+            return alike
+        if self._has_run:
+            log.info("fxzero: capturing again: the signature or a guard has changed")
+        self._state.prime(inventory)  # a parameter may have been unfrozen
+        capture = self._capture(inventory, place, args, kwargs)
+        for compiled in known:
+            if compiled.capture.same_as(capture):
+                compiled.capture.guards.relax(lookup, inventory.attributes)
+                return _Asked(known, place, compiled)
+        return _Asked(known, place, capture)
+
+    def _new(self, asked: _Asked, beside: Sequence[StepGraph], placed: Placement | None) -> Compiled:
+        assert isinstance(asked.found, Capture)
+        asked.known.append(self._compile(asked.found, asked.place, beside, placed))
+        return asked.known[-1]
+
+    def _capture(
+        self, inventory: Inventory, place: Accumulation, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Capture:
+        options = replace(self._options, accumulation=place)
+        return capture_step(inventory, self._loss, args, kwargs, options=options, fresh=self._state.fresh)
+
+    def _compile(
+        self, capture: Capture, place: Accumulation, beside: Sequence[StepGraph], placed: Placement | None
+    ) -> Compiled:
+        """A capture's program.
+
+        Args:
+            capture: of one microbatch.
+            place: of that microbatch in the step.
+            beside: the step's other microbatches: finished programs of later ones, earlier ones as captured.
+            placed: where state rests, if that is decided.
+        """
+        plan = self._plan
+        seconds = {"capture": capture.seconds}
+        capture.step.mesh = dict(plan.axes)
+        with _timed(seconds, "decide"):
+            pipeline, decision = decided_recipe(
+                capture.step, plan=plan, backend=self._backend, beside=beside, placed=placed
+            )
+        with _timed(seconds, "passes"):
+            step = pipeline.run(capture.step)
+        with _timed(seconds, "lower"):
+            program = Program(step, groups=self._groups, swapper=self._state.homes.swapper)
+        text = agreed_text(step, plan=plan.fingerprint(), passes=pipeline.describe())
+        return Compiled(capture.step, step, program, capture, text, list(pipeline.records), seconds, place, decision)
+
+
+def carried(step: StepGraph) -> tuple[str, ...]:
+    """The parameters whose gradients a captured step hands on to the next microbatch."""
+    return tuple(name for kind, name in step.results if kind in CARRIED_KINDS)
+
+
+@functools.lru_cache(maxsize=64)
+def joined_text(texts: tuple[str, ...]) -> str:
+    """What ranks agree on for one step: the texts of its programs, equal ones once, and the order in which they run."""
+    distinct = list(dict.fromkeys(texts))
+    order = " ".join(str(distinct.index(text)) for text in texts)
+    return "\n".join(distinct) + (f"\nmicrobatches run programs {order}" if len(texts) > 1 else "")
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
