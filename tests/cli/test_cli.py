@@ -628,7 +628,7 @@ def test_every_key_of_offload_is_an_option(printed, call, tmp_path) -> None:
     out = printed("passes", "--world", "4", *keys)
     assert "on_host=0.5" in out and "tier='nvme'" in out
     code, _, err = call("passes", "--world", "4", "--offload-io", "buffered")
-    assert code == 2 and "Plan.offload_io: expected one of them 'nvme' with it" in err
+    assert code == 2 and "Plan.offload_io: expected one of them 'nvme', or 'auto' and offload_dir with it" in err
 
 
 @pytest.mark.parametrize(
@@ -657,14 +657,25 @@ def test_what_a_budget_decides_is_said_in_dumps_and_reports(printed) -> None:
     header, first, second, *_ = out.splitlines()
     assert header.startswith("# after place_updates | ")
     assert re.match(
-        r"# budget 1.3 MiB: predicted peak 1.3 MiB, [\d.]+ MiB with everything kept; [\d.]+ ms beside a", first
+        r"# budget 1.3 MiB: predicted peak 1.3 MiB, [\d.]+ MiB with everything kept; [\d.]+ (ms|us) beside a", first
     )
-    assert re.match(r"#   layers\.\*.* activations: recomputed in \d of 2 blocks, .* for .* ms", second)
+    assert re.match(r"#   layers\.\*.* activations: recomputed in \d of 2 blocks, .* for .* (ms|us)", second)
     assert to_text(from_text(out)) == "".join(
         line for line in out.splitlines(keepends=True) if not line.startswith(("# budget", "#   layers"))
     )
     assert first.removeprefix("# ") in printed("dump", f"{EXAMPLE}:llama_tiny", *plan, "--format", "report")
     assert "recompute_chosen" in printed("passes", *plan[:2], *plan[3:])
+    assert first.removeprefix("# ") in printed("memory", f"{EXAMPLE}:llama_tiny", *plan, "--backend", "nccl")
+
+
+def test_where_state_rests_is_decided_for_a_budget(printed, call) -> None:
+    plan = ("--world", "4", "--quiet", "--offload-optimizer", "auto", "--offload-below", "0", "--accumulate", "3")
+    plan += ("--memory-budget", "1340000", "--bucket-bytes", "0")
+    found = json.loads(printed("memory", f"{EXAMPLE}:llama_tiny", *plan, "--json"))
+    assert "optimizer state: offloaded to host" in found["decision"] and found["host_bytes"]
+    assert "swap_in" in printed("dump", f"{EXAMPLE}:llama_tiny", *plan)
+    code, _, err = call("dump", f"{EXAMPLE}:llama_tiny", *plan, "--microbatch", "0")
+    assert code == 2 and "--microbatch: expected the last one, which decides where state rests, got 0" in err
 
 
 def test_a_budget_that_cannot_be_met_is_an_error(call) -> None:

@@ -217,6 +217,10 @@ def test_memory_that_is_not_linear_in_depth_is_captured_whole(answer, targets) -
         (("step", "--set", "width='x'"), "expected a function that returns"),
         (("shallow", "--set", "layers=3"), "--set: expected a keyword of the function, got 'layers'; leave it out"),
         (("nothing",), "got none of that name"),
+        (
+            ("step", "--offload-optimizer", "auto", "--memory-budget", "1GB"),
+            "--offload-optimizer: expected 'none', 'host' or 'nvme' for fit, got 'auto'",
+        ),
     ],
 )
 def test_what_is_refused(call, targets, argv, said) -> None:
