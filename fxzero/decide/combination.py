@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from fxzero.decide.solver import solve
+
 _NUM_WINDOWS = 16
 _MAX_ROUNDS = 60
 _RELATIVE_GAP = 1e-4
@@ -90,8 +92,6 @@ class Combination:
         return chosen
 
     def _solve(self, bounded: Sequence[int], budget_bytes: float | None) -> list[int] | None:
-        from scipy.optimize import Bounds, LinearConstraint, milp
-
         count = len(self._all)
         unit = float(max(self.alive)) or 1.0
         one_each = np.zeros((len(self.blocks), count + 1))
@@ -105,18 +105,19 @@ class Combination:
             self._seconds / (max(abs(self._seconds)) or 1.0) * (1e-9 if budget_bytes is None else 1.0), 0.0
         )
         cost[-1] = 1.0 if budget_bytes is None else 0.0
-        constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(np.hstack([change, peak]), -np.inf, most)]
+        rows: list[tuple[Any, Any, Any]] = [(one_each, 1, 1), (np.hstack([change, peak]), -np.inf, most)]
         if np.isfinite(self.host_bytes) and any(a.host_bytes for a in self._all):
             taken = np.array([[*(a.host_bytes for a in self._all), 0.0]]) / unit
-            constraints.append(LinearConstraint(taken, -np.inf, self.host_bytes / unit))
-        solved = milp(
+            rows.append((taken, -np.inf, self.host_bytes / unit))
+        found = solve(
             cost,
-            constraints=constraints,
-            integrality=np.append(np.ones(count), 0),
-            bounds=Bounds(0, np.append(np.ones(count), np.inf)),
-            options={"mip_rel_gap": _RELATIVE_GAP, "node_limit": _MAX_NODES},
+            rows,
+            integral=np.append(np.ones(count), 0),
+            upper=np.append(np.ones(count), np.inf),
+            max_nodes=_MAX_NODES,
+            gap=_RELATIVE_GAP,
         )
-        return None if solved.x is None else self._chosen(solved.x)
+        return None if found is None else self._chosen(found)
 
     def _chosen(self, solution: Any) -> list[int]:
         pairs = zip(self._starts, self._starts[1:], strict=False)

@@ -2,8 +2,7 @@
 
 Variables: how each tensor is kept (or not), and which values backward has again. What backward reads must be kept or
 had again; what is had again follows from values that are. The least time is found under bounds on the bytes that are
-kept; each solution is exact for its bound (to the solver's 1e-6). HiGHS solves it, through `scipy.optimize.milp`:
-deterministic, no clock.
+kept; each solution is exact for its bound (to the solver's 1e-6). HiGHS solves it (`solver`).
 Source: Checkmate (Jain et al., 2020), here for one block and with one copy of each value.
 """
 
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fxzero.decide.activations import Problem
+from fxzero.decide.solver import solve
 
 NUM_BOUNDS = 16
 # Of the solver's search, so that a model without repeated blocks ends too: by count, as a clock would let ranks differ.
@@ -154,9 +154,7 @@ class _Program:
         return instead if found is None else self._choice(found)
 
     def _solve(self, cost: Any, *, bound_bytes: float = np.inf, bound_s: float = np.inf) -> Any:
-        # Imported here: it takes half a second, and only plans with a decision need it.
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
+        from scipy.sparse import csr_array  # imported here: it takes half a second
 
         if not self.rows:
             return np.zeros_like(cost)
@@ -168,14 +166,15 @@ class _Program:
         where = [(number, column) for number, (row, _) in enumerate(rows) for column in row]
         entries = [value for row, _ in rows for value in row.values()]
         matrix = csr_array((entries, tuple(np.array(where).T)), shape=(len(rows), len(cost)))
-        solved = milp(
+        found = solve(
             cost / (max(cost) or 1.0),
-            constraints=LinearConstraint(matrix, [bound for _, bound in rows]),
-            integrality=np.ones(len(cost)),
-            bounds=Bounds(0, 1),
-            options={"mip_rel_gap": _GAP if len(cost) > _LARGE else 0.0, "node_limit": _MAX_NODES},
+            [(matrix, [bound for _, bound in rows], np.inf)],
+            integral=np.ones(len(cost)),
+            upper=1,
+            max_nodes=_MAX_NODES,
+            gap=_GAP if len(cost) > _LARGE else 0.0,
         )
-        return None if solved.x is None else np.round(solved.x)
+        return None if found is None else np.round(found)
 
     def _choice(self, chosen: Any) -> Choice:
         """The answer without what nothing needs."""

@@ -165,7 +165,10 @@ def test_the_text_of_a_swapped_step_reads_back(tier: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"offload_optimizer": "disk"}, "Plan.offload_optimizer: expected 'none' or 'host' or 'nvme' or 'auto', got 'disk'"),
+        (
+            {"offload_optimizer": "disk"},
+            "Plan.offload_optimizer: expected 'none' or 'host' or 'nvme' or 'auto', got 'disk'",
+        ),
         ({"offload_dir": "/tmp"}, "Plan.offload_dir: expected one of them 'nvme' or 'auto' with it"),
         (
             {"update_on_host": 0.5, "offload_optimizer": "nvme"},

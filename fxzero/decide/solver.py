@@ -1,0 +1,54 @@
+"""Integer programs, solved by HiGHS through `scipy.optimize.milp`: deterministic, bounded by counts, not by a clock."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+
+def solve(
+    cost: Any, rows: Sequence[tuple[Any, Any, Any]], *, integral: Any, upper: Any, max_nodes: int, gap: float
+) -> Any:
+    """The values that make cost @ x smallest, from 0 to `upper`; None where none were found.
+
+    Args:
+        cost: of each variable.
+        rows: (matrix, lower bounds, upper bounds) of constraints.
+        integral: 1 for each variable that must be an integer.
+        upper: bounds of the variables.
+        max_nodes: of the search.
+        gap: by what fraction the answer may be worse than the best.
+    """
+    # Imported here: it takes half a second, and only plans with a decision need it.
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    with _stdout_as_stderr():
+        solved = milp(
+            cost,
+            constraints=[LinearConstraint(*row) for row in rows],
+            integrality=integral,
+            bounds=Bounds(0, upper),
+            options={"mip_rel_gap": gap, "node_limit": max_nodes},
+        )
+    return solved.x
+
+
+@contextlib.contextmanager
+def _stdout_as_stderr() -> Iterator[None]:
+    """HiGHS prints lines of its own, whatever its options say; a command's output must not have them."""
+    try:
+        sys.stdout.flush()
+        saved = os.dup(1)
+    except (OSError, ValueError):  # closed
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)

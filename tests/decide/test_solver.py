@@ -1,0 +1,30 @@
+"""Solving is silent on stdout, whatever the library prints."""
+
+import os
+from unittest import mock
+
+import numpy as np
+import pytest
+import scipy.optimize
+
+from fxzero.decide.solver import solve
+
+
+def test_an_answer_and_none() -> None:
+    ask = {"integral": np.ones(2), "upper": 1, "max_nodes": 10, "gap": 0.0}
+    assert list(solve(np.array([1.0, 2.0]), [(np.ones((1, 2)), 1, 1)], **ask)) == [1, 0]
+    assert solve(np.array([1.0, 2.0]), [(np.ones((1, 2)), 3, np.inf)], **ask) is None
+
+
+def test_what_the_library_prints_is_no_part_of_a_commands_output(capfd: pytest.CaptureFixture[str]) -> None:
+    real = scipy.optimize.milp
+
+    def loud(*args: object, **kwargs: object) -> object:
+        os.write(1, b"HighsMipSolverData\n")
+        return real(*args, **kwargs)
+
+    with mock.patch.object(scipy.optimize, "milp", loud):
+        solve(np.ones(1), [(np.ones((1, 1)), 1, 1)], integral=np.ones(1), upper=1, max_nodes=1, gap=0.0)
+    print("after")
+    out, err = capfd.readouterr()
+    assert (out, err) == ("after\n", "HighsMipSolverData\n")
