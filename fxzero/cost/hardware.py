@@ -43,6 +43,10 @@ class Hardware:
         """Bytes a second between the device and "host" or "nvme", one way."""
         return self.host_bytes_s if tier == "host" else min(self.host_bytes_s, self.disk_bytes_s)
 
+    def slowdown(self, resource: str) -> float:
+        """By what factor compute takes longer while a lane of this name is busy; 1.0: it does not."""
+        return 1.0
+
 
 def _rates(*, single: float, low: float) -> Mapping[torch.dtype, float]:
     return MappingProxyType({torch.float32: single, **dict.fromkeys(_LOW, low)})
