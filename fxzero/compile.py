@@ -31,6 +31,7 @@ from fxzero.graph import StepGraph
 from fxzero.graph.step_graph import CARRIED_KINDS
 from fxzero.pass_manager import PassRecord
 from fxzero.plan import Plan
+from fxzero.profile import Profiled
 from fxzero.recipe import auxiliary_state, captured_as
 from fxzero.runtime.agreement import Agreement, agreed_text
 from fxzero.runtime.checkpoint import load_state_dict, state_dict
@@ -110,7 +111,7 @@ def compile(
     return TrainStep(model, optimizer, plan, loss=loss, init=init)
 
 
-class TrainStep:
+class TrainStep(Profiled):
     """A compiled training step; call it with a batch.
 
     Attributes:

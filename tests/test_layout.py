@@ -39,6 +39,7 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "kernels": frozenset(),
     "runtime": BASE | {"plan_offload", "graph", "kernels", "capture"},
     "report": BASE | {"graph", "cost", "pass_manager", "decide"},
+    "profile": BASE | {"graph", "cost", "simulate", "runtime"},
     "compile": EVERYTHING,
     "backend": EVERYTHING,
     "cli": EVERYTHING,

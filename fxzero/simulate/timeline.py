@@ -23,43 +23,12 @@ from torch import fx
 
 from fxzero.cost.tasks import Task
 from fxzero.errors import FxzeroError
-from fxzero.graph import StepGraph, swap_ops
-from fxzero.graph import collectives as c10d
-from fxzero.graph.step_graph import first_argument
-
-COMPUTE, HOST = "compute", "host"
-RUNS, LAUNCHES, WAITS = "runs", "launches", "waits"  # what an event's lane does
-_ORDER = (COMPUTE, HOST, "net", "d2h", "h2d", "nvme")
+from fxzero.graph import StepGraph
+from fxzero.graph.lanes import COMPUTE, HOST, LANES, LAUNCHES, RUNS, WAITS, Event, is_launch, is_wait, launch_of
 
 
 class SimulationError(FxzeroError):
     """Raised when a program cannot be simulated: a call without a task, or a task that makes no sense for its call."""
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """What one call does on one lane.
-
-    Args:
-        node: the call.
-        program: index of the microbatch.
-        lane: "compute", "host", "net:<axis>", "d2h", "h2d" or "nvme".
-        kind: "runs"; on the compute lane also "launches" (it only starts what another lane does) and "waits" (the lane
-            stands still).
-        start_s, end_s: seconds since the step began.
-    """
-
-    node: fx.Node
-    program: int
-    lane: str
-    kind: str
-    start_s: float
-    end_s: float
-
-    @property
-    def seconds(self) -> float:
-        """How long it takes."""
-        return self.end_s - self.start_s
 
 
 @dataclass(frozen=True)
@@ -82,7 +51,7 @@ class Timeline:
     def lanes(self) -> list[str]:
         """The lanes with any event, compute first."""
         found = {event.lane for event in self.events} | {COMPUTE}
-        return sorted(found, key=lambda lane: (_ORDER.index(lane.partition(":")[0]), lane))
+        return sorted(found, key=lambda lane: (LANES.index(lane.partition(":")[0]), lane))
 
     @cached_property
     def busy_s(self) -> dict[str, float]:
@@ -118,21 +87,6 @@ class Timeline:
     def exposed_s(self) -> float:
         """Seconds for which compute stood still, all waits together."""
         return math.fsum(event.seconds for event in self.exposed)
-
-
-def launch_of(wait: fx.Node) -> fx.Node:
-    """The launch that a wait waits for."""
-    return c10d.launched_by(wait) if c10d.is_wait(wait) else first_argument(wait)
-
-
-def is_launch(node: fx.Node) -> bool:
-    """Whether a call only starts what another lane does."""
-    return c10d.is_collective(node) or swap_ops.is_launch(node)
-
-
-def is_wait(node: fx.Node) -> bool:
-    """Whether a call ends when a launch is done."""
-    return c10d.is_wait(node) or swap_ops.is_wait(node)
 
 
 def simulate(
@@ -271,8 +225,8 @@ def _task_of(node: fx.Node, tasks: Mapping[fx.Node, Task]) -> Task:
         got = f"seconds={task.seconds!r}, launch_s={task.launch_s!r}"
         raise SimulationError.of(_name(node), expected="finite seconds, 0 or more", got=got, fix="correct its cost")
     lane = task.resource.partition(":")[0]
-    if lane and lane not in (_ORDER if is_launch(node) else (COMPUTE, HOST)):
-        expected = f"a lane of {', '.join(_ORDER)}" if is_launch(node) else "compute or host: it launches nothing"
+    if lane and lane not in (LANES if is_launch(node) else (COMPUTE, HOST)):
+        expected = f"a lane of {', '.join(LANES)}" if is_launch(node) else "compute or host: it launches nothing"
         raise SimulationError.of(_name(node), expected=expected, got=repr(task.resource), fix="correct its task")
     return task
 

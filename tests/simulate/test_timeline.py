@@ -15,20 +15,10 @@ from fxzero.cost.hardware import H100
 from fxzero.cost.tasks import FREE, Task, step_tasks
 from fxzero.graph import StepGraph, swap_ops
 from fxzero.graph import collectives as c10d
+from fxzero.graph.lanes import COMPUTE, HOST, LAUNCHES, RUNS, WAITS, Event, is_launch, is_wait, launch_of
 from fxzero.plan import Plan
 from fxzero.recipe import recipe
-from fxzero.simulate import timeline as module
-from fxzero.simulate.timeline import (
-    COMPUTE,
-    HOST,
-    LAUNCHES,
-    RUNS,
-    WAITS,
-    SimulationError,
-    Timeline,
-    is_launch,
-    simulate,
-)
+from fxzero.simulate.timeline import SimulationError, Timeline, simulate
 
 aten = torch.ops.aten
 NET = "net:dp"
@@ -237,7 +227,7 @@ def faults(timeline: Timeline, tasks: dict[fx.Node, Task]) -> Iterable[str]:
             yield f"{name} begins before its lane is free"
         if event.end_s < event.start_s:
             yield f"{name} ends before it begins"
-        if event.kind == RUNS and not module.is_wait(event.node):
+        if event.kind == RUNS and not is_wait(event.node):
             for source in event.node.all_input_nodes:
                 if event.start_s < done.get(source, 0.0) - 1e-12:
                     yield f"{name} begins before {source.name} is done"
@@ -246,7 +236,7 @@ def faults(timeline: Timeline, tasks: dict[fx.Node, Task]) -> Iterable[str]:
             done[event.node] = event.end_s
     waited = {(e.program, e.node): e.end_s for e in timeline.events if e.kind == WAITS}
     for (program, wait), end in waited.items():
-        if abs(end - timeline.transfers[program, module.launch_of(wait)].end_s) > 1e-12:
+        if abs(end - timeline.transfers[program, launch_of(wait)].end_s) > 1e-12:
             yield f"{wait.name} does not end with its launch"
     for lane, busy in timeline.busy_s.items():
         given = sum(t.seconds for n, t in tasks.items() if t.resource == lane)
@@ -273,7 +263,7 @@ def test_a_fault_in_a_timeline_is_seen(rewritten: Rewritten) -> None:
     found = simulate(step, tasks)
     events = list(found.events)
     early = next(i for i, event in enumerate(events) if event.kind == RUNS and event.start_s > 0)
-    moved = module.Event(events[early].node, 0, events[early].lane, RUNS, 0.0, events[early].seconds)
+    moved = Event(events[early].node, 0, events[early].lane, RUNS, 0.0, events[early].seconds)
     broken = Timeline(found.steps, (*events[:early], moved, *events[early + 1 :]), found.reached_s, found.step_seconds)
     assert list(faults(broken, tasks))
 
