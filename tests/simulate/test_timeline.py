@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import fx
 
 from fxzero.cost.hardware import H100
 from fxzero.cost.tasks import FREE, Task, step_tasks
 from fxzero.graph import StepGraph, swap_ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph.lanes import COMPUTE, HOST, LAUNCHES, RUNS, WAITS, Event, is_launch, is_wait, launch_of
-from fxzero.plan import Plan
-from fxzero.recipe import recipe
 from fxzero.simulate.timeline import SimulationError, Timeline, simulate
+from tests.simulate.conftest import Rewritten
 
 aten = torch.ops.aten
 NET = "net:dp"
@@ -178,43 +177,6 @@ def test_an_unknown_lane_and_a_factor_below_one_are_refused() -> None:
 
 
 # ---- captured programs
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(self.up(x).relu())
-
-
-class Blocks(nn.Module):
-    def __init__(self, depth: int, width: int = 32) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x.square().mean()
-
-
-Rewritten = Callable[..., StepGraph]
-
-
-@pytest.fixture
-def rewritten(capture: Any) -> Rewritten:
-    """`rewritten(depth, **plan)` is the program of a rank of four."""
-
-    def run(depth: int, **keys: Any) -> StepGraph:
-        plan = Plan(**keys).resolve(4)
-        model = Blocks(depth)
-        step = capture(model, torch.optim.AdamW(model.parameters()), torch.randn(8, 32))
-        step.mesh = dict(plan.axes)
-        return recipe(plan, backend="nccl").run(step, check=False)
-
-    return run
 
 
 def faults(timeline: Timeline, tasks: dict[fx.Node, Task]) -> Iterable[str]:
