@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import fx
 
-from fxzero.cost.hardware import H100
+from fxzero.cost.hardware import known_hardware
 from fxzero.cost.tasks import FREE, Task, step_tasks
 from fxzero.graph import StepGraph, swap_ops
 from fxzero.graph import collectives as c10d
@@ -21,6 +21,7 @@ from tests.simulate.conftest import Rewritten
 
 aten = torch.ops.aten
 NET = "net:dp"
+H100 = known_hardware("h100")
 
 
 class Made:

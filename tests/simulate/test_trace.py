@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fxzero.cost.hardware import H100
+from fxzero.cost.hardware import known_hardware
 from fxzero.cost.memory import memory_profile
 from fxzero.cost.tasks import step_tasks
 from fxzero.graph.lanes import COMPUTE, WAITS, is_launch
@@ -18,6 +18,8 @@ from fxzero.simulate.timeline import Timeline, simulate
 from fxzero.simulate.trace import trace_of, write_trace
 from tests.simulate.conftest import Rewritten
 from tests.simulate.trace_format import trace_faults
+
+H100 = known_hardware("h100")
 
 
 @pytest.fixture
