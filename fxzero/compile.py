@@ -332,7 +332,7 @@ class TrainStep(Profiled):
         return self._require_last()[-1].captured
 
     def report(self) -> str:
-        """Tables: state on this rank, communication per step, predicted peak, passes, time to compile."""
+        """Tables: state on this rank, communication per step, predicted peak and time, passes, time to compile."""
         from fxzero.report import report
 
         last = self._require_last()[-1]

@@ -38,7 +38,7 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "decide": BASE | {"graph", "cost", "passes", "pass_manager", "recipe"},
     "kernels": frozenset(),
     "runtime": BASE | {"plan_offload", "graph", "kernels", "capture"},
-    "report": BASE | {"graph", "cost", "pass_manager", "decide"},
+    "report": BASE | {"graph", "cost", "simulate", "pass_manager", "decide"},
     "profile": BASE | {"graph", "cost", "simulate", "runtime"},
     "compile": EVERYTHING,
     "backend": EVERYTHING,

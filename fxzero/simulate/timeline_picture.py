@@ -2,7 +2,7 @@
 
 A strip is as high as its lane is busy: in each column of the picture, the parts of its time that go to each colour are
 stacked. So a step of eight layers shows single collectives, and one of eighty, whose collectives are thinner than a
-column, shows how much of each column they take.
+column, shows what part of each (wider) column they take.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ _REDUCTIONS = (
     c10d.all_reduce_coalesced,
 )
 _COLUMNS = 1400  # about as many as the picture has
+_FEW_COLUMNS = 280  # for steps of which single transfers cannot be seen: their shares are even then
+_MANY_TRANSFERS = 500
 _STRIP = 0.62  # inches a lane
 _TIMES = (("s", 1.0), ("ms", 1e3), ("us", 1e6))
 
@@ -75,7 +77,8 @@ def draw_timeline(
     heights = [_STRIP] * len(lanes) + [2.2]
     rows = figure.subplots(len(lanes) + 1, 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     used: set[str] = set()
-    edges = np.linspace(0.0, timeline.step_seconds, _COLUMNS + 1)
+    columns = _COLUMNS if len(timeline.transfers) <= _MANY_TRANSFERS else _FEW_COLUMNS
+    edges = np.linspace(0.0, timeline.step_seconds, columns + 1)
     for axes, lane in zip(rows, lanes, strict=False):
         strip = strip_of([event for event in timeline.events if event.lane == lane], edges)
         used |= strip.keys()

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx
 
+from fxzero.cost.allocator import Allocator
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.lanes import LAUNCHES, WAITS, Event, is_wait, launch_of
@@ -28,25 +29,37 @@ _DIGITS = 3  # of a microsecond: nanoseconds
 JsonObject = dict[str, Any]
 
 
-def write_trace(timelines: Mapping[str, Timeline], path: str | Path, *, about: Mapping[str, Any] | None = None) -> None:
+def write_trace(
+    timelines: Mapping[str, Timeline],
+    path: str | Path,
+    *,
+    about: Mapping[str, Any] | None = None,
+    allocator: Allocator | None = None,
+) -> None:
     """The timelines are in a file.
 
     Args:
         timelines: name of a process -> its timeline, in the order in which they are shown.
         path: of the file, such as trace.json.
         about: what else to note: plan, hardware.
+        allocator: whose rules sizes of memory follow; default: that of the graph's device.
     """
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(trace_of(timelines, about=about), file, separators=(",", ":"))
+        json.dump(trace_of(timelines, about=about, allocator=allocator), file, separators=(",", ":"))
 
 
-def trace_of(timelines: Mapping[str, Timeline], *, about: Mapping[str, Any] | None = None) -> JsonObject:
+def trace_of(
+    timelines: Mapping[str, Timeline],
+    *,
+    about: Mapping[str, Any] | None = None,
+    allocator: Allocator | None = None,
+) -> JsonObject:
     """The JSON object of a trace; arguments as for `write_trace`."""
     events: list[JsonObject] = []
     for pid, (name, timeline) in enumerate(timelines.items(), start=1):
         events += _names(name, timeline, pid)
         events += _Process(timeline, pid).events()
-        events += _memory(memory_over_time(timeline), pid, timeline.step_seconds)
+        events += _memory(memory_over_time(timeline, allocator=allocator), pid, timeline.step_seconds)
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": dict(about or {})}
 
 
