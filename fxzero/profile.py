@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
+from fxzero.cost.hardware import Hardware, hardware_of
 from fxzero.errors import CaptureError
 from fxzero.runtime.recorder import Recorder
 from fxzero.runtime.recording import Recording, Sample
+from fxzero.simulate.prediction import predict
+from fxzero.simulate.side_by_side import SideBySide
+from fxzero.simulate.timeline import Timeline
 
 
 class Profiled:
@@ -61,3 +68,52 @@ class Profiled:
             raise CaptureError.of(where, expected="a step of known programs", got="a new capture each time", fix=fix)
         last = [id(step) for step in samples[-1].steps]
         return Recording(tuple(sample for sample in samples if [id(step) for step in sample.steps] == last))
+
+    def profile(
+        self,
+        *args: Any,
+        path: str | Path | None = "trace.json",
+        steps: int = 5,
+        hardware: Hardware | str | Path | None = None,
+        **kwargs: Any,
+    ) -> SideBySide:
+        """Record real steps, which train, and put them beside what is predicted; every rank must call it alike.
+
+        Args:
+            args, kwargs: a batch, as for a step.
+            path: of a trace for ui.perfetto.dev with the predicted and the measured step, written by rank 0; with
+                "{rank}" in it, each rank writes its own. None: no file.
+            steps: how many to record.
+            hardware: that times are predicted for: a description, its name ("h100") or its file; default: that of the
+                step's device.
+
+        Raises:
+            CaptureError: as `record`, or where the folder of `path` does not exist.
+            HardwareError: if there is no such description, or it cannot be.
+        """
+        file = None if path is None else _own_file(str(path))
+        if isinstance(hardware, (str, Path)):
+            hardware = Hardware.load(hardware)
+        recording = self.record(*args, steps=steps, **kwargs)
+        prediction = predict(recording.steps, hardware or hardware_of(recording.steps[-1]))
+        found = SideBySide(prediction, tuple(map(timeline_of, recording.samples)), recording.call_s)
+        if file is not None:
+            found.write(file)
+        return found
+
+
+def timeline_of(sample: Sample) -> Timeline:
+    """A recorded step as a timeline, for tables, traces and pictures."""
+    reached = tuple(np.array(reached, dtype=float) for reached in sample.reached_s)
+    return Timeline(sample.steps, sample.events, reached, sample.step_seconds)
+
+
+def _own_file(path: str) -> Path | None:
+    """The file that this rank writes: before any step runs, so that no rank fails alone after it."""
+    file = Path(path.replace("{rank}", str(dist.get_rank() if dist.is_initialized() else 0)))
+    if not file.parent.is_dir():
+        where = f"step.profile(..., path={path!r})"
+        fix = "make it, or give a path in one that there is"
+        raise CaptureError.of(where, expected="a folder that exists", got=str(file.parent), fix=fix)
+    writes = "{rank}" in path or not dist.is_initialized() or dist.get_rank() == 0
+    return file if writes else None

@@ -1,4 +1,4 @@
-"""The command line: `fxzero dump | passes | diff | memory | fit | simulate | env`, a module each, shown in docs/cli.md."""
+"""The command line, a module for each command: `fxzero dump`, `fxzero simulate` and so on; docs/cli.md shows them."""
 
 from __future__ import annotations
 
