@@ -33,13 +33,16 @@ class CopyRate:
     rows: list[Measured]
 
 
-def copy_rate(device: torch.device, tier: str, directory: Path, *, fast: bool = False) -> CopyRate:
+def copy_rate(
+    device: torch.device, tier: str, directory: Path, *, fresh_bytes_s: float = 0.0, fast: bool = False
+) -> CopyRate:
     """Time a small and a large tensor out to a tier and in again.
 
     Args:
         device: that they are on.
         tier: "host" or "nvme".
         directory: where files are made, and removed again.
+        fresh_bytes_s: at which large memory that a tensor comes back into becomes usable; that time is not the copy's.
         fast: smaller, fewer.
 
     Raises:
@@ -51,6 +54,9 @@ def copy_rate(device: torch.device, tier: str, directory: Path, *, fast: bool = 
         times = {size: _out_and_in(swapper, device, tier, size) for size in (SMALL_BYTES, large)}
     finally:
         swapper.close()
+    if fresh_bytes_s:
+        out_s, in_s = times[large]
+        times[large] = (out_s, max(out_s, in_s - large / fresh_bytes_s))
     latency_s = statistics.median(times[SMALL_BYTES])
     rate = (large - SMALL_BYTES) / max(max(times[large]) - latency_s, 1e-9)
     rows = [

@@ -81,7 +81,8 @@ class Calibration:
     def measure_copies(self) -> None:
         """Tiers of offload."""
         for tier in ("host", "nvme"):
-            self.found[tier] = copy_rate(self.device, tier, self.directory, fast=self.fast)
+            fresh = self.found["fresh_bytes_s"]
+            self.found[tier] = copy_rate(self.device, tier, self.directory, fresh_bytes_s=fresh, fast=self.fast)
             self.rows += self.found[tier].rows
 
     def hardware(self, name: str) -> Hardware:
