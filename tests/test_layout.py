@@ -38,6 +38,7 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "decide": BASE | {"graph", "cost", "passes", "pass_manager", "recipe"},
     "kernels": frozenset(),
     "runtime": BASE | {"plan_offload", "graph", "kernels", "capture"},
+    "calibrate": BASE | {"graph", "cost", "runtime"},
     "report": BASE | {"graph", "cost", "simulate", "pass_manager", "decide"},
     "profile": BASE | {"graph", "cost", "simulate", "runtime"},
     "compile": EVERYTHING,
