@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import fx
 
 from fxzero.cost.hardware import Hardware, hardware_of
+from fxzero.cost.tasks import FREE, Task
 from fxzero.errors import CaptureError
+from fxzero.graph.lanes import COMPUTE, RUNS, is_launch
 from fxzero.runtime.recorder import Recorder
 from fxzero.runtime.recording import Recording, Sample
 from fxzero.simulate.prediction import predict
 from fxzero.simulate.side_by_side import SideBySide
-from fxzero.simulate.timeline import Timeline
+from fxzero.simulate.timeline import Timeline, simulate
 
 
 class Profiled:
@@ -96,7 +99,8 @@ class Profiled:
             hardware = Hardware.load(hardware)
         recording = self.record(*args, steps=steps, **kwargs)
         prediction = predict(recording.steps, hardware or hardware_of(recording.steps[-1]))
-        found = SideBySide(prediction, tuple(map(timeline_of, recording.samples)), recording.call_s)
+        replayed = simulate(recording.steps, recorded_tasks(recording))
+        found = SideBySide(prediction, replayed, tuple(map(timeline_of, recording.samples)), recording.call_s)
         if file is not None:
             found.write(file)
         return found
@@ -106,6 +110,23 @@ def timeline_of(sample: Sample) -> Timeline:
     """A recorded step as a timeline, for tables, traces and pictures."""
     reached = tuple(np.array(reached, dtype=float) for reached in sample.reached_s)
     return Timeline(sample.steps, sample.events, reached, sample.step_seconds)
+
+
+def recorded_tasks(recording: Recording) -> dict[fx.Node, Task]:
+    """What each call occupied, as it was measured: medians, with all that other lanes did to it at the time."""
+    lanes = {event.node: event.lane for event in recording.typical.events if event.kind == RUNS}
+    tasks: dict[fx.Node, Task] = {}
+    for step in {id(step): step for step in recording.steps}.values():
+        seconds = recording.seconds_of(step)
+        for node in step.calls():
+            if node.name in seconds:
+                launch_s = recording.launch_s.get(node.name, 0.0)
+                tasks[node] = Task(lanes[node], seconds[node.name], launch_s)
+            elif is_launch(node):  # what the host uploads: its call does it all
+                tasks[node] = Task(COMPUTE, recording.launch_s.get(node.name, 0.0))
+            else:
+                tasks[node] = FREE
+    return tasks
 
 
 def _own_file(path: str) -> Path | None:

@@ -51,11 +51,14 @@ class SideBySide:
 
     Args:
         prediction: of these programs.
+        replayed: the simulator's timeline of the times that each call was measured to take: what of a difference is
+            due to the costs, and what to the way in which programs are taken to run.
         measured: the recorded steps.
         call_s: median seconds of the whole call of the step, of which the programs are a part.
     """
 
     prediction: Prediction
+    replayed: Timeline
     measured: tuple[Timeline, ...]
     call_s: float
 
@@ -109,8 +112,10 @@ class SideBySide:
     def __str__(self) -> str:
         head = (
             f"predicted {time_text(self.predicted_s)} on {self.prediction.hardware.name}, measured "
-            f"{time_text(self.measured_s)} (median of {len(self.measured)} steps): ratio {self.ratio:.3f}; "
-            f"the whole call takes {time_text(self.call_s)}"
+            f"{time_text(self.measured_s)} (median of {len(self.measured)} steps): ratio {self.ratio:.3f}\n"
+            f"with the measured time of each call the prediction is {time_text(self.replayed.step_seconds)}: ratio "
+            f"{self.replayed.step_seconds / self.measured_s:.3f}\n"
+            f"the whole call of the step takes {time_text(self.call_s)}"
         )
         return "\n\n".join([head, _table(self.by_lane(), "busy lane"), _table(self.by_class(), "class of calls")])
 

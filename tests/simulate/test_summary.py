@@ -16,7 +16,7 @@ from fxzero.cost.hardware import known_hardware
 from fxzero.errors import CaptureError
 from fxzero.graph.lanes import COMPUTE, Event, is_launch
 from fxzero.simulate.prediction import Prediction, predict
-from fxzero.simulate.side_by_side import SideBySide, class_of
+from fxzero.simulate.side_by_side import class_of
 from fxzero.simulate.summary import exposed_by_place, exposed_table, lane_table, timeline_tables
 from tests.simulate.conftest import Rewritten
 from tests.simulate.trace_format import trace_faults
@@ -87,11 +87,18 @@ def test_a_call_that_took_twice_as_long_is_seen_in_its_class(step: Any) -> None:
         Event(e.node, e.program, e.lane, e.kind, e.start_s, e.end_s + (e.seconds if class_of(e) == "matmul" else 0))
         for e in timeline.events
     ]
-    again = SideBySide(found.prediction, (dataclasses.replace(timeline, events=tuple(longer)),), found.call_s)
+    again = dataclasses.replace(found, measured=(dataclasses.replace(timeline, events=tuple(longer)),))
     before = {row.what: row.measured_s for row in found.by_class()}
     after = {row.what: row.measured_s for row in again.by_class()}
     assert after.pop("matmul") == pytest.approx(2 * before.pop("matmul"))
     assert after == before
+
+
+def test_measured_times_played_by_the_simulator_give_the_measured_step(step: Any) -> None:
+    """One step of one rank: nothing but compute, one call after the other."""
+    found = step.profile(torch.randn(32, 64), path=None, steps=1)
+    assert found.replayed.step_seconds == pytest.approx(found.measured_s, rel=1e-6)
+    assert "with the measured time of each call the prediction is" in str(found)
 
 
 def test_a_trace_in_a_folder_that_is_not_there_is_refused_before_any_step(step: Any, tmp_path: Path) -> None:
