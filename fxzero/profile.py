@@ -99,7 +99,7 @@ class Profiled:
             hardware = Hardware.load(hardware)
         recording = self.record(*args, steps=steps, **kwargs)
         prediction = predict(recording.steps, hardware or hardware_of(recording.steps[-1]))
-        replayed = simulate(recording.steps, recorded_tasks(recording))
+        replayed = simulate(recording.steps, recorded_tasks(Recording((recording.typical,))))
         found = SideBySide(prediction, replayed, tuple(map(timeline_of, recording.samples)), recording.call_s)
         if file is not None:
             found.write(file)

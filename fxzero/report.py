@@ -20,6 +20,7 @@ from fxzero.pass_manager import PassRecord
 from fxzero.plan import Plan
 from fxzero.simulate.prediction import predict
 from fxzero.simulate.summary import timeline_tables
+from fxzero.simulate.timeline import SimulationError
 
 MIB = 2**20
 LARGEST = 12  # rows of what stands at the peak
@@ -55,13 +56,20 @@ def report(
         _communication_table(steps),
         memory_tables(highest_profile(steps, allocator=allocator)[1]),
         swap_table(swapped_in_step(steps)),
-        timeline_tables(predict(steps, hardware or hardware_of(last))),
+        _time(steps, hardware or hardware_of(last)),
         "" if decision is None else str(decision),
         _waiting_lines(last),
         _pass_table(records),
         "compiled in " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _time(steps: Sequence[StepGraph], hardware: Hardware) -> str:
+    try:
+        return timeline_tables(predict(steps, hardware))
+    except SimulationError as error:
+        return f"the time of the step is not predicted: {error}"
 
 
 def _mib(num: float) -> str:

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import fx
 
 from fxzero.cost.hardware import Hardware
 from fxzero.cost.tasks import Task, step_tasks
 from fxzero.graph import StepGraph
 from fxzero.graph.lanes import COMPUTE
-from fxzero.simulate.timeline import Timeline, simulate
+from fxzero.simulate.timeline import SimulationError, Timeline, simulate
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,25 @@ def predict(
         recorded: signature of an op -> measured seconds (`step_tasks`).
 
     Raises:
-        SimulationError: if a cost makes no sense.
+        SimulationError: if a cost makes no sense, or there is none because a shape is known only when the step runs.
     """
     tasks: dict[fx.Node, Task] = {}
     for step in {id(step): step for step in steps}.values():
+        _check_shapes(step)
         tasks |= step_tasks(step, hardware, recorded=recorded)
     return Prediction(hardware, tasks, simulate(steps, tasks, slowdown=hardware.slowdown))
+
+
+def _check_shapes(step: StepGraph) -> None:
+    """Raise SimulationError where a shape depends on values: what such a call takes is not known before."""
+    for node in step.calls():
+        val = node.meta.get("val")
+        for tensor in val if isinstance(val, (list, tuple)) else [val]:
+            if isinstance(tensor, torch.Tensor) and not isinstance(tensor.numel(), int):
+                where = f"%{node.name} of {node.meta.get('module') or 'the model'}"
+                raise SimulationError.of(
+                    where,
+                    expected="a shape that is known before the step runs",
+                    got=f"{node.target}, whose shape depends on values",
+                    fix="see what it takes with step.record()",
+                )

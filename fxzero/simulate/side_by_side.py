@@ -51,8 +51,8 @@ class SideBySide:
 
     Args:
         prediction: of these programs.
-        replayed: the simulator's timeline of the times that each call was measured to take: what of a difference is
-            due to the costs, and what to the way in which programs are taken to run.
+        replayed: the simulator's timeline of the times that the calls of the typical step took: what of a difference
+            is due to the costs, and what to the way in which programs are taken to run.
         measured: the recorded steps.
         call_s: median seconds of the whole call of the step, of which the programs are a part.
     """
@@ -113,8 +113,8 @@ class SideBySide:
         head = (
             f"predicted {time_text(self.predicted_s)} on {self.prediction.hardware.name}, measured "
             f"{time_text(self.measured_s)} (median of {len(self.measured)} steps): ratio {self.ratio:.3f}\n"
-            f"with the measured time of each call the prediction is {time_text(self.replayed.step_seconds)}: ratio "
-            f"{self.replayed.step_seconds / self.measured_s:.3f}\n"
+            f"the simulator with the measured times of its calls: {time_text(self.replayed.step_seconds)}, ratio "
+            f"{self.replayed.step_seconds / self.typical.step_seconds:.3f}\n"
             f"the whole call of the step takes {time_text(self.call_s)}"
         )
         return "\n\n".join([head, _table(self.by_lane(), "busy lane"), _table(self.by_class(), "class of calls")])

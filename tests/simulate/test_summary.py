@@ -18,6 +18,7 @@ from fxzero.graph.lanes import COMPUTE, Event, is_launch
 from fxzero.simulate.prediction import Prediction, predict
 from fxzero.simulate.side_by_side import class_of
 from fxzero.simulate.summary import exposed_by_place, exposed_table, lane_table, timeline_tables
+from fxzero.simulate.timeline import SimulationError
 from tests.simulate.conftest import Rewritten
 from tests.simulate.trace_format import trace_faults
 
@@ -98,7 +99,7 @@ def test_measured_times_played_by_the_simulator_give_the_measured_step(step: Any
     """One step of one rank: nothing but compute, one call after the other."""
     found = step.profile(torch.randn(32, 64), path=None, steps=1)
     assert found.replayed.step_seconds == pytest.approx(found.measured_s, rel=1e-6)
-    assert "with the measured time of each call the prediction is" in str(found)
+    assert "the simulator with the measured times of its calls: " in str(found)
 
 
 def test_a_trace_in_a_folder_that_is_not_there_is_refused_before_any_step(step: Any, tmp_path: Path) -> None:
@@ -118,3 +119,16 @@ def test_a_report_says_what_the_step_takes(step: Any) -> None:
     step(torch.randn(32, 64))
     text = step.report()
     assert "predicted step " in text and "on cpu" in text and "what would make the step shorter:" in text
+
+
+def test_a_shape_that_only_the_run_knows_is_said_not_guessed() -> None:
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = fxzero.compile(model, optimizer, fxzero.Plan(), loss=lambda model, x: model(x)[x > 0].square().mean())
+    x = torch.randn(4, 8)
+    step(x)
+    text = step.report()
+    assert "the time of the step is not predicted: %" in text and "depends on values; see what it takes" in text
+    assert step.record(x, steps=1).step_seconds > 0
+    with pytest.raises(SimulationError, match="expected a shape that is known before the step runs"):
+        step.profile(x, path=None, steps=1)
