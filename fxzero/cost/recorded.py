@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxzero.cost.compute import computes
 from fxzero.cost.machine_name import device_name
 from fxzero.cost.signature import signature
 from fxzero.errors import HardwareError
-from fxzero.graph import StepGraph, swap_ops
+from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
+from fxzero.graph.step_graph import is_getitem
 from fxzero.graph.storage import InPlace
 
 FORMAT = 1
@@ -43,12 +43,12 @@ class Machine:
 
     Args:
         device: as the system calls it.
-        torch: its version.
+        torch_version: of torch.
         threads: of one process, on a CPU; 0 on a GPU.
     """
 
     device: str
-    torch: str
+    torch_version: str
     threads: int
 
     @classmethod
@@ -58,7 +58,7 @@ class Machine:
         return cls(device_name(device), str(torch.__version__), threads)
 
     def __str__(self) -> str:
-        return f"{self.device}, torch {self.torch}" + (f", {self.threads} threads" if self.threads else "")
+        return f"{self.device}, torch {self.torch_version}" + (f", {self.threads} threads" if self.threads else "")
 
 
 @dataclass(frozen=True)
@@ -177,11 +177,9 @@ class RecordedCosts:
 def costs_from(step: StepGraph, seconds: Mapping[Any, float]) -> dict[str, float]:
     """Signature -> median seconds, of one program's recorded calls.
 
-    What takes no time of its own is left out: views, waits (they stand for what they wait for), releases.
-
     Args:
         step: the program that was recorded.
-        seconds: node, or its name, -> seconds.
+        seconds: node, or its name, -> seconds: of a launch on its lane, of a wait without the time that it stood still.
 
     Raises:
         HardwareError: a name that is no call of this program.
@@ -194,7 +192,7 @@ def costs_from(step: StepGraph, seconds: Mapping[Any, float]) -> dict[str, float
         if node is None:
             fix = "give the program that was recorded"
             raise HardwareError.of("recorded seconds", expected="calls of this program", got=repr(key), fix=fix)
-        if c10d.is_collective(node) or swap_ops.is_launch(node) or (computes(node) and not swap_ops.is_wait(node)):
+        if node.op == "call_function" and not is_getitem(node) and not c10d.is_release(node):
             text = signature(node, step.mesh, form=forms.get(node))
             _check_seconds(text, value)
             found.setdefault(text, []).append(value)
