@@ -98,12 +98,21 @@ class Profiled:
         if isinstance(hardware, (str, Path)):
             hardware = Hardware.load(hardware)
         recording = self.record(*args, steps=steps, **kwargs)
-        prediction = predict(recording.steps, hardware or hardware_of(recording.steps[-1]))
-        replayed = simulate(recording.steps, recorded_tasks(Recording((recording.typical,))))
-        found = SideBySide(prediction, replayed, tuple(map(timeline_of, recording.samples)), recording.call_s)
+        found = side_by_side(recording, hardware or hardware_of(recording.steps[-1]))
         if file is not None:
             found.write(file)
         return found
+
+
+def side_by_side(recording: Recording, hardware: Hardware) -> SideBySide:
+    """What was recorded beside what is predicted for a machine.
+
+    Raises:
+        SimulationError: if the time of the step cannot be predicted.
+    """
+    prediction = predict(recording.steps, hardware)
+    replayed = simulate(recording.steps, recorded_tasks(Recording((recording.typical,))))
+    return SideBySide(prediction, replayed, tuple(map(timeline_of, recording.samples)), recording.call_s)
 
 
 def timeline_of(sample: Sample) -> Timeline:

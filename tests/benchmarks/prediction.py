@@ -3,9 +3,10 @@
     fxzero calibrate --out machine.toml
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 tests/benchmarks/prediction.py --hardware machine.toml
 
-Three times stand beside each other for each plan: that of the step without recording, that of the recorded step, and
-the predicted one. `replay` is the simulator with the measured times of the recorded step's calls: it says how well
-the simulator knows how programs run, whatever calls cost. Run it on a machine that does nothing else.
+Times of each plan's programs: measured without recording and with it, predicted from the machine's description, and
+predicted with the costs that were just recorded, by signature of the calls. `replay` is the simulator with the times
+that the calls of one recorded step took, over the time of that step: it says how well the simulator knows how programs
+run, whatever calls cost. Run it on a machine that does nothing else.
 """
 
 import argparse
@@ -27,6 +28,9 @@ from job import JOBS, Llama  # noqa: E402
 
 import fxzero  # noqa: E402
 from fxzero.cost.hardware import Hardware  # noqa: E402
+from fxzero.cost.recorded import costs_from  # noqa: E402
+from fxzero.profile import side_by_side  # noqa: E402
+from fxzero.simulate.prediction import predict  # noqa: E402
 
 PLANS = {
     "zero 3": {"zero": 3},
@@ -57,13 +61,17 @@ def measure(plan, args, size, hardware):
         step(x_BT, x_BT)
         if index >= 2:  # the first compiles, the second warms up
             plain.append(time.perf_counter() - start)
-    found = step.profile(x_BT, x_BT, path=None, steps=args.steps, hardware=hardware)
-    outside_s = found.call_s - found.measured_s
+    recording = step.record(x_BT, x_BT, steps=args.steps)
+    found = side_by_side(recording, hardware)
+    costs = {}
+    for program in recording.steps:
+        costs |= costs_from(program, recording.seconds_of(program))
     return {
-        "plain_s": statistics.median(plain) - outside_s,
-        "recorded_s": found.measured_s,
+        "plain_s": statistics.median(plain) - (recording.call_s - recording.step_seconds),
+        "recorded_s": recording.step_seconds,
         "spread": max(plain) / min(plain),
         "predicted_s": found.predicted_s,
+        "with_costs_s": predict(recording.steps, hardware, recorded=costs).seconds,
         "replay": found.replayed.step_seconds / found.typical.step_seconds,
         "classes": [vars(row) for row in found.by_class()],
     }
@@ -73,10 +81,11 @@ def table(rows):
     """As text; ratios are to the step without recording."""
     shown = []
     for name, row in rows.items():
-        times = [f"{1e3 * row[key]:.1f}" for key in ("plain_s", "recorded_s", "predicted_s")]
-        ratios = [f"{row['predicted_s'] / row['plain_s']:.3f}", f"{row['replay']:.3f}", f"{row['spread']:.2f}"]
-        shown.append([name, *times, *ratios])
-    headers = ["plan", "measured ms", "recorded ms", "predicted ms", "predicted/measured", "replay", "max/min"]
+        times = [f"{1e3 * row[key]:.1f}" for key in ("plain_s", "recorded_s", "predicted_s", "with_costs_s")]
+        ratios = [row[key] / row["plain_s"] for key in ("predicted_s", "with_costs_s")]
+        shown.append([name, *times, *(f"{ratio:.3f}" for ratio in (*ratios, row["replay"], row["spread"]))])
+    headers = ["plan", "measured ms", "recorded ms", "predicted ms", "with costs ms", "predicted/measured"]
+    headers += ["with costs/measured", "replay", "max/min"]
     return tabulate(shown, headers=headers, disable_numparse=True)
 
 
