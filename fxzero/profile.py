@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import fx
 
 from fxzero.cost.hardware import Hardware, hardware_of
+from fxzero.cost.recorded import RecordedCosts, costs_from
 from fxzero.cost.tasks import FREE, Task
 from fxzero.errors import CaptureError
 from fxzero.graph.lanes import COMPUTE, RUNS, is_launch
@@ -33,7 +34,7 @@ class Profiled:
         """A step; TrainStep says how."""
         raise NotImplementedError
 
-    def record(self, *args: Any, steps: int = 5, **kwargs: Any) -> Recording:
+    def record(self, *args: Any, steps: int = 5, costs: str | Path | None = None, **kwargs: Any) -> Recording:
         """Run real steps, which train, with a time stamp between their calls; every rank must call it alike.
 
         Where no step has run yet, one more runs first, which compiles it.
@@ -41,10 +42,13 @@ class Profiled:
         Args:
             args, kwargs: a batch, as for a step.
             steps: how many to record.
+            costs: a file of recorded costs, by signature of the calls; rank 0 adds what it saw, or begins it.
 
         Raises:
-            CaptureError: if `steps` is not 1 or more, or each step was captured anew.
+            CaptureError: if `steps` is not 1 or more, or each step was captured anew, or the file has no folder.
+            HardwareError: if the file holds costs of another machine.
         """
+        file = None if costs is None else _own_file(str(costs), "record(..., costs=")
         if steps < 1:
             where = "step.record(..., steps=)"
             raise CaptureError.of(where, expected="1 or more", got=repr(steps), fix="leave it out, or give 5")
@@ -70,7 +74,10 @@ class Profiled:
             fix = "give more steps; if that does not help, see what causes the captures in the log 'fxzero'"
             raise CaptureError.of(where, expected="a step of known programs", got="a new capture each time", fix=fix)
         last = [id(step) for step in samples[-1].steps]
-        return Recording(tuple(sample for sample in samples if [id(step) for step in sample.steps] == last))
+        recording = Recording(tuple(sample for sample in samples if [id(step) for step in sample.steps] == last))
+        if file is not None:
+            costs_of(recording, self._device).merged_into(file)
+        return recording
 
     def profile(
         self,
@@ -94,7 +101,7 @@ class Profiled:
             CaptureError: as `record`, or where the folder of `path` does not exist.
             HardwareError: if there is no such description, or it cannot be.
         """
-        file = None if path is None else _own_file(str(path))
+        file = None if path is None else _own_file(str(path), "profile(..., path=")
         if isinstance(hardware, (str, Path)):
             hardware = Hardware.load(hardware)
         recording = self.record(*args, steps=steps, **kwargs)
@@ -138,11 +145,19 @@ def recorded_tasks(recording: Recording) -> dict[fx.Node, Task]:
     return tasks
 
 
-def _own_file(path: str) -> Path | None:
+def costs_of(recording: Recording, device: torch.device) -> RecordedCosts:
+    """What was recorded, by signature of the calls, for this machine."""
+    found = RecordedCosts.here(device)
+    for step in {id(step): step for step in recording.steps}.values():
+        found = found.adding(costs_from(step, recording.seconds_of(step)))
+    return found
+
+
+def _own_file(path: str, what: str) -> Path | None:
     """The file that this rank writes: before any step runs, so that no rank fails alone after it."""
     file = Path(path.replace("{rank}", str(dist.get_rank() if dist.is_initialized() else 0)))
     if not file.parent.is_dir():
-        where = f"step.profile(..., path={path!r})"
+        where = f"step.{what}{path!r})"
         fix = "make it, or give a path in one that there is"
         raise CaptureError.of(where, expected="a folder that exists", got=str(file.parent), fix=fix)
     writes = "{rank}" in path or not dist.is_initialized() or dist.get_rank() == 0

@@ -47,7 +47,13 @@ def changes_of(plan: Plan) -> list[dict[str, Any]]:
 
 
 def try_changes(
-    captured: Sequence[StepGraph], plan: Plan, hardware: Hardware, *, backend: str, allocator: Allocator
+    captured: Sequence[StepGraph],
+    plan: Plan,
+    hardware: Hardware,
+    *,
+    backend: str,
+    allocator: Allocator,
+    recorded: Mapping[str, float] | None = None,
 ) -> list[Tried]:
     """Each change by itself, the shortest step first; what is not possible comes last.
 
@@ -57,6 +63,7 @@ def try_changes(
         hardware: the machine.
         backend: what carries collectives.
         allocator: whose rules the peak follows.
+        recorded: signature of an op -> measured seconds.
     """
     found = []
     for keys in changes_of(plan):
@@ -64,7 +71,7 @@ def try_changes(
             other = plan.replace(**keys)
             steps = run_decided(captured, other, Progress(None), backend=backend, check=False)
             _, profile = highest_profile(steps, allocator=allocator)
-            found.append(Tried(keys, predict(steps, hardware).seconds, profile.peak_bytes))
+            found.append(Tried(keys, predict(steps, hardware, recorded=recorded).seconds, profile.peak_bytes))
         except FxzeroError as error:
             found.append(Tried(keys, refused=str(error)))
     return sorted(found, key=lambda item: (bool(item.refused), item.seconds))

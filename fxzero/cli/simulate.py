@@ -19,6 +19,7 @@ from fxzero.cost.allocator import Allocator
 from fxzero.cost.compute import matrix_flops
 from fxzero.cost.hardware import Hardware, hardware_of
 from fxzero.cost.memory import MemoryProfile, highest_profile
+from fxzero.cost.recorded import Machine, RecordedCosts
 from fxzero.graph import StepGraph
 from fxzero.graph.text import size_text
 from fxzero.plan import Plan
@@ -71,6 +72,9 @@ def add_command(commands: Any) -> None:
     add_target_options(parser)
     about = "h100, h200, a100, h100_ethernet, cpu, or a TOML file; default: what --backend stands for"
     parser.add_argument("--hardware", metavar="NAME|FILE", help=about)
+    about = "costs that step.record(..., costs=FILE) measured, by op, instead of estimates"
+    parser.add_argument("--recorded", metavar="FILE", help=about)
+    parser.add_argument("--force-recorded", action="store_true", help="take them from another machine, too")
     parser.add_argument("--png", metavar="FILE", help="draw the timeline (.svg and .pdf too)")
     parser.add_argument("--trace", metavar="FILE", help="write it for ui.perfetto.dev and chrome://tracing")
     parser.add_argument("--advise", action="store_true", help="try some changes of the plan, and say what each gains")
@@ -90,13 +94,14 @@ def run(args: argparse.Namespace) -> None:
     if args.png is not None:
         check_can_draw(args.png)
     hardware = None if args.hardware is None else Hardware.load(args.hardware)
+    recorded = _recorded(args)
     progress = progress_of(args)
     captured = capture_microbatches(args.target, plan, progress)
     if hardware is None:
         hardware = hardware_of(captured[-1], backend=args.backend)
     steps = run_decided(captured, plan, progress, backend=args.backend, check=not args.no_verify)
     with progress.stage("simulate", f"simulate {sum(len(step.graph.nodes) for step in steps):,} nodes"):
-        prediction = predict(steps, hardware)
+        prediction = predict(steps, hardware, recorded=recorded)
     allocator = allocator_of(args)
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.axes.items())
     several = f", {len(steps)} microbatches" if len(steps) > 1 else ""
@@ -104,11 +109,18 @@ def run(args: argparse.Namespace) -> None:
     tried: list[Tried] = []
     if args.advise:
         with progress.stage("advise", "try changes of the plan"):
-            tried = try_changes(captured, plan, hardware, backend=args.backend, allocator=allocator)
+            tried = try_changes(captured, plan, hardware, backend=args.backend, allocator=allocator, recorded=recorded)
     _, profile = highest_profile(steps, allocator=allocator)
     found = Found(what, prediction, profile, throughput_of(captured, plan, prediction), tried)
     _draw(args, found, allocator, progress)
     write(_as_json(found) if args.json else _as_text(found), args.out)
+
+
+def _recorded(args: argparse.Namespace) -> dict[str, float] | None:
+    if args.recorded is None:
+        return None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return RecordedCosts.load(args.recorded, machine=Machine.of(device), force=args.force_recorded).seconds
 
 
 def throughput_of(captured: list[StepGraph], plan: Plan, prediction: Prediction) -> Throughput:

@@ -11,6 +11,7 @@ import pytest
 
 from fxzero.cli import main
 from fxzero.cli.advice import changes_of
+from fxzero.cost.recorded import Machine, RecordedCosts
 from fxzero.plan import Plan
 from tests.simulate.trace_format import trace_faults
 
@@ -80,6 +81,16 @@ def test_advice_as_text_says_what_it_costs_in_memory(call: Any) -> None:
     code, out, err = call(TARGET, "--world", "8", "--advise", "--no-verify")
     assert code == 0 and "try changes of the plan" in err
     assert re.search(r"with +step +shorter by +peak GiB", out) and "recompute=blocks" in out
+
+
+def test_recorded_costs_are_taken_for_this_machine_alone(call: Any, tmp_path: Path) -> None:
+    file = tmp_path / "costs.json"
+    file.write_text(RecordedCosts(Machine("another CPU", "2.0", 1), {"mm": (1.0,)}).as_text())
+    code, _, err = call("no_file.py:step", "--world", "2", "--recorded", str(file))
+    assert code == 2 and "got costs of another CPU, torch 2.0, 1 threads" in err
+    options = (TARGET, "--world", "2", "--quiet", "--no-verify", "--json")
+    code, out, _ = call(*options, "--recorded", str(file), "--force-recorded")
+    assert code == 0 and json.loads(out)["step_seconds"] == json.loads(call(*options)[1])["step_seconds"]
 
 
 def test_changes_are_none_of_the_plan_itself() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 import fxzero
 from fxzero.cost.hardware import known_hardware
+from fxzero.cost.recorded import Machine, RecordedCosts
 from fxzero.errors import CaptureError
 from fxzero.graph.lanes import COMPUTE, Event, is_launch
 from fxzero.simulate.prediction import Prediction, predict
@@ -132,3 +133,19 @@ def test_a_shape_that_only_the_run_knows_is_said_not_guessed() -> None:
     assert step.record(x, steps=1).step_seconds > 0
     with pytest.raises(SimulationError, match="expected a shape that is known before the step runs"):
         step.profile(x, path=None, steps=1)
+
+
+def test_recorded_costs_are_kept_and_predicted_with(step: Any, tmp_path: Path) -> None:
+    x, file = torch.randn(32, 64), tmp_path / "costs.json"
+    recording = step.record(x, steps=2, costs=file)
+    known = RecordedCosts.load(file, machine=Machine.of(torch.device("cpu")))
+    hardware = known_hardware("cpu")
+    found = predict(step.graphs, hardware, recorded=known.seconds)
+    (product,) = (node for node in step.graph.calls() if node.name == "addmm")
+    assert found.tasks[product].seconds == pytest.approx(recording.seconds["addmm"])
+    assert predict(step.graphs, hardware).tasks[product].seconds != found.tasks[product].seconds
+    step.record(x, steps=1, costs=file)
+    again = RecordedCosts.load(file, machine=Machine.of(torch.device("cpu")))
+    assert {len(runs) for runs in again.runs.values()} == {2}
+    with pytest.raises(CaptureError, match=r"step.record.*expected a folder that exists"):
+        step.record(x, costs=tmp_path / "none" / "costs.json")
