@@ -8,6 +8,7 @@ Rank 0 writes the medians; `collective_rates` makes rates of them.
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -92,30 +93,52 @@ def measure(world: int, *, threads: int, fast: bool = False) -> Collectives:
 
 
 def collective_rates(found: Mapping[str, Any]) -> Collectives:
-    """Rates, from medians: each kind is overhead + bytes / rate, fitted by least squares of relative errors.
+    """Rates, from medians.
 
-    The fastest kind stands for the link; what a kind takes beside its messages is its overhead.
+    What no bytes take is found by a line through all sizes of a kind; the least of it stands for the link, the rest is
+    the kind's overhead. What is left of each size is bytes over a rate; the best one stands for the link.
     """
     ranks = int(found["ranks"])
+    medians = {kind: _not_falling(by_size) for kind, by_size in found["seconds"].items()}
     fits: dict[str, tuple[float, float]] = {}
-    for kind, by_size in found["seconds"].items():
-        sizes = np.array([steps_and_bytes(kind, float(size), ranks)[1] for size in by_size])
-        seconds = np.array([times[TOTAL] for times in by_size.values()])
-        fits[kind] = _line(sizes, seconds)
-    rate = max(rate for _, rate in fits.values())
+    for kind, seconds in medians.items():
+        sizes = np.array([steps_and_bytes(kind, size, ranks)[1] for size in seconds])
+        fits[kind] = _line(sizes, np.array(list(seconds.values())))
     latency_s = min(constant / steps_and_bytes(kind, 0, ranks)[0] for kind, (constant, _) in fits.items())
-    rates = {
-        kind: CollectiveRate(constant - latency_s * steps_and_bytes(kind, 0, ranks)[0], min(1.0, own / rate))
-        for kind, (constant, own) in fits.items()
-    }
-    rows = []
-    for kind, by_size in found["seconds"].items():
-        for size, times in by_size.items():
-            steps, moved = steps_and_bytes(kind, float(size), ranks)
-            predicted = rates[kind].overhead_s + steps * latency_s + moved / (rate * rates[kind].efficiency)
+    reached = {kind: _reached(kind, seconds, fits[kind], ranks) for kind, seconds in medians.items()}
+    rate = max(max(by_size.values()) for by_size in reached.values())
+    rates, rows = {}, []
+    for kind, (constant, _) in fits.items():
+        steps = steps_and_bytes(kind, 0, ranks)[0]
+        parts = tuple(own / rate for own in reached[kind].values())
+        rates[kind] = CollectiveRate(max(0.0, constant - latency_s * steps), tuple(reached[kind]), parts)
+        for size, times in found["seconds"][kind].items():
+            moved_s = steps_and_bytes(kind, float(size), ranks)[1] / (rate * rates[kind].part(float(size)))
+            predicted = rates[kind].overhead_s + steps * latency_s + moved_s
             rows.append(Measured(f"collectives.{kind}", f"{int(size):,} bytes over {ranks}", times[TOTAL], predicted))
     launch_s = statistics.median(min(t[LAUNCH] for t in by_size.values()) for by_size in found["seconds"].values())
     return Collectives(Link(latency_s, rate), launch_s, rates, max(1.0, float(found["slowdown"])), rows)
+
+
+def _not_falling(by_size: Mapping[str, Mapping[str, float]]) -> dict[float, float]:
+    """Size -> seconds, ascending; where a size seemed to take longer than a larger one, other work was in the way."""
+    found: dict[float, float] = {}
+    least = math.inf
+    for size in sorted(by_size, key=float, reverse=True):
+        least = min(least, by_size[size][TOTAL])
+        found[float(size)] = least
+    return dict(reversed(found.items()))
+
+
+def _reached(kind: str, by_size: Mapping[float, float], fit: tuple[float, float], ranks: int) -> dict[float, float]:
+    """Size -> bytes a second on the link; small sizes, where latency is most of the time, by the line through all."""
+    constant, rate = fit
+    found = {}
+    for size, seconds in by_size.items():
+        moved = steps_and_bytes(kind, size, ranks)[1]
+        left_s = seconds - constant
+        found[size] = moved / left_s if left_s > constant else rate
+    return found
 
 
 def _line(sizes: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
@@ -214,21 +237,20 @@ def _slowdown(start: Callable[[torch.Tensor], Any], device: torch.device) -> flo
         _settle(whole)
         return time.perf_counter() - began
 
-    dist.barrier()
     chunks(5)
-    one = statistics.median(chunks(5) / 5 for _ in range(5))
     dist.barrier()
-    began = time.perf_counter()
-    start(whole)()
-    _settle(whole)
-    number = max(1, int(0.5 * (time.perf_counter() - began) / one))  # ends before the collective does
-    factors = []
-    for _ in range(5):
+    one = statistics.median(chunks(5) / 5 for _ in range(5))
+    under_way = statistics.median(_median_of(start, whole, fast=True)[TOTAL] for _ in range(2))
+    number = max(1, int(0.5 * under_way / one))  # ends before the collective does
+    alone, beside = [], []
+    for _ in range(9):  # in turns, so that what else the machine does falls on both
+        dist.barrier()
+        alone.append(chunks(number))
         dist.barrier()
         wait = start(whole)
-        factors.append(chunks(number) / (number * one))
+        beside.append(chunks(number))
         wait()
-    return statistics.median(factors)
+    return statistics.median(beside) / statistics.median(alone)
 
 
 def _settle(tensor: torch.Tensor) -> None:

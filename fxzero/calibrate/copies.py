@@ -13,7 +13,7 @@ from fxzero.calibrate.timing import Measured
 from fxzero.runtime.swap.swapper import Swapper
 
 SMALL_BYTES = 2**12
-LARGE_BYTES = {"host": 2**25, "nvme": 2**26}
+LARGE_BYTES = 2**26
 FAST_BYTES = 2**20
 SAMPLES = 5
 
@@ -48,7 +48,7 @@ def copy_rate(
     Raises:
         PlanError, OffloadError: if the directory cannot hold files for direct I/O.
     """
-    large = FAST_BYTES if fast else LARGE_BYTES[tier]
+    large = FAST_BYTES if fast else LARGE_BYTES
     swapper = Swapper(device, directory=directory if tier == "nvme" else None)
     try:
         times = {size: _out_and_in(swapper, device, tier, size) for size in (SMALL_BYTES, large)}

@@ -17,6 +17,7 @@ from fxzero.calibrate.matrix_ops import matrix_rates
 from fxzero.calibrate.memory_ops import FRESH_ABOVE_BYTES, fresh_rate, op_rates, program_overheads
 from fxzero.calibrate.timing import Clock, Measured
 from fxzero.cost.hardware import CollectiveRate, Hardware, Link
+from fxzero.cost.hardware_file import COLLECTIVES
 from fxzero.cost.machine_name import device_name, num_devices
 
 ALONE = Collectives(Link(1e-6, math.inf), 0.0, {}, 1.0, [])  # what one rank has: nothing to send
@@ -96,9 +97,7 @@ class Calibration:
         pointwise = found["ops"]["pointwise"]
         memory = pointwise.bytes_s[-1]
         host, disk = found["host"], found["nvme"]
-        collectives = dict(network.rates) or dict.fromkeys(
-            ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv"), CollectiveRate(0.0, 1.0)
-        )
+        collectives = dict(network.rates) or dict.fromkeys(COLLECTIVES, CollectiveRate(0.0, (1.0,), (1.0,)))
         fastest = max(max(rate.bytes_s) for rate in found["ops"].values())
         link = Link(network.link.latency_s, min(network.link.bytes_s, memory))
         return Hardware(

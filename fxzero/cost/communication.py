@@ -29,7 +29,7 @@ from fxzero.graph import collectives as c10d
 from fxzero.graph.collectives import node_axis
 from fxzero.graph.step_graph import num_bytes, tensor_val
 
-_EXACT = CollectiveRate(0.0, 1.0)
+_EXACT = CollectiveRate(0.0, (1.0,), (1.0,))
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,13 @@ def collective_seconds(node: fx.Node, mesh: Mapping[str, int], hardware: Hardwar
     seconds = rate.overhead_s + fresh_seconds(node, hardware)
     if layout.ranks == 1:
         return seconds
+    efficiency = rate.part(size)
     if algorithm in ("all_to_all", "send_recv"):
-        return seconds + _messages_s(size, layout, hardware, rate.efficiency)
-    ring = _ring_s(size, layout, hardware, rate.efficiency)
+        return seconds + _messages_s(size, layout, hardware, efficiency)
+    ring = _ring_s(size, layout, hardware, efficiency)
     if algorithm != "all_reduce":
         return seconds + ring
-    return seconds + min(2 * ring, _tree_s(size, layout, hardware, rate.efficiency))
+    return seconds + min(2 * ring, _tree_s(size, layout, hardware, efficiency))
 
 
 def launch_seconds(node: fx.Node, hardware: Hardware) -> float:

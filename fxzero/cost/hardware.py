@@ -9,13 +9,28 @@ from __future__ import annotations
 import functools
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from fxzero.graph import StepGraph
+
+
+def between(sizes: Sequence[float], values: Sequence[float], at: float) -> float:
+    """The value at a size: by the logarithms of both between sizes that are known, beyond them that of the nearest.
+
+    Args:
+        sizes: ascending.
+        values: one for each of them.
+        at: the size.
+    """
+    above = bisect_right(sizes, at)
+    if above in (0, len(sizes)):
+        return values[min(above, len(values) - 1)]
+    part = math.log(at / sizes[above - 1]) / math.log(sizes[above] / sizes[above - 1])
+    return float(values[above - 1] * (values[above] / values[above - 1]) ** part)
 
 
 @dataclass(frozen=True)
@@ -47,15 +62,7 @@ class OpRate:
 
     def seconds(self, traffic: float) -> float:
         """Seconds of one call that reads and writes so many bytes."""
-        return self.overhead_s + traffic / self._rate(traffic)
-
-    def _rate(self, traffic: float) -> float:
-        above = bisect_right(self.traffic_bytes, traffic)
-        if above in (0, len(self.traffic_bytes)):
-            return self.bytes_s[min(above, len(self.bytes_s) - 1)]
-        (low, high), (slow, fast) = self.traffic_bytes[above - 1 : above + 1], self.bytes_s[above - 1 : above + 1]
-        part = math.log(traffic / low) / math.log(high / low)
-        return float(slow * (fast / slow) ** part)
+        return self.overhead_s + traffic / between(self.traffic_bytes, self.bytes_s, traffic)
 
 
 @dataclass(frozen=True)
@@ -81,11 +88,17 @@ class CollectiveRate:
 
     Args:
         overhead_s: seconds that a call takes beside its messages.
-        efficiency: part of the link's bytes a second that its messages reach, 0 to 1.
+        message_bytes: of the whole tensor, ascending: where `efficiency` is known.
+        efficiency: part of the link's bytes a second that is reached at these, 0 to 1.
     """
 
     overhead_s: float
-    efficiency: float
+    message_bytes: tuple[float, ...]
+    efficiency: tuple[float, ...]
+
+    def part(self, size: float) -> float:
+        """Part of the link's bytes a second that a tensor of this size reaches."""
+        return between(self.message_bytes, self.efficiency, size)
 
 
 @dataclass(frozen=True)

@@ -222,24 +222,35 @@ class _Reader:
 
     def _op_rate(self, path: str, table: dict[str, Any]) -> OpRate:
         self._check_names(f"{path}.", table, ("overhead_s", "traffic_bytes", "bytes_s"))
-        columns = {}
-        for name, unit in (("traffic_bytes", BYTES), ("bytes_s", BYTES_S)):
+        sizes, rates = self._curve(path, table, "traffic_bytes", "bytes_s", BYTES_S)
+        return OpRate(self._overhead(path, table), sizes, rates)
+
+    def _collective_rate(self, path: str, table: dict[str, Any]) -> CollectiveRate:
+        self._check_names(f"{path}.", table, ("overhead_s", "message_bytes", "efficiency"))
+        sizes, parts = self._curve(path, table, "message_bytes", "efficiency", PART)
+        for value in parts:
+            self._part(f"{path}.efficiency", {"efficiency": value})
+        return CollectiveRate(self._overhead(path, table), sizes, parts)
+
+    def _overhead(self, path: str, table: dict[str, Any]) -> float:
+        return self._positive(f"{path}.overhead_s", table.get("overhead_s"), SECONDS, zero=True)
+
+    def _curve(
+        self, path: str, table: dict[str, Any], sizes: str, values: str, unit: str
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Two lists of the same length, the first ascending."""
+        columns = []
+        for name, what in ((sizes, BYTES), (values, unit)):
             column = table.get(name)
             if not isinstance(column, list) or not column:
                 got = "none" if column is None else repr(column)
-                raise self._error(f"{path}.{name}", expected=f"a list of numbers, in {unit}", got=got, fix=HINT)
-            columns[name] = tuple(self._positive(f"{path}.{name}", value, unit) for value in column)
-        sizes, rates = columns["traffic_bytes"], columns["bytes_s"]
-        if len(sizes) != len(rates) or list(sizes) != sorted(set(sizes)):
-            expected = f"ascending sizes, as many as in {path}.bytes_s ({len(rates)})"
-            raise self._error(f"{path}.traffic_bytes", expected=expected, got=repr(list(sizes)), fix="correct them")
-        overhead = self._positive(f"{path}.overhead_s", table.get("overhead_s"), SECONDS, zero=True)
-        return OpRate(overhead, sizes, rates)
-
-    def _collective_rate(self, path: str, table: dict[str, Any]) -> CollectiveRate:
-        self._check_names(f"{path}.", table, ("overhead_s", "efficiency"))
-        overhead = self._positive(f"{path}.overhead_s", table.get("overhead_s"), SECONDS, zero=True)
-        return CollectiveRate(overhead, self._part(f"{path}.efficiency", table))
+                raise self._error(f"{path}.{name}", expected=f"a list of numbers, in {what}", got=got, fix=HINT)
+            columns.append(tuple(self._positive(f"{path}.{name}", value, what) for value in column))
+        first, second = columns
+        if len(first) != len(second) or list(first) != sorted(set(first)):
+            expected = f"ascending sizes, as many as in {path}.{values} ({len(second)})"
+            raise self._error(f"{path}.{sizes}", expected=expected, got=repr(list(first)), fix="correct them")
+        return first, second
 
     def _slowdown(self, path: str, value: Any) -> float:
         number = self._positive(path, value, "times the duration of compute alone")

@@ -104,7 +104,7 @@ def test_a_small_all_reduce_goes_by_a_tree_and_a_large_one_by_a_ring() -> None:
 
 
 def test_rates_of_kinds_count() -> None:
-    hardware = replace(SLOW, collectives={"all_gather": CollectiveRate(7.0, 0.5)})
+    hardware = replace(SLOW, collectives={"all_gather": CollectiveRate(7.0, (1.0,), (0.5,))})
     assert seconds(c10d.all_gather, 100, {"dp": 4}, hardware) == 7 + 2 * 300
     assert seconds(c10d.all_reduce, 100, {"dp": 4}, hardware) == 600
     assert seconds(c10d.all_gather, 100, {"dp": 1}, hardware) == 7

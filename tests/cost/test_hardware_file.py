@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fxzero.cost.hardware import Hardware, OpRate
-from fxzero.cost.hardware_file import KEYS, machine_names, parse
+from fxzero.cost.hardware_file import COLLECTIVES, KEYS, LANES, machine_names, parse
+from fxzero.cost.op_classes import MATRIX_CLASSES, MEMORY_CLASSES
 from fxzero.errors import HardwareError
 
 H100 = (resources.files("fxzero.cost") / "machines" / "h100.toml").read_text(encoding="utf-8")
@@ -83,6 +84,8 @@ def test_a_figure_that_is_missing_is_named_with_its_unit(key: Any) -> None:
         ("[ops.pointwise]", "[ops.pointwize]", "ops.pointwize", "did you mean 'pointwise'"),
         ("traffic_bytes = [1e6]", "traffic_bytes = [2e6, 1e6]", "ops.pointwise.traffic_bytes", "ascending"),
         ("traffic_bytes = [1e6]", "traffic_bytes = 1e6", "ops.pointwise.traffic_bytes", "a list of numbers, in bytes"),
+        ("efficiency = [0.8]", "efficiency = [1.8]", "collectives.all_gather.efficiency", "at most 1"),
+        ("efficiency = [0.8]", "efficiency = 0.8", "collectives.all_gather.efficiency", "a list of numbers"),
         ("[collectives.all_reduce]", "[collectives.allreduce]", "collectives.allreduce", "did you mean 'all_reduce'"),
         ("net = 1.05", "net = 0.9", "contention.net", "at least 1"),
         ("net = 1.05", "nett = 1.05", "contention.nett", "did you mean 'net'"),
@@ -109,3 +112,11 @@ def test_a_rate_is_interpolated_between_sizes_and_flat_beyond() -> None:
     assert rate.seconds(10) == 10.0
     assert rate.seconds(1000) == pytest.approx(1000 / 2.0)
     assert rate.seconds(1e6) == 1e6 / 4
+
+
+def test_the_doc_lists_every_key_and_class() -> None:
+    doc = (Path(__file__).resolve().parents[2] / "docs" / "hardware.md").read_text(encoding="utf-8")
+    for key in KEYS:
+        assert f"`{key.path}`" in doc, key.path
+    for name in (*MEMORY_CLASSES, *MATRIX_CLASSES, *COLLECTIVES, *LANES, *machine_names()):
+        assert name in doc, name

@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxzero
+from fxzero.profile import timeline_of
 from fxzero.runtime import recorder as recorder_module
 from fxzero.runtime.recording import Recording
+from fxzero.simulate.trace import trace_of
 from tests.runtime.recorded_faults import faults
+from tests.simulate.trace_format import trace_faults
 
 PLANS: dict[str, dict[str, Any]] = {
     "messages": {"zero": 3},
@@ -87,6 +90,7 @@ def gathered(plan: dict[str, Any]) -> list[dict[str, Any]]:
         "recorded": seen,
         "samples": len(recording.samples),
         "faults": list(faults(recording)),
+        "trace_faults": list(trace_faults(trace_of({"measured": timeline_of(sample)}))),
         "lanes": sorted({event.lane for event in sample.events}),
         "programs": len(sample.steps),
     }

@@ -131,7 +131,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_two_ranks_are_bit_equal_and_every_flight_is_seen(ranks: dict[str, Any], plan: str) -> None:
     for found in ranks[plan]:
         assert found["recorded"] == found["plain"]
-        assert found["faults"] == [] and found["samples"] == 3
+        assert found["faults"] == found["trace_faults"] == [] and found["samples"] == 3
         assert "net:dp" in found["lanes"] and found["programs"] == PLANS[plan].get("accumulate", 1)
         if plan == "on the host":
             assert {"d2h", "h2d"} <= set(found["lanes"])
