@@ -26,6 +26,7 @@ from fxzero.errors import CaptureError, FxzeroError, PlanError
 from fxzero.graph import StepGraph
 from fxzero.graph.step_graph import CARRIED_KINDS
 from fxzero.plan import Plan
+from fxzero.profile import Profiled
 from fxzero.programs import Compiled, Programs, joined_text
 from fxzero.recipe import auxiliary_state, captured_as
 from fxzero.runtime.agreement import Agreement
@@ -73,7 +74,7 @@ def compile(
     return TrainStep(model, optimizer, plan, loss=loss, init=init)
 
 
-class TrainStep:
+class TrainStep(Profiled):
     """A compiled training step; call it with a batch.
 
     Attributes:
@@ -238,7 +239,7 @@ class TrainStep:
         return self._require_last()[-1].captured
 
     def report(self) -> str:
-        """Tables: state on this rank, communication per step, predicted peak, passes, time to compile."""
+        """Tables: state on this rank, communication per step, predicted peak and time, passes, time to compile."""
         from fxzero.report import report
 
         last = self._require_last()[-1]

@@ -17,6 +17,8 @@ TIMEOUT_S = 120
 # Prints where the three came from; each fails to import where it is not there.
 IMPORT_ALL = """
 import fxzero, fxzero.passes, fxzero.kernels
+from fxzero.cost.hardware import Hardware
+Hardware.load("h100")
 print(*fxzero.__path__, *fxzero.passes.__path__, *fxzero.kernels.__path__, sep="\\n")
 """
 
@@ -72,11 +74,12 @@ def build_wheel(checkout: Path, *, to: Path) -> zipfile.ZipFile:
 
 
 def expected_modules() -> set[str]:
-    """Every Python file of the checkout by its name in a wheel."""
+    """Every Python file of the checkout, and every description of a machine, by its name in a wheel."""
     files = {
         f"fxzero/{path.relative_to(ROOT)}" for name in ("passes", "kernels") for path in (ROOT / name).rglob("*.py")
     }
-    own = (path for path in (ROOT / "fxzero").rglob("*.py") if path.resolve() == path)
+    own = [path for path in (ROOT / "fxzero").rglob("*.py") if path.resolve() == path]
+    own += (ROOT / "fxzero/cost/machines").glob("*.toml")
     return files | {str(path.relative_to(ROOT)) for path in own}
 
 
@@ -136,8 +139,9 @@ def test_kernels_cannot_shadow_the_package_of_that_name() -> None:
 
 
 def test_an_incomplete_or_untidy_wheel_is_found() -> None:
-    good = ["fxzero/passes/a.py", "fxzero/py.typed", "fxzero-0.1.0.dist-info/METADATA"]
-    modules = {"fxzero/passes/a.py"}
+    machine = "fxzero/cost/machines/h100.toml"
+    good = ["fxzero/passes/a.py", "fxzero/py.typed", "fxzero-0.1.0.dist-info/METADATA", machine]
+    modules = {"fxzero/passes/a.py", machine}
     assert wheel_faults(good, modules=modules) == []
-    for bad in (good[1:], [*good, "passes/a.py"], [*good, "kernels/b.py"], [good[0], good[2]]):
+    for bad in (good[1:], [*good, "passes/a.py"], [*good, "kernels/b.py"], [good[0], *good[2:]], good[:3]):
         assert len(wheel_faults(bad, modules=modules)) == 1

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from fxzero.cost.compute import compute_seconds
-from fxzero.cost.hardware import CPU, Hardware
+from fxzero.cost.compute import compute_seconds, host_seconds
+from fxzero.cost.hardware import Hardware
 from fxzero.decide.combination import Alternative
 from fxzero.decide.decision import Group, where_of
 from fxzero.graph import PHASES, StepGraph, swap_ops
@@ -83,11 +83,10 @@ class StateAnswers:
         program: what the recipe makes of a captured step with nothing decided.
         plan: resolved.
         hardware: for estimates of time.
-        host: likewise, of its host.
     """
 
-    def __init__(self, program: StepGraph, *, plan: Plan, hardware: Hardware, host: Hardware = CPU) -> None:
-        self._program, self._plan, self._hardware, self._host = program, plan, hardware, host
+    def __init__(self, program: StepGraph, *, plan: Plan, hardware: Hardware) -> None:
+        self._program, self._plan, self._hardware = program, plan, hardware
         self._position = {node: place for place, node in enumerate(program.graph.nodes)}
         self._results = program.results
         self._on_host = host_values(program)
@@ -239,7 +238,7 @@ class StateAnswers:
         inside = {*moved, *owned.nodes}
         sources = {source for node in moved for source in node.all_input_nodes if source not in inside}
         sent = sum(num_bytes(n.meta.get("val")) for n in sources if n not in self._on_host and not _swaps(n))
-        there = sum(compute_seconds(node, self._host) for node in moved)
+        there = sum(host_seconds(node, self._hardware) for node in moved)
         here = sum(compute_seconds(node, self._hardware) for node in moved)
         return (sent + self._returned_bytes(owned)) / self._hardware.tier_bytes_s("host") + there - here
 

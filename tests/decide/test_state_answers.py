@@ -1,6 +1,5 @@
 """Where state rests is decided with what is recomputed: budgets are met, and what runs is bit-equal to keeping all."""
 
-import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import fxzero
 import fxzero.decide.search as module
 from fxzero.cost.memory import highest_profile, memory_profile
 from fxzero.decide import Decision, decide, decided_recipe
-from fxzero.decide.state_answers import StateAnswers
 from fxzero.errors import FxzeroError, PlanError
 from fxzero.graph.swap_ops import swapped_bytes
 from fxzero.runtime.homes import Homes
@@ -60,18 +58,16 @@ def test_only_as_much_rests_elsewhere_as_must() -> None:
 
 def test_where_an_update_runs_follows_from_link_and_host() -> None:
     setting = "zero 0, one rank"
-    keys = {"offload_optimizer": "auto", "update_on_host": "auto"}
-    assert decided(setting, 0.85, **keys).decided.placed.on_host  # the host is the device here: fewer bytes move
-    slow = functools.partial(
-        StateAnswers, host=replace(module.hardware_of(captured(plan_of(setting))), vector_flops=1e3)
-    )
-    with mock.patch.object(module, "StateAnswers", slow):
-        found = decided(setting, 0.85, **keys)
-    assert found.decided.placed.tiers and not found.decided.placed.on_host
-    fixed = decide(
-        captured(plan_of(setting)),
-        plan=plan_of(setting, offload_optimizer="host", update_on_host="auto", offload_below=0),
-        backend="gloo",
+    step = captured(plan_of(setting))
+    keys = {"offload_optimizer": "auto", "update_on_host": "auto", "memory_budget": int(0.85 * peak(setting, "none"))}
+    gpu = module.hardware_of(step, backend="nccl")
+    for host_memory_bytes_s, there in ((1e14, True), (1e6, False)):
+        host = replace(gpu, host_memory_bytes_s=host_memory_bytes_s)
+        with mock.patch.object(module, "hardware_of", lambda step, backend, found=host: found):
+            placed = decide(step, plan=plan_of(setting, **SMALL, **keys), backend="nccl").decided.placed
+        assert placed.tiers and bool(placed.on_host) is there
+    fixed = decide(  # the host is the device here: fewer bytes move
+        step, plan=plan_of(setting, offload_optimizer="host", update_on_host="auto", offload_below=0), backend="gloo"
     )
     assert fixed.decided.placed.on_host and fixed.seconds < 0 and "updated there" in str(fixed)
 

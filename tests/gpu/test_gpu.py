@@ -11,6 +11,7 @@ from torch import nn
 
 import fxzero
 from fxzero.runtime.swap import Swapper
+from tests.runtime.recorded_faults import faults
 
 pytestmark = [
     pytest.mark.gpu,
@@ -157,3 +158,17 @@ def test_the_host_does_not_wait_for_swaps_to_its_memory():
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert torch.equal(back, value)
+
+
+def test_recording_sees_every_call_and_changes_no_bit():
+    def losses(recorded):
+        torch.manual_seed(0)
+        model = Block().cuda()
+        step = fxzero.compile(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+        x = torch.randint(64, (4, 16), device="cuda")
+        found = [step(x).item()]
+        recording = step.record(x, steps=3) if recorded else [step(x) for _ in range(3)]
+        return [*found, step(x).item()], recording
+
+    (plain, _), (seen, recording) = losses(False), losses(True)
+    assert plain == seen and list(faults(recording)) == []
