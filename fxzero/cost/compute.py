@@ -32,7 +32,7 @@ def computes(node: fx.Node) -> bool:
     return not (c10d.is_collective(node) or c10d.is_wait(node) or target is ops.release or not compat.is_op(target))
 
 
-def compute_seconds(node: fx.Node, hardware: Hardware, *, in_place: bool = False) -> float:
+def compute_seconds(node: fx.Node, hardware: Hardware, *, in_place: bool = False, blocks: int = 1) -> float:
     """Seconds of one call on a device that does nothing else.
 
     Views, host numbers, collectives (whose time is the network's) and inputs take none.
@@ -41,6 +41,7 @@ def compute_seconds(node: fx.Node, hardware: Hardware, *, in_place: bool = False
         node: the call.
         hardware: the machine.
         in_place: it writes over its first input, and takes no memory of its own.
+        blocks: how many calls are made for it, each of its part of the elements (`graph/blocked_runs.py`).
     """
     if not computes(node):
         return 0.0
@@ -58,9 +59,9 @@ def compute_seconds(node: fx.Node, hardware: Hardware, *, in_place: bool = False
         arithmetic_s = max(map(_num_elements, _tensors(node)), default=0) / hardware.vector_flops
         memory = hardware.ops.get(name) or hardware.ops.get("pointwise")
         overhead_s = memory.overhead_s if memory else hardware.op_overhead_s
-        traffic_s = memory.seconds(traffic) - overhead_s if memory else traffic / hardware.memory_bytes_s
-        seconds = max(arithmetic_s, traffic_s) + overhead_s
-    return seconds if in_place else seconds + fresh_seconds(node, hardware)
+        each_s = memory.seconds(traffic / blocks) - overhead_s if memory else traffic / blocks / hardware.memory_bytes_s
+        seconds = max(arithmetic_s, blocks * each_s) + blocks * overhead_s
+    return seconds if in_place or blocks > 1 else seconds + fresh_seconds(node, hardware)
 
 
 def host_seconds(node: fx.Node, hardware: Hardware) -> float:

@@ -4,7 +4,7 @@ The program frees each tensor at its last use, and updates in place (`graph/stor
 do the tensors that rest between steps; gradients that an earlier microbatch hands over die like any other value. What a
 collective takes stays until its wait, but for an all-reduce, which works on a copy; so does what is swapped out. A call
 that yields several tensors yields several storages, of which those that nothing asks for die with the last one that is
-asked for.
+asked for. What a blocked run has in between takes a block (`graph/blocked_runs.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import fx
 from fxzero.cost.workspace import transport_bytes, workspace_bytes
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
+from fxzero.graph.blocked_runs import block_elements, blocked_runs
 from fxzero.graph.step_graph import CARRIED_KINDS, STATE_KINDS, is_getitem, is_view, num_bytes
 from fxzero.graph.storage import InPlace, aliased
 from fxzero.graph.swap_ops import is_off_device, swap_out, tier_of, wait_of
@@ -55,7 +56,8 @@ def storages(step: StepGraph, *, device: str) -> list[Storage]:
         device: type of the device that it runs on; decides what ops and collectives take beside their values.
     """
     in_place = InPlace(step)
-    lives = _Lives(step, in_place)
+    runs = blocked_runs(step, in_place, device=device)
+    lives = _Lives(step, in_place, in_blocks={node for run in runs for node in run.calls})
     out = []
     for storage in lives.storages:
         out.append(storage)
@@ -104,8 +106,9 @@ def _sums_messages(node: fx.Node) -> bool:
 class _Lives:
     """Which storage each value lives in, and when that begins and ends."""
 
-    def __init__(self, step: StepGraph, in_place: InPlace) -> None:
+    def __init__(self, step: StepGraph, in_place: InPlace, *, in_blocks: set[fx.Node]) -> None:
         self.step = step
+        self._in_blocks = in_blocks
         self.in_place = in_place
         self.position = in_place.position
         self.storages: list[Storage] = []
@@ -140,6 +143,8 @@ class _Lives:
             self._parts[node] = parts
         elif isinstance(val, torch.Tensor):
             size = 0 if node in self._stored_at_home else num_bytes(val) * self._parts_received(node)
+            if node in self._in_blocks:
+                size = min(size, block_elements() * val.element_size())
             self._home[node] = self._new(node, size)
             self._home[node].members.append(node)
 

@@ -13,6 +13,7 @@ from fxzero.cost.hardware import Hardware
 from fxzero.cost.signature import signature
 from fxzero.graph import StepGraph, swap_ops
 from fxzero.graph import collectives as c10d
+from fxzero.graph.blocked_runs import blocked_runs
 from fxzero.graph.step_graph import is_getitem, num_bytes
 from fxzero.graph.storage import InPlace
 
@@ -47,8 +48,11 @@ def step_tasks(
         hardware: the machine that it is for.
         recorded: signature of an op (`cost/signature.py`) -> seconds that were measured; replaces the estimate of it.
     """
-    forms = InPlace(step).forms
-    known: dict[tuple[str, str], Task] = {}
+    in_place = InPlace(step)
+    forms = in_place.forms
+    runs = blocked_runs(step, in_place, device=hardware.device)
+    blocks = {node: run.num_blocks for run in runs for node in run.calls}
+    known: dict[tuple[str, str, int], Task] = {}
     tasks = {}
     for node in step.graph.nodes:
         if node.op != "call_function" or is_getitem(node) or c10d.is_release(node):
@@ -56,10 +60,12 @@ def step_tasks(
             continue
         form = forms.get(node)
         text = signature(node, step.mesh, form=form)
-        key = (text, _lane(node, hardware))
+        key = (text, _lane(node, hardware), blocks.get(node, 1))
         if key not in known:
             seconds = None if recorded is None else recorded.get(text)
-            known[key] = _task(node, step.mesh, hardware, lane=key[1], in_place=form is not None, seconds=seconds)
+            known[key] = _task(
+                node, step.mesh, hardware, lane=key[1], in_place=form is not None, blocks=key[2], seconds=seconds
+            )
         tasks[node] = known[key]
     return tasks
 
@@ -79,7 +85,14 @@ def _lane(node: fx.Node, hardware: Hardware) -> str:
 
 
 def _task(
-    node: fx.Node, mesh: Mapping[str, int], hardware: Hardware, *, lane: str, in_place: bool, seconds: float | None
+    node: fx.Node,
+    mesh: Mapping[str, int],
+    hardware: Hardware,
+    *,
+    lane: str,
+    in_place: bool,
+    blocks: int,
+    seconds: float | None,
 ) -> Task:
     if c10d.is_collective(node):
         predicted = collective_seconds(node, mesh, hardware) if seconds is None else seconds
@@ -97,7 +110,7 @@ def _task(
     elif lane == "host":
         seconds = host_seconds(node, hardware)
     else:
-        seconds = compute_seconds(node, hardware, in_place=in_place)
+        seconds = compute_seconds(node, hardware, in_place=in_place, blocks=blocks)
     return Task(lane, seconds) if seconds else FREE
 
 

@@ -15,6 +15,7 @@ from torch import fx
 from fxzero import compat
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
+from fxzero.graph.blocked_runs import BlockedRun, block_elements, blocked_runs
 from fxzero.graph.step_graph import STATE_KINDS, first_argument, yields_tensor
 from fxzero.graph.storage import InPlace
 from fxzero.runtime import send_recv
@@ -119,6 +120,17 @@ def _with_grad_mode(op: Any) -> Any:
 _READS_GRAD_MODE = {torch.ops.aten.mkldnn_rnn_layer.default: _with_grad_mode(torch.ops.aten.mkldnn_rnn_layer.default)}
 
 
+def in_blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same elements of contiguous tensors of one shape, block after block."""
+    return zip(*(tensor.view(-1).split(block_elements()) for tensor in tensors), strict=True)
+
+
+def _device_of(step: StepGraph) -> str:
+    """The type of device that a program's tensors are on."""
+    vals = (node.meta["val"] for node in step.placeholders if yields_tensor(node) and node.meta["val"].dim())
+    return next((str(val.device.type) for val in vals), "cpu")
+
+
 class Emitter:
     """Writes the source, line by line.
 
@@ -142,19 +154,33 @@ class Emitter:
         self.copies = self._copies()
         self.aside = self._set_aside()
         self.messages = 0
+        runs = blocked_runs(step, self.in_place, device=_device_of(step))
+        self.run_of = {node: run for run in runs for node in run.nodes}
+        self.indent = "    "
+        self.block_names: dict[fx.Node, str] = {}
 
     def text(self) -> str:
         """The source."""
         inputs = "".join(f"{node.name}, " for node in self.step.placeholders)
         self.lines = ["def run(inputs):", f"    ({inputs}) = inputs", "    inputs.clear()"]
         dying = self._dying()
-        for node in self.step.graph.nodes:
-            if node.op == "call_function":
-                self.call(node)
-            for line in (*self.copies.get(node, ()), *self.swaps.after(node)):
-                self.lines.append(f"    {line}")
-            if node.op != "output" and node in dying:
-                self.lines.append(f"    del {', '.join(dying[node])}")
+        written: set[fx.Node] = set()
+        for first in self.step.graph.nodes:
+            if first in written:
+                continue
+            run = self.run_of.get(first)
+            nodes = (first,) if run is None else run.nodes
+            written.update(nodes)
+            if run is not None:
+                self.blocked(run)
+            elif first.op == "call_function":
+                self.call(first)
+            for node in nodes:
+                for line in (*self.copies.get(node, ()), *self.swaps.after(node)):
+                    self.lines.append(f"    {line}")
+            names = [name for node in nodes if node.op != "output" for name in dying.get(node, ())]
+            if names:
+                self.lines.append(f"    del {', '.join(names)}")
         returned = []
         for key, node in self.step.results.items():
             if key[0] not in STATE_KINDS or not yields_tensor(node):
@@ -162,6 +188,25 @@ class Emitter:
                 returned.append(self.aside.get(node, node.name))
         self.lines.append(f"    return ({''.join(f'{name}, ' for name in returned)})")
         return "\n".join(self.lines) + "\n"
+
+    def blocked(self, run: BlockedRun) -> None:
+        """Write the lines of a run: a loop over blocks ([Note: blocked runs])."""
+        for node in run.before:
+            self.call(node)
+        self.block_names = {source: f"{source.name}_block" for source in run.taken}
+        names = "".join(f"{name}, " for name in self.block_names.values())
+        taken = ", ".join(source.name for source in run.taken)
+        self.lines.append(f"    for {names}in {self._bind('in_blocks', in_blocks)}({taken}):")
+        self.indent = "        "
+        for node in run.calls:
+            Emitter.call(self, node)
+        self.indent = "    "
+        self.block_names = {}
+        whole = {self.in_place.storage.get(source, source): source.name for source in run.taken}
+        for node in run.calls:
+            if any(user not in run.calls for user in node.users):
+                self.lines.append(f"    {node.name} = {whole[self.in_place.storage[node]]}")
+        self.lines.append(f"    del {names.rstrip(', ')}")
 
     def call(self, node: fx.Node) -> None:
         """Write the line of one call."""
@@ -178,7 +223,7 @@ class Emitter:
         elif c10d.is_wait(node) and runs_by_messages(c10d.launched_by(node)):
             target = send_recv.wait
         args += [f"{key}={self._argument(value)}" for key, value in node.kwargs.items()]
-        self.lines.append(f"    {node.name} = {self._op(target)}({', '.join(args)})")
+        self.lines.append(f"{self.indent}{node.name} = {self._op(target)}({', '.join(args)})")
         self.line_nodes[len(self.lines)] = node
 
     def _collective(self, node: fx.Node, args: list[str]) -> tuple[Any, list[str]]:
@@ -210,7 +255,7 @@ class Emitter:
 
     def _argument(self, value: Any) -> str:
         if isinstance(value, fx.Node):
-            return value.name
+            return self.block_names.get(value, value.name)
         if isinstance(value, (list, tuple)):
             inner = ", ".join(self._argument(item) for item in value)
             return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"

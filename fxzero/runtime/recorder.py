@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch import fx
 
 from fxzero.graph import StepGraph, swap_ops
 from fxzero.graph import collectives as c10d
+from fxzero.graph.blocked_runs import BlockedRun
 from fxzero.graph.lanes import (
     COMPUTE,
     HOST,
@@ -46,12 +47,15 @@ class RecordingEmitter(Emitter):
     """Writes a program that tells a recorder where it is.
 
     Attributes:
-        index: the calls that have a stamp before them, in order -> their number.
+        index: the calls that have a stamp before them, in order -> its number.
+        shares: the calls of blocked runs -> (place in the run, number of its calls).
     """
 
     def __init__(self, program: Program, recorder: Recorder) -> None:
         super().__init__(program.step, program.groups, program.swapper)
         self.index: dict[fx.Node, int] = {}
+        self.shares: dict[fx.Node, tuple[int, int]] = {}
+        self._num_stamps = 0
         self.names |= {
             "record_begin": recorder.begin,
             "record_launched": recorder.launched,
@@ -62,14 +66,27 @@ class RecordingEmitter(Emitter):
         """Write a stamp, then the call."""
         if c10d.is_release(node):
             return
-        self.index[node] = len(self.index)
-        self.lines.append("    record_begin()")
+        self.index[node] = self._stamp()
         if is_wait(node):
             self.lines.append(f"    record_wait({self._bind_node(launch_of(node))})")
         super().call(node)
         if is_launch(node):
             sources = f"({self._argument(c10d.sent(node))},)" if c10d.is_collective(node) else "None"
             self.lines.append(f"    record_launched({self._bind_node(node)}, {node.name}, {sources})")
+
+    def blocked(self, run: BlockedRun) -> None:
+        """Write one stamp before a run, whose calls share its time."""
+        for node in run.before:
+            self.call(node)
+        self.index |= dict.fromkeys(run.calls, self._stamp())
+        self.shares |= {node: (place, len(run.calls)) for place, node in enumerate(run.calls)}
+        super().blocked(replace(run, before=()))
+
+    def _stamp(self) -> int:
+        """Write a stamp; returns its number."""
+        self.lines.append("    record_begin()")
+        self._num_stamps += 1
+        return self._num_stamps - 1
 
     def _bind_node(self, node: fx.Node) -> str:
         return self._bind(f"node_{node.name}", node)
@@ -81,6 +98,7 @@ class _Run:
 
     step: StepGraph
     index: dict[fx.Node, int]  # of the calls that have a stamp, in order
+    shares: dict[fx.Node, tuple[int, int]]  # of those that share one
     marks: list[Any] = field(default_factory=list)
     launched: dict[fx.Node, Any] = field(default_factory=dict)  # launch -> when its call had returned
     flights: dict[fx.Node, Flight | None] = field(default_factory=dict)
@@ -110,7 +128,7 @@ class Recorder:
 
         def around(function: RunFunction) -> RunFunction:
             def run(inputs: list[Any]) -> tuple[Any, ...]:
-                self._runs.append(_Run(program.step, emitter.index))
+                self._runs.append(_Run(program.step, emitter.index, emitter.shares))
                 returned = function(inputs)
                 self._runs[-1].end = self._mark()
                 return returned
@@ -204,6 +222,9 @@ class _Reading:
         begins = [self._at(mark) for mark in (*run.marks, run.end)]
         for node, number in run.index.items():
             begin, end = begins[number], begins[number + 1]
+            if node in run.shares:
+                place, count = run.shares[node]
+                begin, end = (begin + (end - begin) * part / count for part in (place, place + 1))
             if is_launch(node):
                 self.events.append(Event(node, index, COMPUTE, LAUNCHES, begin, end))
                 self._flight(index, node, run)
