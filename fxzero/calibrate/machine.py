@@ -18,7 +18,7 @@ from fxzero.calibrate.memory_ops import FRESH_ABOVE_BYTES, fresh_rate, op_rates,
 from fxzero.calibrate.timing import Clock, Measured
 from fxzero.cost.hardware import CollectiveRate, Hardware, Link
 from fxzero.cost.hardware_file import COLLECTIVES
-from fxzero.cost.machine_name import device_name, num_devices
+from fxzero.cost.machine_name import device_name, load_average, num_devices
 
 ALONE = Collectives(Link(1e-6, math.inf), 0.0, {}, 1.0, [])  # what one rank has: nothing to send
 
@@ -136,6 +136,7 @@ class Calibration:
             "torch": str(torch.__version__),
             "threads": str(self.threads),
             "world": str(self.world),
+            "load": f"{load_average():.1f}",
         }
 
 

@@ -17,7 +17,9 @@ from fxzero.cli.dump import check_out
 from fxzero.cli.progress import Progress
 from fxzero.cli.usage import UsageError
 from fxzero.cost.hardware_file import parse
-from fxzero.cost.machine_name import num_devices
+from fxzero.cost.machine_name import load_average, num_devices
+
+BUSY = 0.5  # of the cores, by what else runs
 
 DESCRIPTION = """\
 Measure this machine (matrix products, ops bound by memory, collectives between --world processes, copies to the host
@@ -59,6 +61,9 @@ def run(args: argparse.Namespace) -> None:
         got = f"{torch.cuda.device_count()}"
         raise UsageError.of("--world", expected=f"{world} GPUs here", got=got, fix="ask for as many as there are")
     progress = Progress(None if args.quiet else sys.stderr)
+    load, cores = load_average(), num_devices(torch.device("cpu"))
+    if load > BUSY * cores and not args.quiet:
+        print(f"other work runs here (load {load:.1f} on {cores} cores): figures will be slow ones", file=sys.stderr)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

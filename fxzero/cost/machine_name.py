@@ -1,4 +1,4 @@
-"""What the system calls the device at hand, and how many of it there are."""
+"""What the system calls the device at hand, how many of it there are, and how busy it is."""
 
 from __future__ import annotations
 
@@ -26,3 +26,8 @@ def num_devices(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.device_count()
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_average() -> float:
+    """Processes that ran or wanted to, on average over the last minute; 0 where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0

@@ -1,6 +1,7 @@
 """fxzero calibrate: which figures come of which measurements; that it runs, end to end, in its fast form."""
 
 import contextlib
+import importlib
 import io
 import json
 from pathlib import Path
@@ -43,7 +44,7 @@ def test_this_machine_is_described(tmp_path: Path) -> None:
     assert set(hardware.collectives) == set(COLLECTIVES)
     assert {torch.float32, torch.bfloat16, torch.float16} == set(hardware.matrix_flops)
     assert hardware.origin["torch"] == torch.__version__ and hardware.origin["world"] == "2"
-    assert {"date", "device", "threads"} <= set(hardware.origin)
+    assert {"date", "device", "threads", "load"} <= set(hardware.origin)
     for words in ("ops.pointwise", "matrix.classes.attention_backward", "collectives.send_recv", "nvme in", "residual"):
         assert words in out
     assert "collectives over 2 ranks" in err
@@ -57,6 +58,17 @@ def test_without_a_file_the_description_goes_to_stdout(tmp_path: Path) -> None:
     hardware = Hardware.load(tmp_path / "machine.toml")
     assert hardware.ranks_per_node >= 1 and set(hardware.collectives) == set(COLLECTIVES)
     assert "residual" in err
+
+
+def test_a_busy_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("fxzero.cli.calibrate")
+    monkeypatch.setattr(module.Calibration, "parts", {})  # what follows fails: nothing was measured
+    for load, told in ((1e6, True), (0.0, False)):
+        monkeypatch.setattr(module, "load_average", lambda load=load: load)
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err), pytest.raises(KeyError):
+            main(["calibrate"])
+        assert ("other work runs here" in err.getvalue()) is told
 
 
 @pytest.mark.parametrize(
