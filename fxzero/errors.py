@@ -75,5 +75,9 @@ class OffloadError(FxzeroError):
     """Raised when a tensor cannot be written to or read from where a plan keeps it: full disk, file gone."""
 
 
+class HardwareError(FxzeroError):
+    """Raised when the description of a machine lacks a figure or holds one that cannot be, or costs are another's."""
+
+
 class RankMismatchError(FxzeroError):
     """Raised on every rank, before the first collective, when ranks hold different plans or programs."""

@@ -34,6 +34,7 @@ def test_the_doc_has_exactly_the_classes() -> None:
         "VerifyError",
         "GradientOverflowError",
         "OffloadError",
+        "HardwareError",
         "RankMismatchError",
     }
     assert set(entries()) == {c.__name__ for c in CLASSES}

@@ -1,11 +1,12 @@
 """Seconds that a call takes by itself: the longer of its arithmetic and its traffic with memory, and an overhead.
 
 Source: Roofline: An Insightful Visual Performance Model (Williams et al., 2009). Counts of operations are torch's own
-(`torch.utils.flop_counter`).
+(`torch.utils.flop_counter`). Which rates count is said by the op's class (`op_classes.py`).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,36 +15,57 @@ from torch.utils.flop_counter import flop_registry
 
 from fxzero import compat
 from fxzero.cost.hardware import Hardware
+from fxzero.cost.op_classes import SAME_FLOPS, op_class, word_of
 from fxzero.graph import collectives as c10d
 from fxzero.graph import ops
 from fxzero.graph.step_graph import is_getitem, is_view, num_bytes, yields_scalar
 
-aten = torch.ops.aten
-
-# ops that torch has no formula for -> the one whose formula is theirs, with the same leading arguments
-_AS: dict[Any, Any] = {
-    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_efficient_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_efficient_attention_backward,
-}
+# ops that read of their first tensor only what their indices name
+_READ_WHAT_IS_NAMED = {"embedding", "index", "index_select", "gather", "_unsafe_index", "nll_loss_forward"}
 
 
-def compute_seconds(node: fx.Node, hardware: Hardware) -> float:
+def computes(node: fx.Node) -> bool:
+    """Whether a call does work on tensors: views, host numbers, collectives, waits and releases do not."""
+    target: Any = node.target
+    if node.op != "call_function" or is_getitem(node) or is_view(node) or yields_scalar(node):
+        return False
+    return not (c10d.is_collective(node) or c10d.is_wait(node) or target is ops.release or not compat.is_op(target))
+
+
+def compute_seconds(node: fx.Node, hardware: Hardware, *, in_place: bool = False) -> float:
     """Seconds of one call on a device that does nothing else.
 
     Views, host numbers, collectives (whose time is the network's) and inputs take none.
+
+    Args:
+        node: the call.
+        hardware: the machine.
+        in_place: it writes over its first input, and takes no memory of its own.
     """
-    target: Any = node.target
-    if node.op != "call_function" or is_getitem(node) or is_view(node) or yields_scalar(node):
+    if not computes(node):
         return 0.0
-    if c10d.is_collective(node) or c10d.is_wait(node) or target is ops.release or not compat.is_op(target):
-        return 0.0
-    traffic_s = traffic_bytes(node) / hardware.memory_bytes_s
+    name = op_class(node)
+    traffic = traffic_bytes(node)
     flops = matrix_flops(node)
     if flops:
-        arithmetic_s = flops / hardware.matrix_rate(_computed_in(node))
+        peak = hardware.matrix_rate(_computed_in(node))
+        rate = hardware.matrix_rates.get(name) or hardware.matrix_rates.get("matmul")
+        part = rate.part(_smallest_dim(node, name)) if rate else 1.0
+        seconds = max(flops / (peak * part), traffic / hardware.memory_bytes_s) + hardware.op_overhead_s
     else:
         arithmetic_s = max(map(_num_elements, _tensors(node)), default=0) / hardware.vector_flops
-    return max(arithmetic_s, traffic_s) + hardware.op_overhead_s
+        memory = hardware.ops.get(name) or hardware.ops.get("pointwise")
+        overhead_s = memory.overhead_s if memory else hardware.op_overhead_s
+        traffic_s = memory.seconds(traffic) - overhead_s if memory else traffic / hardware.memory_bytes_s
+        seconds = max(arithmetic_s, traffic_s) + overhead_s
+    return seconds if in_place else seconds + fresh_seconds(node, hardware)
+
+
+def fresh_seconds(node: fx.Node, hardware: Hardware) -> float:
+    """Seconds until the memory of a call's outputs is usable."""
+    val = node.meta["val"]
+    outputs = val if isinstance(val, (list, tuple)) else [val]
+    return sum(hardware.fresh_seconds(num_bytes(output)) for output in outputs)
 
 
 def matrix_flops(node: fx.Node) -> int:
@@ -51,7 +73,7 @@ def matrix_flops(node: fx.Node) -> int:
     target: Any = node.target
     if not compat.is_op(target):
         return 0
-    formula = flop_registry.get(_AS.get(target.overloadpacket, target.overloadpacket))
+    formula = flop_registry.get(SAME_FLOPS.get(target.overloadpacket, target.overloadpacket))
     if formula is None:
         return 0
     args: Any = fx.map_arg(node.args, lambda n: n.meta["val"])
@@ -60,8 +82,25 @@ def matrix_flops(node: fx.Node) -> int:
 
 
 def traffic_bytes(node: fx.Node) -> int:
-    """Bytes of the tensors that a call reads and of those that it makes."""
-    return sum(num_bytes(source.meta.get("val")) for source in node.all_input_nodes) + num_bytes(node.meta["val"])
+    """Bytes of the tensors that a call reads and of those that it makes; of a table, of the rows that are looked up."""
+    made = num_bytes(node.meta["val"])
+    sources = node.all_input_nodes
+    if compat.is_op(node.target) and word_of(node.target) in _READ_WHAT_IS_NAMED and len(sources) > 1:
+        return 2 * made + sum(num_bytes(source.meta.get("val")) for source in sources[1:])
+    return sum(num_bytes(source.meta.get("val")) for source in sources) + made
+
+
+def _smallest_dim(node: fx.Node, name: str) -> float:
+    """The smallest size of a product: rows, columns or what is summed over; of attention, the shorter sequence."""
+    tensors = [arg.meta["val"] for arg in node.args if isinstance(arg, fx.Node)]
+    shapes = [val.shape for val in tensors if isinstance(val, torch.Tensor)]
+    if name.startswith("attention"):
+        return float(min(shape[-2] for shape in shapes[:2]))
+    if name == "convolution":
+        weight = shapes[2 if "backward" in str(node.target) else 1]
+        return float(min(weight[0], math.prod(weight[1:])))
+    left, right = shapes[-2:]
+    return float(min(*left[-2:], *right[-2:]))
 
 
 def _computed_in(node: fx.Node) -> torch.dtype:

@@ -1,30 +1,123 @@
-"""What a device does in a second, as an argument of every estimate: figures of data sheets, not of this machine."""
+"""What a machine does in a second, as an argument of every estimate: read from a file, not from this machine.
+
+The files of known machines lie in `machines/`; `fxzero calibrate` writes one of the machine at hand. docs/hardware.md
+says what each key means.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
+from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from fxzero.graph import StepGraph
 
-_LOW = (torch.float16, torch.bfloat16)
+
+@dataclass(frozen=True)
+class Link:
+    """What carries messages between two ranks.
+
+    Args:
+        latency_s: seconds of the shortest message.
+        bytes_s: bytes a second that one rank sends while it receives as many.
+    """
+
+    latency_s: float
+    bytes_s: float
+
+
+@dataclass(frozen=True)
+class OpRate:
+    """How fast ops of one class go through memory.
+
+    Args:
+        overhead_s: seconds that a call takes, however small.
+        traffic_bytes: bytes read and written by a call, ascending: where `bytes_s` is known.
+        bytes_s: bytes a second at these; between them by the logarithm, beyond them as at the nearest.
+    """
+
+    overhead_s: float
+    traffic_bytes: tuple[float, ...]
+    bytes_s: tuple[float, ...]
+
+    def seconds(self, traffic: float) -> float:
+        """Seconds of one call that reads and writes so many bytes."""
+        return self.overhead_s + traffic / self._rate(traffic)
+
+    def _rate(self, traffic: float) -> float:
+        above = bisect_right(self.traffic_bytes, traffic)
+        if above in (0, len(self.traffic_bytes)):
+            return self.bytes_s[min(above, len(self.bytes_s) - 1)]
+        (low, high), (slow, fast) = self.traffic_bytes[above - 1 : above + 1], self.bytes_s[above - 1 : above + 1]
+        part = math.log(traffic / low) / math.log(high / low)
+        return float(slow * (fast / slow) ** part)
+
+
+@dataclass(frozen=True)
+class MatrixRate:
+    """What part of the peak products of one class reach: efficiency * d / (d + half_dim), d their smallest size.
+
+    Args:
+        efficiency: of large products, 0 to 1.
+        half_dim: the smallest size at which half of that is reached.
+    """
+
+    efficiency: float
+    half_dim: float = 0.0
+
+    def part(self, smallest: float) -> float:
+        """Part of the peak that a product with this smallest size reaches."""
+        return self.efficiency * smallest / (smallest + self.half_dim)
+
+
+@dataclass(frozen=True)
+class CollectiveRate:
+    """How near to a link's figures one kind of collective comes.
+
+    Args:
+        overhead_s: seconds that a call takes beside its messages.
+        efficiency: part of the link's bytes a second that its messages reach, 0 to 1.
+    """
+
+    overhead_s: float
+    efficiency: float
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device with its host.
+    """One device with its host and what links it to others.
 
     Args:
         name: as people call it.
-        matrix_flops: floating point operations a second of matrix products, by dtype; other dtypes go as float32.
+        matrix_flops: floating point operations a second of matrix products at peak, by dtype; others go as float32.
         vector_flops: of everything else, a second.
         memory_bytes_s: bytes a second between the device and its own memory.
         host_bytes_s: bytes a second between the device and the host's memory, one way.
         disk_bytes_s: bytes a second between the host and its disk.
-        op_overhead_s: seconds that any op takes, however small.
+        op_overhead_s: seconds that any op takes, however small, where its class says nothing else.
+        device: "cuda" or "cpu".
+        memory_bytes: of the device.
+        view_overhead_s: seconds of a call that makes a view or a number; 0 where the host runs ahead of the device.
+        fresh_bytes_s: bytes a second at which memory that a call takes for its output becomes usable; 0: at once.
+        fresh_above_bytes: outputs smaller than this come from memory that is usable.
+        host_latency_s: seconds of the smallest copy between device and host.
+        host_memory_bytes_s: bytes a second between the host and its memory, for updates on the host.
+        copy_engines: 2 or more copy both ways at the same time.
+        disk_latency_s: seconds of the smallest transfer to or from a file.
+        ranks_per_node: devices that share a host.
+        node_link: between ranks of a node.
+        network_link: between ranks of different nodes, a rank's part of it.
+        launch_s: seconds of the launching thread (on a GPU: of the stream of compute) for a collective or a copy.
+        ops: class of ops -> rate; classes are those of `op_classes`.
+        matrix_rates: class of products -> part of the peak that they reach.
+        collectives: name of a collective, or "send_recv" -> rate.
+        contention: kind of lane ("net", "d2h", ..) -> by what factor compute takes longer while it is busy.
+        origin: where the figures are from: date, device, torch and threads of a calibration.
     """
 
     name: str
@@ -34,9 +127,44 @@ class Hardware:
     host_bytes_s: float
     disk_bytes_s: float
     op_overhead_s: float
+    device: str = "cuda"
+    memory_bytes: float = math.inf
+    view_overhead_s: float = 0.0
+    fresh_bytes_s: float = 0.0
+    fresh_above_bytes: float = 0.0
+    host_latency_s: float = 0.0
+    host_memory_bytes_s: float = 1e11
+    copy_engines: int = 2
+    disk_latency_s: float = 0.0
+    ranks_per_node: int = 1
+    node_link: Link = Link(0.0, math.inf)
+    network_link: Link = Link(0.0, math.inf)
+    launch_s: float = 0.0
+    ops: Mapping[str, OpRate] = field(default_factory=dict)
+    matrix_rates: Mapping[str, MatrixRate] = field(default_factory=dict)
+    collectives: Mapping[str, CollectiveRate] = field(default_factory=dict)
+    contention: Mapping[str, float] = field(default_factory=dict)
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path_or_name: str | Path) -> Hardware:
+        """The description in a file, or the one that fxzero brings under a name ("h100").
+
+        Raises:
+            HardwareError: naming file and key, where something is missing, unknown or cannot be.
+        """
+        from fxzero.cost.hardware_file import load
+
+        return load(path_or_name)
+
+    def to_toml(self) -> str:
+        """The description as a file that `load` reads."""
+        from fxzero.cost.hardware_file import to_toml
+
+        return to_toml(self)
 
     def matrix_rate(self, dtype: torch.dtype) -> float:
-        """Floating point operations a second of matrix products in `dtype`."""
+        """Floating point operations a second of matrix products in `dtype`, at peak."""
         return self.matrix_flops.get(dtype, self.matrix_flops[torch.float32])
 
     def tier_bytes_s(self, tier: str) -> float:
@@ -44,23 +172,20 @@ class Hardware:
         return self.host_bytes_s if tier == "host" else min(self.host_bytes_s, self.disk_bytes_s)
 
     def slowdown(self, resource: str) -> float:
-        """By what factor compute takes longer while a lane of this name is busy; 1.0: it does not."""
-        return 1.0
+        """By what factor compute takes longer while a lane of this name ("net:dp", "d2h") is busy; 1.0: it does not."""
+        return self.contention.get(resource.partition(":")[0], 1.0)
+
+    def fresh_seconds(self, output_bytes: float) -> float:
+        """Seconds until memory for an output of this size is usable."""
+        if not self.fresh_bytes_s or output_bytes < self.fresh_above_bytes:
+            return 0.0
+        return output_bytes / self.fresh_bytes_s
 
 
-def _rates(*, single: float, low: float) -> Mapping[torch.dtype, float]:
-    return MappingProxyType({torch.float32: single, **dict.fromkeys(_LOW, low)})
-
-
-# Dense rates. float32 products as torch runs them by default: on the vector units, without TF32.
-# A core or two of a server CPU: AVX-512, two memory channels; the rates are those that one process commonly sees.
-CPU = Hardware("cpu", _rates(single=1e11, low=5e10), 2e10, 1.2e10, 1e10, 1e9, 4e-6)
-# NVIDIA A100 80GB SXM data sheet (2021): FP32 19.5, BF16 312 TFLOP/s, 2,039 GB/s, PCIe 4.0 x16 (31.5 GB/s a way).
-A100 = Hardware("A100", _rates(single=19.5e12, low=312e12), 19.5e12, 2.039e12, 3.15e10, 5e9, 5e-6)
-# NVIDIA H100 SXM data sheet (2023): FP32 67, BF16 989 TFLOP/s without sparsity, 3.35 TB/s, PCIe 5.0 x16 (63 GB/s).
-H100 = Hardware("H100", _rates(single=67e12, low=989e12), 67e12, 3.35e12, 6.3e10, 5e9, 5e-6)
-# NVIDIA H200 SXM data sheet (2024): as H100, but 4.8 TB/s.
-H200 = Hardware("H200", _rates(single=67e12, low=989e12), 67e12, 4.8e12, 6.3e10, 5e9, 5e-6)
+@functools.cache
+def known_hardware(name: str) -> Hardware:
+    """A description that fxzero brings, read once."""
+    return Hardware.load(name)
 
 
 def hardware_of(step: StepGraph, *, backend: str = "") -> Hardware:
@@ -74,6 +199,6 @@ def hardware_of(step: StepGraph, *, backend: str = "") -> Hardware:
     """
     kinds = {val.device.type for node in step.placeholders if isinstance(val := node.meta.get("val"), torch.Tensor)}
     if "cuda" not in kinds and backend != "nccl":
-        return CPU
+        return known_hardware("cpu")
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((known for known in (A100, H200) if known.name in name), H100)
+    return known_hardware(next((known.lower() for known in ("A100", "H200") if known in name), "h100"))

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
-from fxzero.cost.compute import compute_seconds
+from fxzero.cost.communication import collective_seconds, launch_seconds, wait_seconds
+from fxzero.cost.compute import compute_seconds, computes, fresh_seconds, traffic_bytes
 from fxzero.cost.hardware import Hardware
+from fxzero.cost.signature import signature
 from fxzero.graph import StepGraph, swap_ops
 from fxzero.graph import collectives as c10d
-from fxzero.graph.step_graph import num_bytes
+from fxzero.graph.step_graph import is_getitem, num_bytes
+from fxzero.graph.storage import InPlace
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,9 @@ class Task:
 
     Args:
         resource: lane that it runs on: "compute", "host" (an update on the host), "net:<axis>" (one lane per process
-            group), "d2h", "h2d", "nvme"; "" for calls that take no time (getitem, releases, waits).
-        seconds: on that lane.
+            group), "d2h", "h2d", "nvme"; "" for calls that take no time (getitem, releases, most waits; where the host
+            does not run ahead of the device, a view takes a moment).
+        seconds: on that lane. Of a wait: what it computes after what it waits for has come.
         launch_s: that the compute lane (on CPU: the main thread) is held by launching it (collectives, swaps).
     """
 
@@ -36,31 +41,81 @@ FREE = Task("", 0.0)
 def step_tasks(
     step: StepGraph, hardware: Hardware, *, recorded: Mapping[str, float] | None = None
 ) -> dict[fx.Node, Task]:
-    """What each node of a program occupies.
+    """What each node of a program occupies; calls with one signature are looked at once.
 
     Args:
         step: the program.
         hardware: the machine that it is for.
-        recorded: signature of an op -> seconds that were measured; replaces estimates.
+        recorded: signature of an op (`cost/signature.py`) -> seconds that were measured; replaces the estimate of it.
     """
-    return {node: _task(node, step.mesh, hardware) for node in step.graph.nodes}
+    forms = InPlace(step).forms
+    known: dict[tuple[str, str, Any], Task] = {}
+    tasks = {}
+    for node in step.graph.nodes:
+        if node.op != "call_function" or is_getitem(node) or c10d.is_release(node):
+            tasks[node] = FREE
+            continue
+        form = forms.get(node)
+        text = signature(node, step.mesh, form=form)
+        key = (text, _lane(node, hardware), _carried(node))
+        if key not in known:
+            seconds = None if recorded is None else recorded.get(text)
+            known[key] = _task(node, step.mesh, hardware, lane=key[1], in_place=form is not None, seconds=seconds)
+        tasks[node] = known[key]
+    return tasks
 
 
-def _task(node: fx.Node, mesh: Mapping[str, int], hardware: Hardware) -> Task:
-    if node.op != "call_function":
-        return FREE
+def _carried(node: fx.Node) -> Any:
+    """What the text of a wait does not say: how that which it waits for is carried."""
+    if not c10d.is_wait(node):
+        return None
+    launch = c10d.launched_by(node)
+    return (launch.target, launch.meta.get("algorithm"), c10d.axis_of(launch), launch.args[1])
+
+
+def _lane(node: fx.Node, hardware: Hardware) -> str:
     if c10d.is_collective(node):
-        axis = c10d.axis_of(node)
-        seconds = c10d.wire_bytes(node, dict(mesh)) / hardware.host_bytes_s + 10 * hardware.op_overhead_s
-        return Task(f"net:{axis}", seconds, hardware.op_overhead_s)
+        return f"net:{c10d.axis_of(node)}"
     if swap_ops.is_launch(node):
         out = node.target is swap_ops.swap_out
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        tier = swap_ops.tier_of(node if out else source)
-        lane = "nvme" if tier == "nvme" else "d2h" if out else "h2d"
-        return Task(lane, num_bytes(node.meta["val"]) / hardware.tier_bytes_s(tier), hardware.op_overhead_s)
-    seconds = compute_seconds(node, hardware)
-    if not seconds or swap_ops.is_wait(node):
+        source = node if out else node.args[0]
+        if swap_ops.tier_of(source) == "nvme":  # type: ignore[arg-type]
+            return "nvme"
+        return "d2h" if out or hardware.copy_engines < 2 else "h2d"
+    return "host" if swap_ops.is_off_device(node) and hardware.device != "cpu" else "compute"
+
+
+def _task(
+    node: fx.Node, mesh: Mapping[str, int], hardware: Hardware, *, lane: str, in_place: bool, seconds: float | None
+) -> Task:
+    if c10d.is_collective(node):
+        predicted = collective_seconds(node, mesh, hardware) if seconds is None else seconds
+        return Task(lane, predicted, launch_seconds(node, hardware))
+    if swap_ops.is_launch(node):
+        return Task(lane, _swap_seconds(node, lane, hardware) if seconds is None else seconds, hardware.launch_s)
+    if c10d.is_wait(node):
+        summed = wait_seconds(node, mesh, hardware)
+        return Task("compute", summed) if summed else FREE
+    if swap_ops.is_wait(node):
         return FREE
-    return Task("host" if swap_ops.is_off_device(node) else "compute", seconds)
+    if not computes(node):
+        return Task("compute", hardware.view_overhead_s) if hardware.view_overhead_s else FREE
+    if seconds is None:
+        on_host = lane == "host"
+        seconds = _host_seconds(node, hardware) if on_host else compute_seconds(node, hardware, in_place=in_place)
+    return Task(lane, seconds)
+
+
+def _swap_seconds(node: fx.Node, lane: str, hardware: Hardware) -> float:
+    """Of a copy between the device and its host, or a file."""
+    size = num_bytes(node.meta["val"])
+    fresh_s = fresh_seconds(node, hardware) if node.target is swap_ops.swap_in else 0.0
+    if lane != "nvme":
+        return hardware.host_latency_s + size / hardware.host_bytes_s + fresh_s
+    blocks = -(-size // swap_ops.FILE_BLOCK_BYTES) * swap_ops.FILE_BLOCK_BYTES
+    return hardware.disk_latency_s + blocks / hardware.tier_bytes_s("nvme") + fresh_s
+
+
+def _host_seconds(node: fx.Node, hardware: Hardware) -> float:
+    """Of an update that the host of a GPU computes: bound by the host's memory."""
+    return traffic_bytes(node) / hardware.host_memory_bytes_s + hardware.op_overhead_s
