@@ -21,13 +21,20 @@ from fxzero.schedule.problem import LAUNCH, WAIT, Problem
 
 
 def least_memory_order(problem: Problem) -> list[int]:
+    """The order with the lowest peak of three: that of the program, and two in which nothing is fetched early."""
+    orders = [_frugal(problem, updates_at_once=True), _frugal(problem, updates_at_once=False), [*range(len(problem))]]
+    return min(orders, key=lambda order: int(memory_of(problem, order).max()))
+
+
+def _frugal(problem: Problem, *, updates_at_once: bool) -> list[int]:
     """Each tensor is fetched where it is first read; what gives memory back happens at once.
 
     Compute keeps the order of the program. Gathers and moves to the device, with what prepares them, stand before their
-    first reader; reductions, updates, releases and moves off the device stand behind what they wait for.
+    first reader; releases, reductions and moves off the device stand behind what they wait for. So do updates, unless
+    they stand where the program has them: their own temporaries may be what makes a peak.
     """
     fetched = _fetched(problem)
-    at_once = _at_once(problem, fetched)
+    at_once = _at_once(problem, fetched, updates_at_once)
     order: list[int] = []
     placed = [False] * len(problem)
     missing = [0] * len(problem)
@@ -96,15 +103,17 @@ def _long_lived(problem: Problem, call: int) -> bool:
     return any(problem.lane[other] >= 0 or problem.kind[other] == WAIT for other in problem.reads[call])
 
 
-def _at_once(problem: Problem, fetched: set[int]) -> set[int]:
+def _at_once(problem: Problem, fetched: set[int], updates: bool) -> set[int]:
     """Calls that give memory back, or lead to one that does."""
     found: set[int] = set()
     for call, node in enumerate(problem.nodes):
         if call in fetched:
             continue
-        gives = problem.kind[call] in (LAUNCH, WAIT) or c10d.is_release(node) or node.meta["phase"] == "update"
+        is_update = node.meta["phase"] == "update"
+        gives = problem.kind[call] in (LAUNCH, WAIT) or c10d.is_release(node) or is_update
         if gives or (any(other in found for other in problem.reads[call]) and node.meta["phase"] == "backward"):
-            found.add(call)
+            if updates or not is_update:
+                found.add(call)
     return found
 
 

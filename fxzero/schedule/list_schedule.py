@@ -18,6 +18,8 @@ from fxzero.graph import swap_ops
 from fxzero.schedule.least_memory import Reserve
 from fxzero.schedule.problem import LAUNCH, ON_HOST, WAIT, Problem
 
+_MOST_TRIED = 64  # calls that do not fit, before a heap is left alone
+
 BY_WAY, BY_PROGRAM = "by the way to the end", "by program"
 
 
@@ -86,7 +88,7 @@ class _Run:
         self.now = self.issued = 0.0
         self.done = [0.0] * len(problem)
         self.free = [0.0] * len(problem.lanes)
-        self.at_once: list[int] = []
+        self.at_once: list[tuple[float, int]] = []
         self.compute: list[tuple[float, int]] = []
         self.waits: list[tuple[float, int]] = []  # (when done, wait)
         self.launches: dict[tuple[int, bool], list[tuple[float, int]]] = {}  # (lane, is a fetch) -> by priority
@@ -114,47 +116,44 @@ class _Run:
             key = (self.problem.lane[call], call in self.fetches)
             heapq.heappush(self.launches.setdefault(key, []), (self.rank[call], call))
         elif self.problem.lane[call] < 0 or kind == ON_HOST:
-            heapq.heappush(self.at_once, call)
+            heapq.heappush(self.at_once, (call, call))
         else:
             heapq.heappush(self.compute, (self.priority[call], call))
 
     def _step(self) -> None:
         """One decision."""
-        while self.at_once and self.reserve.fits(self.at_once[0]):
-            self._take(heapq.heappop(self.at_once))
-        while self.waits and self.waits[0][0] <= self.now:
-            self._take(heapq.heappop(self.waits)[1])
-            if self.at_once:
-                return
-        call = self._next_compute()
+        while (call := self._first_that_fits(self.at_once)) is not None:
+            self._take(call)
+        if (call := self._first_that_fits(self.waits, until=self.now)) is not None:
+            self._take(call)
+            return
+        call = self._first_that_fits(self.compute)
         until = self.now + (self.problem.seconds[call] if call is not None else 0.0)
         if self._launch(until):
             if call is not None:
                 heapq.heappush(self.compute, (self.priority[call], call))
             return
+        if call is None:
+            call = self._first_that_fits(self.waits)
         if call is not None:
             self._take(call)
-        elif self.waits:
-            self._take(heapq.heappop(self.waits)[1])
         elif len(self.order) < len(self.problem):
-            self._way_out()
+            self._take(self.reserve.next_call)  # nothing that is ready fits by itself: go on as the way out does
 
-    def _next_compute(self) -> int | None:
-        """The compute of highest priority that fits."""
+    def _first_that_fits(self, ready: list[tuple[float, int]], *, until: float = math.inf) -> int | None:
+        """Take the first call from a heap that fits, of keys up to `until`; those before it stay."""
         kept = []
         found = None
-        while self.compute and found is None:
-            item = heapq.heappop(self.compute)
+        while ready and found is None and len(kept) < _MOST_TRIED and ready[0][0] <= until:
+            item = heapq.heappop(ready)
             if self.reserve.is_taken(item[1]):
                 continue
             if self.reserve.fits(item[1]):
                 found = item[1]
             else:
                 kept.append(item)
-                if len(kept) > 64:
-                    break
         for item in kept:
-            heapq.heappush(self.compute, item)
+            heapq.heappush(ready, item)
         return found
 
     def _launch(self, until: float) -> bool:
@@ -171,16 +170,6 @@ class _Run:
                 self._take(heapq.heappop(heap)[1])
                 return True
         return False
-
-    def _way_out(self) -> None:
-        """Nothing that is ready fits by itself: go on as the way out does."""
-        call = self.reserve.next_call
-        assert not self.missing[call], "the way out is legal, and all before this call was taken"
-        self.at_once = [other for other in self.at_once if other != call]
-        heapq.heapify(self.at_once)
-        self.waits = [item for item in self.waits if item[1] != call]
-        heapq.heapify(self.waits)
-        self._take(call)
 
     def _take(self, call: int) -> None:
         problem = self.problem
