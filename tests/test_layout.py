@@ -39,6 +39,7 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "decide": BASE | {"graph", "cost", "passes", "pass_manager", "recipe"},
     "kernels": frozenset(),
     "runtime": BASE | {"plan_offload", "graph", "kernels", "capture"},
+    "calibrate": BASE | {"graph", "cost", "runtime"},
     "report": BASE | {"graph", "cost", "pass_manager", "decide"},
     "compile": EVERYTHING,
     "backend": EVERYTHING,

@@ -1,0 +1,240 @@
+"""What collectives take: run by torchrun, one process a rank, over the same calls as a program's.
+
+    python -m torch.distributed.run --nproc-per-node 2 -m fxzero.calibrate.collectives out.json
+
+Rank 0 writes the medians; `collective_rates` makes rates of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from scipy.optimize import nnls
+
+from fxzero.calibrate.timing import Measured
+from fxzero.cost.hardware import CollectiveRate, Link
+from fxzero.errors import HardwareError
+from fxzero.graph import collectives as c10d
+from fxzero.runtime import send_recv
+
+SIZES = (2**14, 2**18, 2**20, 2**22, 2**24)  # bytes of the whole tensor
+FAST_SIZES = (2**14, 2**18)
+SAMPLES = 11
+CONTENTION_BYTES = 2**25
+TIMEOUT_S = 300
+LAUNCH, TOTAL = "launch", "total"
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """What a run over several ranks has found.
+
+    Args:
+        link: between the ranks of this machine.
+        launch_s: that a launch holds the thread.
+        rates: kind of collective -> how near it comes to the link.
+        slowdown: by what factor compute takes longer while a collective is under way.
+        rows: what these are made of.
+    """
+
+    link: Link
+    launch_s: float
+    rates: dict[str, CollectiveRate]
+    slowdown: float
+    rows: list[Measured]
+
+
+def steps_and_bytes(kind: str, size: float, ranks: int) -> tuple[int, float]:
+    """Messages that follow each other, and bytes on a link, of a collective over ranks of one node.
+
+    The same as `fxzero.cost.communication` counts: a ring, or messages to all peers at once.
+    """
+    moved = size * (ranks - 1) / ranks
+    if kind in ("all_to_all", "send_recv"):
+        return 1, moved
+    return ((ranks - 1) * 2, 2 * moved) if kind == "all_reduce" else (ranks - 1, moved)
+
+
+def measure(world: int, *, threads: int, fast: bool = False) -> Collectives:
+    """Start `world` processes on this machine and time collectives between them.
+
+    Raises:
+        HardwareError: if they fail; with the end of what they said.
+    """
+    with tempfile.TemporaryDirectory(prefix="fxzero-calibrate-") as folder:
+        out = Path(folder) / "collectives.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+        command += ["--module", "fxzero.calibrate.collectives", str(out), *(["--fast"] if fast else [])]
+        paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(paths)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        if done.returncode:
+            raise HardwareError.of(
+                f"calibration over {world} ranks",
+                expected="collectives that run",
+                got=f"exit code {done.returncode}: {done.stderr.strip()[-400:]}",
+                fix="try --world 1, which measures none, and look at what the ranks said",
+            )
+        return collective_rates(json.loads(out.read_text()))
+
+
+def collective_rates(found: Mapping[str, Any]) -> Collectives:
+    """Rates, from medians: each kind is overhead + bytes / rate, fitted by least squares of relative errors.
+
+    The fastest kind stands for the link; what a kind takes beside its messages is its overhead.
+    """
+    ranks = int(found["ranks"])
+    fits: dict[str, tuple[float, float]] = {}
+    for kind, by_size in found["seconds"].items():
+        sizes = np.array([steps_and_bytes(kind, float(size), ranks)[1] for size in by_size])
+        seconds = np.array([times[TOTAL] for times in by_size.values()])
+        fits[kind] = _line(sizes, seconds)
+    rate = max(rate for _, rate in fits.values())
+    latency_s = min(constant / steps_and_bytes(kind, 0, ranks)[0] for kind, (constant, _) in fits.items())
+    rates = {
+        kind: CollectiveRate(constant - latency_s * steps_and_bytes(kind, 0, ranks)[0], min(1.0, own / rate))
+        for kind, (constant, own) in fits.items()
+    }
+    rows = []
+    for kind, by_size in found["seconds"].items():
+        for size, times in by_size.items():
+            steps, moved = steps_and_bytes(kind, float(size), ranks)
+            predicted = rates[kind].overhead_s + steps * latency_s + moved / (rate * rates[kind].efficiency)
+            rows.append(Measured(f"collectives.{kind}", f"{int(size):,} bytes over {ranks}", times[TOTAL], predicted))
+    launch_s = statistics.median(min(t[LAUNCH] for t in by_size.values()) for by_size in found["seconds"].values())
+    return Collectives(Link(latency_s, rate), launch_s, rates, max(1.0, float(found["slowdown"])), rows)
+
+
+def _line(sizes: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
+    """(seconds of no bytes, bytes a second); where time does not grow with bytes, at least the rate of the largest."""
+    matrix = np.stack([np.ones(len(sizes)), sizes], axis=1) / seconds[:, None]
+    (constant, slope), _ = nnls(matrix, np.ones(len(seconds)))
+    return float(constant), 1 / float(slope) if slope > 0 else float(sizes[-1] / seconds[-1])
+
+
+# ---- one rank
+
+
+def _rank(out: Path, *, fast: bool) -> None:
+    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    ranks = dist.get_world_size()
+    kinds = _kinds(ranks, device, messages=not cuda)
+    found: dict[str, Any] = {"ranks": ranks, "seconds": {}}
+    for kind, start in kinds.items():
+        found["seconds"][kind] = {}
+        for size in FAST_SIZES if fast else SIZES:
+            found["seconds"][kind][size] = _median_of(start, torch.ones(size // 4, device=device), fast=fast)
+    if cuda:  # nccl has no such messages here: one peer at a time is an all_to_all
+        found["seconds"]["send_recv"] = found["seconds"]["all_to_all"]
+    found["slowdown"] = 1.0 if fast else _slowdown(kinds["all_gather" if cuda else "send_recv"], device)
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _kinds(ranks: int, device: torch.device, *, messages: bool) -> dict[str, Callable[[torch.Tensor], Any]]:
+    """Kind -> what launches it on a whole tensor and returns what waits for it."""
+    group = dist.group.WORLD
+    name = str(group.group_name)  # type: ignore[union-attr]
+
+    def native(launch: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], Any]:
+        def start(whole: torch.Tensor) -> Callable[[], object]:
+            launched = launch(whole)
+            return lambda: c10d.wait(launched)
+
+        return start
+
+    def rows(whole: torch.Tensor) -> torch.Tensor:
+        return whole[: whole.numel() // ranks]
+
+    def by_messages(whole: torch.Tensor) -> Callable[[], object]:
+        pending = send_recv.launch_all_gather(rows(whole), ranks, group, 1)
+        return lambda: send_recv.wait(pending)
+
+    def splits(whole: torch.Tensor) -> list[int]:
+        return [whole.numel() // ranks] * ranks
+
+    kinds = {
+        "all_gather": native(lambda whole: c10d.all_gather(rows(whole), ranks, name)),
+        "reduce_scatter": native(lambda whole: c10d.reduce_scatter(whole, "sum", ranks, name)),
+        "all_reduce": native(lambda whole: c10d.all_reduce(whole, "sum", name)),
+        "all_to_all": native(lambda whole: c10d.all_to_all(whole, splits(whole), splits(whole), name)),
+    }
+    return {**kinds, "send_recv": by_messages} if messages else kinds
+
+
+def _median_of(start: Callable[[torch.Tensor], Any], whole: torch.Tensor, *, fast: bool) -> dict[str, float]:
+    launched, total = [], []
+    for number in range(-2, 3 if fast else SAMPLES):
+        dist.barrier()
+        _settle(whole)
+        began = time.perf_counter()
+        wait = start(whole)
+        held = time.perf_counter() - began
+        wait()
+        _settle(whole)
+        if number >= 0:
+            launched.append(held)
+            total.append(time.perf_counter() - began)
+    return {LAUNCH: statistics.median(launched), TOTAL: statistics.median(total)}
+
+
+def _slowdown(start: Callable[[torch.Tensor], Any], device: torch.device) -> float:
+    """By what factor compute takes longer while a collective is under way; all ranks compute, as in a step."""
+    whole = torch.ones(CONTENTION_BYTES // 4, device=device)
+    x = torch.randn(256, 256, device=device)
+    y = torch.randn(2**18, device=device)
+
+    def chunk() -> None:
+        torch.mm(x, x)
+        torch.add(y, y)
+
+    def chunks(number: int) -> float:
+        began = time.perf_counter()
+        for _ in range(number):
+            chunk()
+        _settle(whole)
+        return time.perf_counter() - began
+
+    dist.barrier()
+    chunks(5)
+    one = statistics.median(chunks(5) / 5 for _ in range(5))
+    dist.barrier()
+    began = time.perf_counter()
+    start(whole)()
+    _settle(whole)
+    number = max(1, int(0.5 * (time.perf_counter() - began) / one))  # ends before the collective does
+    factors = []
+    for _ in range(5):
+        dist.barrier()
+        wait = start(whole)
+        factors.append(chunks(number) / (number * one))
+        wait()
+    return statistics.median(factors)
+
+
+def _settle(tensor: torch.Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+if __name__ == "__main__":
+    _rank(Path(sys.argv[1]), fast="--fast" in sys.argv)

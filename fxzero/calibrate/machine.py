@@ -1,0 +1,164 @@
+"""The machine at hand, measured part by part, as a description that estimates work with."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxzero.calibrate.collectives import Collectives, measure
+from fxzero.calibrate.copies import copy_rate
+from fxzero.calibrate.matrix_ops import matrix_rates
+from fxzero.calibrate.memory_ops import FRESH_ABOVE_BYTES, fresh_rate, op_rates, program_overheads
+from fxzero.calibrate.timing import Clock, Measured
+from fxzero.cost.hardware import CollectiveRate, Hardware, Link
+
+ALONE = Collectives(Link(1e-6, math.inf), 0.0, {}, 1.0, [])  # what one rank has: nothing to send
+
+
+@dataclass
+class Calibration:
+    """Measures one part after the other; `hardware()` puts them together.
+
+    Args:
+        device: what is measured.
+        world: ranks between which collectives are timed; 1 times none.
+        threads: of each rank, on a CPU.
+        directory: for files.
+        fast: small sizes and few samples: shows that it works, its figures are of no use.
+    """
+
+    device: torch.device
+    world: int
+    threads: int
+    directory: Path
+    fast: bool = False
+    rows: list[Measured] = field(default_factory=list)
+    found: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Method to call -> what it measures, in order."""
+        return {
+            "measure_memory_ops": "ops that go through memory",
+            "measure_matrix_ops": "matrix products and attention",
+            "measure_overheads": "ops and views of a generated program",
+            "measure_collectives": f"collectives over {self.world} ranks",
+            "measure_copies": "copies to the host and to files",
+        }
+
+    @property
+    def _clock(self) -> Clock:
+        return Clock(self.device, sample_s=2e-4, samples=3) if self.fast else Clock(self.device)
+
+    def measure_memory_ops(self) -> None:
+        """Rates of the classes of ops."""
+        self.found["ops"], rows = op_rates(self._clock, fast=self.fast)
+        self.found["fresh_bytes_s"] = fresh_rate(self._clock, fast=self.fast)
+        self.rows += rows
+
+    def measure_matrix_ops(self) -> None:
+        """Peak by dtype, and what part of it classes of products reach."""
+        self.found["matrix_flops"], self.found["matrix_rates"], rows = matrix_rates(self._clock, fast=self.fast)
+        self.rows += rows
+
+    def measure_overheads(self) -> None:
+        """What a call of a program takes, however small."""
+        self.found["op_overhead_s"], self.found["view_overhead_s"] = program_overheads(self._clock)
+
+    def measure_collectives(self) -> None:
+        """The link between ranks of this machine."""
+        alone = self.world == 1
+        self.found["collectives"] = ALONE if alone else measure(self.world, threads=self.threads, fast=self.fast)
+        self.rows += self.found["collectives"].rows
+
+    def measure_copies(self) -> None:
+        """Tiers of offload."""
+        for tier in ("host", "nvme"):
+            self.found[tier] = copy_rate(self.device, tier, self.directory, fast=self.fast)
+            self.rows += self.found[tier].rows
+
+    def hardware(self, name: str) -> Hardware:
+        """The description, of all parts.
+
+        Args:
+            name: of the machine.
+        """
+        found, network = self.found, self.found["collectives"]
+        on_cpu = self.device.type == "cpu"
+        pointwise = found["ops"]["pointwise"]
+        memory = pointwise.bytes_s[-1]
+        host, disk = found["host"], found["nvme"]
+        collectives = dict(network.rates) or dict.fromkeys(
+            ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv"), CollectiveRate(0.0, 1.0)
+        )
+        fastest = max(max(rate.bytes_s) for rate in found["ops"].values())
+        link = Link(network.link.latency_s, min(network.link.bytes_s, memory))
+        return Hardware(
+            name=name,
+            device=self.device.type,
+            matrix_flops=found["matrix_flops"],
+            matrix_rates=found["matrix_rates"],
+            vector_flops=fastest,  # no op that was timed is slower by arithmetic than its class says already
+            memory_bytes_s=memory,
+            memory_bytes=_memory_bytes(self.device),
+            fresh_bytes_s=found["fresh_bytes_s"],
+            fresh_above_bytes=FRESH_ABOVE_BYTES if found["fresh_bytes_s"] else 0.0,
+            op_overhead_s=found["op_overhead_s"],
+            view_overhead_s=found["view_overhead_s"] if on_cpu else 0.0,
+            ops=found["ops"],
+            host_bytes_s=min(host.bytes_s, memory),
+            host_latency_s=host.latency_s,
+            host_memory_bytes_s=memory if on_cpu else 1e11,
+            copy_engines=1 if on_cpu else 2,
+            disk_bytes_s=disk.bytes_s,
+            disk_latency_s=disk.latency_s,
+            ranks_per_node=max(self.world, _ranks_here(self.device)),
+            node_link=link,
+            network_link=link,
+            launch_s=network.launch_s,
+            collectives=collectives,
+            contention={"net": network.slowdown},
+            origin=self.origin(),
+        )
+
+    def origin(self) -> dict[str, str]:
+        """Where the figures are from."""
+        return {
+            "date": datetime.date.today().isoformat(),
+            "device": device_name(self.device),
+            "torch": str(torch.__version__),
+            "threads": str(self.threads),
+            "world": str(self.world),
+        }
+
+
+def device_name(device: torch.device) -> str:
+    """What the system calls a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(named, platform.processor() or platform.machine())}, {_ranks_here(device)} cores"
+
+
+def _memory_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _ranks_here(device: torch.device) -> int:
+    """GPUs, or cores that this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.device_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

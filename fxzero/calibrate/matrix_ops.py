@@ -1,0 +1,137 @@
+"""What matrix products and attention reach, over sizes and dtypes, and the curves that go through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fxzero.calibrate.timing import Clock, Measured
+from fxzero.cost.hardware import MatrixRate
+
+aten = torch.ops.aten
+
+LARGE = {"cpu": 512, "cuda": 4096}
+SKINNY = {"cpu": (32, 64, 128, 256), "cuda": (64, 256, 1024)}
+SEQUENCES = {"cpu": (64, 128, 256, 512), "cuda": (256, 1024, 4096)}
+HEADS, WIDTH = 8, 64
+SLOW_FLOPS_S = 5e9  # below this a dtype has no matrix unit of its own, and one size of product tells its rate
+PROBE = 128
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product.
+
+    Args:
+        name: of its class.
+        case: words for it.
+        flops: operations, as torch counts them.
+        smallest: its smallest size, see `MatrixRate`.
+        call: runs it.
+    """
+
+    name: str
+    case: str
+    flops: float
+    smallest: int
+    call: Callable[[int], object]
+
+
+def matrix_rates(
+    clock: Clock, *, fast: bool = False
+) -> tuple[dict[torch.dtype, float], dict[str, MatrixRate], list[Measured]]:
+    """Peak by dtype, the part of it that each class reaches, and what these are made of.
+
+    Classes are measured in the dtype that the device is used with; its peak is what the fastest class tends to. Other
+    dtypes count by one large product.
+    """
+    main = _main_dtype(clock.device)
+    timed: dict[str, list[tuple[Case, float]]] = {}
+    for case in _cases(clock.device, fast=fast):
+        timed.setdefault(case.name, []).append((case, clock.seconds(case.call)))
+    fits = {name: _fit(of_class) for name, of_class in timed.items()}
+    peak = max(rate for rate, _ in fits.values())
+    rates = {name: MatrixRate(rate / peak, half_dim) for name, (rate, half_dim) in fits.items()}
+    rows = [
+        Measured(f"matrix.classes.{name}", case.case, seconds, case.flops / (peak * rates[name].part(case.smallest)))
+        for name, of_class in timed.items()
+        for case, seconds in of_class
+    ]
+    flops = {main: peak}
+    for dtype in (dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if dtype is not main):
+        size, seconds = _probe(clock, dtype, fast=fast)
+        flops[dtype] = 2 * size**3 / seconds / rates["matmul"].part(size)
+        predicted = 2 * size**3 / (flops[dtype] * rates["matmul"].part(size))
+        name = str(dtype).removeprefix("torch.")
+        rows.append(Measured(f"matrix.flops_s.{name}", f"mm {size} x {size} x {size}", seconds, predicted))
+    return flops, rates, rows
+
+
+def _cases(device: torch.device, *, fast: bool) -> Iterator[Case]:
+    large, dtype = 128 if fast else LARGE[device.type], _main_dtype(device)
+    for smallest in (32, 64) if fast else (*SKINNY[device.type], large):
+        for m, k, n in {(large, smallest, large), (large, large, smallest), (smallest, large, large)}:
+            a, b = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))
+            yield Case("matmul", f"mm {m} x {k} x {n}", 2.0 * m * k * n, smallest, _mm(a, b.t()))
+    for size in (32, 64) if fast else SKINNY[device.type][1:]:
+        c = torch.randn(HEADS, size, size, device=device).to(dtype)
+        yield Case("batched_matmul", f"bmm {HEADS} x {size}^3", 2.0 * HEADS * size**3, size, _bmm(c))
+    for sequence in (32, 64) if fast else SEQUENCES[device.type]:
+        yield from _attention(device, sequence)
+
+
+def _main_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor) -> Callable[[int], object]:
+    return lambda _: aten.mm(a, b)
+
+
+def _bmm(c: torch.Tensor) -> Callable[[int], object]:
+    return lambda _: aten.bmm(c, c)
+
+
+def _attention(device: torch.device, sequence: int) -> Iterator[Case]:
+    """Causal attention, counted whole as torch counts it."""
+    q, k, v, g = (torch.randn(1, HEADS, sequence, WIDTH, device=device).to(_main_dtype(device)) for _ in range(4))
+    product = 2.0 * HEADS * sequence * sequence * WIDTH
+    forward: Callable[[int], Any]
+    if device.type == "cuda":
+        forward = lambda _: aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)  # noqa: E731
+        out = forward(0)
+        rest = (*out[:6], 0.0, True, *out[6:8])
+        backward = lambda _: aten._scaled_dot_product_flash_attention_backward(g, q, k, v, *rest)  # noqa: E731
+    else:
+        forward = lambda _: aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)  # noqa: E731
+        out = forward(0)
+        backward = lambda _: aten._scaled_dot_product_flash_attention_for_cpu_backward(  # noqa: E731
+            g, q, k, v, *out, 0.0, True
+        )
+    yield Case("attention", f"{HEADS} heads of {WIDTH}, sequence {sequence}", 2 * product, sequence, forward)
+    yield Case("attention_backward", f"{HEADS} heads of {WIDTH}, sequence {sequence}", 5 * product, sequence, backward)
+
+
+def _fit(timed: list[tuple[Case, float]]) -> tuple[float, float]:
+    """(rate of large products, half_dim): 1 / rate is a line in 1 / smallest. Least squares of relative errors."""
+    inverse = np.array([seconds / case.flops for case, seconds in timed])
+    matrix = np.array([[1.0, 1.0 / case.smallest] for case, _ in timed]) / inverse[:, None]
+    (constant, slope), *_ = np.linalg.lstsq(matrix, np.ones(len(timed)), rcond=None)
+    if constant <= 0 or slope <= 0:  # no dependence that could be told from noise
+        return float(1 / np.median(inverse)), 0.0
+    return float(1 / constant), float(slope / constant)
+
+
+def _probe(clock: Clock, dtype: torch.dtype, *, fast: bool) -> tuple[int, float]:
+    """(size, seconds) of a large square product, or of a small one where that is slow already."""
+    small = torch.randn(PROBE, PROBE, device=clock.device).to(dtype)
+    seconds = clock.seconds(lambda _: aten.mm(small, small))
+    if fast or 2 * PROBE**3 / seconds < SLOW_FLOPS_S:
+        return PROBE, seconds
+    size = LARGE[clock.device.type]
+    large = torch.randn(size, size, device=clock.device).to(dtype)
+    return size, clock.seconds(lambda _: aten.mm(large, large))
