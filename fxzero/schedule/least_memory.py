@@ -26,6 +26,11 @@ def least_memory_order(problem: Problem) -> list[int]:
     return min(orders, key=lambda order: int(memory_of(problem, order).max()))
 
 
+def without_overlap(problem: Problem) -> list[int]:
+    """The order in which each transfer is waited for where it is launched, and a fetch launched where it is read."""
+    return _frugal(problem, updates_at_once=True)
+
+
 def _frugal(problem: Problem, *, updates_at_once: bool) -> list[int]:
     """Each tensor is fetched where it is first read; what gives memory back happens at once.
 

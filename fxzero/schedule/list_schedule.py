@@ -20,7 +20,7 @@ from fxzero.schedule.problem import LAUNCH, ON_HOST, WAIT, Problem
 
 _MOST_TRIED = 64  # calls that do not fit, before a heap is left alone
 
-BY_WAY, BY_PROGRAM = "by the way to the end", "by program"
+BY_WAY, BY_PROGRAM, BY_SLACK = "by the way to the end", "by program", "by slack"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Policy:
     """What a list schedule prefers.
 
     Args:
-        compute: BY_WAY or BY_PROGRAM (updates last): the priority of compute.
+        compute: the priority of compute: BY_WAY, BY_PROGRAM (updates last), or BY_SLACK: by program, unless a call has a
+            way to the end that is longer than all compute that is left.
         ahead: how many fetches may be launched and unread when another one is launched.
         queue_s: seconds of work that lanes have queued beyond the call that compute is given.
         fetch_first: a lane takes fetches before what gives memory back.
@@ -90,6 +91,8 @@ class _Run:
         self.free = [0.0] * len(problem.lanes)
         self.at_once: list[tuple[float, int]] = []
         self.compute: list[tuple[float, int]] = []
+        self.by_way: list[tuple[float, int]] = []  # the same calls
+        self.left = sum(s for s, lane in zip(problem.seconds, problem.lane, strict=True) if lane == 0)
         self.waits: list[tuple[float, int]] = []  # (when done, wait)
         self.launches: dict[tuple[int, bool], list[tuple[float, int]]] = {}  # (lane, is a fetch) -> by priority
         self.fetches, self.fed_by = _fetches(problem)
@@ -118,7 +121,12 @@ class _Run:
         elif self.problem.lane[call] < 0 or kind == ON_HOST:
             heapq.heappush(self.at_once, (call, call))
         else:
-            heapq.heappush(self.compute, (self.priority[call], call))
+            self._wait_for_compute(call)
+
+    def _wait_for_compute(self, call: int) -> None:
+        heapq.heappush(self.compute, (self.priority[call], call))
+        if self.policy.compute == BY_SLACK:
+            heapq.heappush(self.by_way, (-self.ways[call], call))
 
     def _step(self) -> None:
         """One decision."""
@@ -127,11 +135,13 @@ class _Run:
         if (call := self._first_that_fits(self.waits, until=self.now)) is not None:
             self._take(call)
             return
-        call = self._first_that_fits(self.compute)
+        call = self._first_that_fits(self.by_way, until=-self.left)
+        if call is None:
+            call = self._first_that_fits(self.compute)
         until = self.now + (self.problem.seconds[call] if call is not None else 0.0)
         if self._launch(until):
             if call is not None:
-                heapq.heappush(self.compute, (self.priority[call], call))
+                self._wait_for_compute(call)
             return
         if call is None:
             call = self._first_that_fits(self.waits)
@@ -142,7 +152,7 @@ class _Run:
 
     def _first_that_fits(self, ready: list[tuple[float, int]], *, until: float = math.inf) -> int | None:
         """Take the first call from a heap that fits, of keys up to `until`; those before it stay."""
-        kept = []
+        kept: list[tuple[float, int]] = []
         found = None
         while ready and found is None and len(kept) < _MOST_TRIED and ready[0][0] <= until:
             item = heapq.heappop(ready)
@@ -192,6 +202,7 @@ class _Run:
             self.issued = self.done[call] = max(self.issued, self.done[call]) + problem.seconds[call]
         elif problem.seconds[call]:
             self.now = max(self.now, self.issued) + problem.seconds[call]
+            self.left -= problem.seconds[call]
         if self.unread and kind != WAIT and lane >= 0:
             self.unread.difference_update(self.fed_by.get(call, ()))
         for other in problem.after[call]:

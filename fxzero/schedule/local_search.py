@@ -11,11 +11,13 @@ from fxzero.graph.text import size_text
 from fxzero.schedule.bound import LowerBound, lower_bound
 from fxzero.schedule.evaluate import memory_of, times_of
 from fxzero.schedule.least_memory import least_memory_order
-from fxzero.schedule.list_schedule import BY_WAY, Policy, list_schedule, waits_at_readers, ways_to_end
+from fxzero.schedule.list_schedule import BY_SLACK, BY_WAY, Policy, list_schedule, waits_at_readers, ways_to_end
 from fxzero.schedule.problem import Problem
 
 POLICIES = (
     Policy(),
+    Policy(compute=BY_SLACK),
+    Policy(compute=BY_SLACK, fetch_first=False),
     Policy(fetch_first=False),
     Policy(ahead=1),
     Policy(ahead=3, fetch_first=False),

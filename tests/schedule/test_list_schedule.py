@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from fxzero import Plan, PlanError, StepGraph
 from fxzero.cost.memory import memory_timeline
 from fxzero.errors import VerifyError
+from fxzero.graph import collectives as c10d
 from fxzero.graph.edit import reorder
 from fxzero.graph.order_rules import required_order
+from fxzero.graph.randomness import is_random
 from fxzero.graph.rules import Summary
-from fxzero.graph.storage import InPlace
 from fxzero.graph.verify import verify
 from fxzero.passes.schedule_step import schedule_step
 from fxzero.schedule.evaluate import memory_of, peak_of, times_of
@@ -156,13 +157,18 @@ def test_200_illegal_orders_are_rejected(trained: Any, seed: int) -> None:
 
 
 def rejected_if_turned(step: StepGraph, problem: Problem) -> list[tuple[int, int]]:
-    """(later, earlier) for all that may not be turned round, but for writes that only cost a copy if they come early."""
+    """(later, earlier) of all that may not be turned round, but for writes that only cost a copy if they come early."""
     number = {node: call for call, node in enumerate(problem.nodes)}
     required = {(number[b], number[a]) for a, b in required_order(step) if a in number and b in number}
-    written = {(number[b], number[a]) for b, readers in InPlace(step).written_after.items() for a in readers}
     pairs = [(later, earlier) for later, calls in enumerate(problem.before) for earlier in calls]
-    read = {(later, earlier) for later, calls in enumerate(problem.reads) for earlier in calls}
-    return [pair for pair in pairs if pair in read or pair in required or pair not in written]
+    return [
+        (later, earlier)
+        for later, earlier in pairs
+        if earlier in problem.reads[later]
+        or (later, earlier) in required
+        or c10d.is_release(problem.nodes[later])
+        or (is_random(problem.nodes[later]) and is_random(problem.nodes[earlier]))
+    ]
 
 
 def in_order(step: StepGraph, problem: Problem, order: list[int]) -> StepGraph:
