@@ -28,8 +28,8 @@ class Policy:
     """What a list schedule prefers.
 
     Args:
-        compute: the priority of compute: BY_WAY, BY_PROGRAM (updates last), or BY_SLACK: by program, unless a call has a
-            way to the end that is longer than all compute that is left.
+        compute: the priority of compute: BY_WAY, BY_PROGRAM (updates last), or BY_SLACK: by program, unless a call has
+            a way to the end that is longer than all compute that is left.
         ahead: how many fetches may be launched and unread when another one is launched.
         queue_s: seconds of work that lanes have queued beyond the call that compute is given.
         fetch_first: a lane takes fetches before what gives memory back.

@@ -207,7 +207,7 @@ def measure(name: str, layers: int, world: int, hardware: str, step: StepGraph) 
     found = find_schedule(problem, bound_bytes=limit)
     seconds = time.perf_counter() - start
     assert problem.is_legal(found.order) and found.peak_bytes <= limit
-    bound = lower_bound(problem)
+    bound = lower_bound(problem, bound_bytes=limit, places=12)
     others = {
         "no_overlap_s": updates_last(problem, without_overlap(problem)),
         "prefetch_one_s": updates_last(problem, program),
