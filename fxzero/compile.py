@@ -31,6 +31,7 @@ from fxzero.graph import StepGraph
 from fxzero.graph.step_graph import CARRIED_KINDS
 from fxzero.pass_manager import PassRecord
 from fxzero.plan import Plan
+from fxzero.profile import Profiled
 from fxzero.recipe import auxiliary_state, captured_as
 from fxzero.runtime.agreement import Agreement, agreed_text
 from fxzero.runtime.checkpoint import load_state_dict, state_dict
@@ -110,7 +111,7 @@ def compile(
     return TrainStep(model, optimizer, plan, loss=loss, init=init)
 
 
-class TrainStep:
+class TrainStep(Profiled):
     """A compiled training step; call it with a batch.
 
     Attributes:
@@ -331,7 +332,7 @@ class TrainStep:
         return self._require_last()[-1].captured
 
     def report(self) -> str:
-        """Tables: state on this rank, communication per step, predicted peak, passes, time to compile."""
+        """Tables: state on this rank, communication per step, predicted peak and time, passes, time to compile."""
         from fxzero.report import report
 
         last = self._require_last()[-1]

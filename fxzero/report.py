@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from tabulate import tabulate
 
 from fxzero.cost.allocator import Allocator
+from fxzero.cost.hardware import Hardware, hardware_of
 from fxzero.cost.memory import MemoryProfile, highest_profile
 from fxzero.decide import Decision
 from fxzero.graph import StepGraph
@@ -17,6 +18,9 @@ from fxzero.graph.swap_ops import swapped_bytes
 from fxzero.graph.synchronisation import synchronisations
 from fxzero.pass_manager import PassRecord
 from fxzero.plan import Plan
+from fxzero.simulate.prediction import predict
+from fxzero.simulate.summary import timeline_tables
+from fxzero.simulate.timeline import SimulationError
 
 MIB = 2**20
 LARGEST = 12  # rows of what stands at the peak
@@ -30,8 +34,9 @@ def report(
     *,
     allocator: Allocator | None = None,
     decision: Decision | None = None,
+    hardware: Hardware | None = None,
 ) -> str:
-    """State, communication, memory, passes and compile time of a step, as text for a terminal.
+    """State, communication, memory, time, passes and compile time of a step, as text for a terminal.
 
     Args:
         steps: its programs, one a microbatch. Communication is that of all together, the peak that of the highest;
@@ -40,6 +45,7 @@ def report(
         records, seconds: what the passes did, and how long each phase of compilation took.
         allocator: whose rules the peak follows; default: that of the graph's device.
         decision: what was decided for the last one.
+        hardware: the machine that times are predicted for; default: that of the graph's device.
     """
     last = steps[-1]
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.axes.items())
@@ -50,12 +56,20 @@ def report(
         _communication_table(steps),
         memory_tables(highest_profile(steps, allocator=allocator)[1]),
         swap_table(swapped_in_step(steps)),
+        _time(steps, hardware or hardware_of(last)),
         "" if decision is None else str(decision),
         _waiting_lines(last),
         _pass_table(records),
         "compiled in " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _time(steps: Sequence[StepGraph], hardware: Hardware) -> str:
+    try:
+        return timeline_tables(predict(steps, hardware))
+    except SimulationError as error:
+        return f"the time of the step is not predicted: {error}"
 
 
 def _mib(num: float) -> str:

@@ -32,7 +32,7 @@ from fxzero.runtime import send_recv
 
 SIZES = (2**14, 2**18, 2**20, 2**22, 2**24)  # bytes of the whole tensor
 FAST_SIZES = (2**14, 2**18)
-SAMPLES = 11
+SAMPLES = 21
 CONTENTION_BYTES = 2**25
 TIMEOUT_S = 300
 LAUNCH, TOTAL = "launch", "total"

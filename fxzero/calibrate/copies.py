@@ -20,7 +20,7 @@ SAMPLES = 5
 
 @dataclass(frozen=True)
 class CopyRate:
-    """Of one tier, the slower way.
+    """Of one tier, both ways alike.
 
     Args:
         latency_s: of a small tensor.
@@ -33,13 +33,16 @@ class CopyRate:
     rows: list[Measured]
 
 
-def copy_rate(device: torch.device, tier: str, directory: Path, *, fast: bool = False) -> CopyRate:
+def copy_rate(
+    device: torch.device, tier: str, directory: Path, *, fresh_bytes_s: float = 0.0, fast: bool = False
+) -> CopyRate:
     """Time a small and a large tensor out to a tier and in again.
 
     Args:
         device: that they are on.
         tier: "host" or "nvme".
         directory: where files are made, and removed again.
+        fresh_bytes_s: at which large memory that a tensor comes back into becomes usable; 0: at once.
         fast: smaller, fewer.
 
     Raises:
@@ -52,12 +55,15 @@ def copy_rate(device: torch.device, tier: str, directory: Path, *, fast: bool = 
     finally:
         swapper.close()
     latency_s = statistics.median(times[SMALL_BYTES])
-    rate = (large - SMALL_BYTES) / max(max(times[large]) - latency_s, 1e-9)
-    rows = [
-        Measured(f"{tier} {way}", f"{size:,} bytes", seconds, latency_s + (size - SMALL_BYTES) / rate)
-        for size, both in times.items()
-        for way, seconds in zip(("out", "in"), both, strict=True)
-    ]
+    # into memory that is not usable yet a copy takes longer, which estimates count by themselves
+    large_s = min(times[large]) if fresh_bytes_s else max(times[large])
+    rate = (large - SMALL_BYTES) / max(large_s - latency_s, 1e-9)
+    rows = []
+    for size, both in times.items():
+        for way, seconds in zip(("out", "in"), both, strict=True):
+            fresh_s = size / fresh_bytes_s if fresh_bytes_s and way == "in" and size == large else 0.0
+            predicted = latency_s + (size - SMALL_BYTES) / rate + fresh_s
+            rows.append(Measured(f"{tier} {way}", f"{size:,} bytes", seconds, predicted))
     return CopyRate(latency_s, rate, rows)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import math
 import os
-import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from fxzero.calibrate.matrix_ops import matrix_rates
 from fxzero.calibrate.memory_ops import FRESH_ABOVE_BYTES, fresh_rate, op_rates, program_overheads
 from fxzero.calibrate.timing import Clock, Measured
 from fxzero.cost.hardware import CollectiveRate, Hardware, Link
+from fxzero.cost.machine_name import device_name, num_devices
 
 ALONE = Collectives(Link(1e-6, math.inf), 0.0, {}, 1.0, [])  # what one rank has: nothing to send
 
@@ -81,7 +81,8 @@ class Calibration:
     def measure_copies(self) -> None:
         """Tiers of offload."""
         for tier in ("host", "nvme"):
-            self.found[tier] = copy_rate(self.device, tier, self.directory, fast=self.fast)
+            fresh = self.found["fresh_bytes_s"]
+            self.found[tier] = copy_rate(self.device, tier, self.directory, fresh_bytes_s=fresh, fast=self.fast)
             self.rows += self.found[tier].rows
 
     def hardware(self, name: str) -> Hardware:
@@ -119,7 +120,7 @@ class Calibration:
             copy_engines=1 if on_cpu else 2,
             disk_bytes_s=disk.bytes_s,
             disk_latency_s=disk.latency_s,
-            ranks_per_node=max(self.world, _ranks_here(self.device)),
+            ranks_per_node=max(self.world, num_devices(self.device)),
             node_link=link,
             network_link=link,
             launch_s=network.launch_s,
@@ -139,26 +140,7 @@ class Calibration:
         }
 
 
-def device_name(device: torch.device) -> str:
-    """What the system calls a device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(named, platform.processor() or platform.machine())}, {_ranks_here(device)} cores"
-
-
 def _memory_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-def _ranks_here(device: torch.device) -> int:
-    """GPUs, or cores that this process may use."""
-    if device.type == "cuda":
-        return torch.cuda.device_count()
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,7 +17,8 @@ aten = torch.ops.aten
 LARGE = {"cpu": 512, "cuda": 4096}
 SKINNY = {"cpu": (32, 64, 128, 256), "cuda": (64, 256, 1024)}
 SEQUENCES = {"cpu": (64, 128, 256, 512), "cuda": (256, 1024, 4096)}
-HEADS, WIDTH = 8, 64
+HEADS, WIDTHS = 8, (32, 64)
+TURNS = 8  # sets of inputs that calls take turns with: a program does not repeat itself in a cache
 SLOW_FLOPS_S = 5e9  # below this a dtype has no matrix unit of its own, and one size of product tells its rate
 PROBE = 128
 
@@ -72,48 +73,53 @@ def matrix_rates(
 
 
 def _cases(device: torch.device, *, fast: bool) -> Iterator[Case]:
-    large, dtype = 128 if fast else LARGE[device.type], _main_dtype(device)
+    large = 128 if fast else LARGE[device.type]
     for smallest in (32, 64) if fast else (*SKINNY[device.type], large):
         for m, k, n in {(large, smallest, large), (large, large, smallest), (smallest, large, large)}:
-            a, b = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))
-            yield Case("matmul", f"mm {m} x {k} x {n}", 2.0 * m * k * n, smallest, _mm(a, b.t()))
+            call = _turns(lambda a, b: aten.mm(a, b.t()), [(m, k), (n, k)], device)
+            yield Case("matmul", f"mm {m} x {k} x {n}", 2.0 * m * k * n, smallest, call)
     for size in (32, 64) if fast else SKINNY[device.type][1:]:
-        c = torch.randn(HEADS, size, size, device=device).to(dtype)
-        yield Case("batched_matmul", f"bmm {HEADS} x {size}^3", 2.0 * HEADS * size**3, size, _bmm(c))
+        call = _turns(aten.bmm, [(HEADS, size, size)] * 2, device)
+        yield Case("batched_matmul", f"bmm {HEADS} x {size}^3", 2.0 * HEADS * size**3, size, call)
     for sequence in (32, 64) if fast else SEQUENCES[device.type]:
-        yield from _attention(device, sequence)
+        for width in WIDTHS:
+            yield from _attention(device, sequence, width)
 
 
 def _main_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _mm(a: torch.Tensor, b: torch.Tensor) -> Callable[[int], object]:
-    return lambda _: aten.mm(a, b)
+def _turns(call: Callable[..., Any], shapes: list[tuple[int, ...]], device: torch.device) -> Callable[[int], object]:
+    """The call on random inputs of these shapes, other ones each time; what it makes lives on until its next turn."""
+    dtype = _main_dtype(device)
+    inputs = [[torch.randn(shape, device=device).to(dtype) for shape in shapes] for _ in range(TURNS)]
+    kept: list[Any] = [None] * TURNS
+
+    def turn(number: int) -> None:
+        kept[number % TURNS] = call(*inputs[number % TURNS])
+
+    return turn
 
 
-def _bmm(c: torch.Tensor) -> Callable[[int], object]:
-    return lambda _: aten.bmm(c, c)
-
-
-def _attention(device: torch.device, sequence: int) -> Iterator[Case]:
+def _attention(device: torch.device, sequence: int, width: int) -> Iterator[Case]:
     """Causal attention, counted whole as torch counts it."""
-    q, k, v, g = (torch.randn(1, HEADS, sequence, WIDTH, device=device).to(_main_dtype(device)) for _ in range(4))
-    product = 2.0 * HEADS * sequence * sequence * WIDTH
-    forward: Callable[[int], Any]
+    shape = (1, HEADS, sequence, width)
+    q, k, v, g = (torch.randn(shape, device=device).to(_main_dtype(device)) for _ in range(4))
+    product = 2.0 * HEADS * sequence * sequence * width
     if device.type == "cuda":
-        forward = lambda _: aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)  # noqa: E731
-        out = forward(0)
-        rest = (*out[:6], 0.0, True, *out[6:8])
-        backward = lambda _: aten._scaled_dot_product_flash_attention_backward(g, q, k, v, *rest)  # noqa: E731
+        out = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+        forward, backward = aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_flash_attention_backward
+        saved = (*out[:6], 0.0, True, *out[6:8])
     else:
-        forward = lambda _: aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)  # noqa: E731
-        out = forward(0)
-        backward = lambda _: aten._scaled_dot_product_flash_attention_for_cpu_backward(  # noqa: E731
-            g, q, k, v, *out, 0.0, True
-        )
-    yield Case("attention", f"{HEADS} heads of {WIDTH}, sequence {sequence}", 2 * product, sequence, forward)
-    yield Case("attention_backward", f"{HEADS} heads of {WIDTH}, sequence {sequence}", 5 * product, sequence, backward)
+        forward = aten._scaled_dot_product_flash_attention_for_cpu
+        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        saved = (*forward(q, k, v, 0.0, True), 0.0, True)
+    case = f"{HEADS} heads of {width}, sequence {sequence}"
+    yield Case(
+        "attention", case, 2 * product, sequence, _turns(lambda *qkv: forward(*qkv, 0.0, True), [shape] * 3, device)
+    )
+    yield Case("attention_backward", case, 5 * product, sequence, lambda _: backward(g, q, k, v, *saved))
 
 
 def _fit(timed: list[tuple[Case, float]]) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from fxzero.runtime.program import Program
 aten = torch.ops.aten
 
 ROW = 256  # elements of a row, for ops that work on rows
+WIDE_ROW = 2048  # of a row of logits
 SMALLEST = 2**8  # elements of a call that is all overhead
 SIZES = (2**14, 2**17, 2**20, 2**22)
 FAST_SIZES = (2**14, 2**16)
@@ -27,14 +29,49 @@ TURNS_BYTES = 2**24  # calls take turns with inputs of this size together: a pro
 FRESH_BYTES = 2**26
 FRESH_ABOVE_BYTES = 2**25  # glibc takes no larger blocks from its heap but from the kernel (M_MMAP_THRESHOLD)
 
+
+def _in_rows(x: torch.Tensor, width: int) -> torch.Tensor:
+    return x.view(-1, min(width, x.numel()))
+
+
+def _in_pairs(x: torch.Tensor) -> torch.Tensor:
+    return x.view(-1, 2, min(16 * ROW, x.numel() // 2))
+
+
+@functools.cache
+def _mask(size: int, device: torch.device) -> torch.Tensor:
+    """True in the first half, as masks are: in runs."""
+    return torch.arange(size, device=device) < size // 2
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return torch.arange(x.numel() // ROW, device=x.device).remainder_(ROW)
+
+
+def _nll_loss_backward(x: torch.Tensor) -> Any:
+    one = x.new_ones(())
+    return aten.nll_loss_backward(one, x, x.new_zeros(len(x), dtype=torch.int64), None, 1, -100, one * len(x))
+
+
+def _layer_norm_backward(x: torch.Tensor, y: torch.Tensor) -> Any:
+    rows = x.shape[0]
+    mean, rstd = y[:rows].view(rows, 1), y[:rows].view(rows, 1)
+    return aten.native_layer_norm_backward(x, x, [ROW], mean, rstd, y[:ROW], y[:ROW], [True, True, True])
+
+
 Call = Callable[[torch.Tensor, torch.Tensor], Any]
 # class -> op -> (call on two tensors of n elements, elements that it reads and writes as a multiple of n)
 OPS: dict[str, dict[str, tuple[Call, float]]] = {
     "pointwise": {
         "add": (lambda x, y: aten.add.Tensor(x, y), 3),
         "mul by a number": (lambda x, y: aten.mul.Tensor(x, 0.5), 2),
+        "addcmul": (lambda x, y: aten.addcmul(x, x, y), 3),
+    },
+    "in_place": {
         "mul_": (lambda x, y: aten.mul_.Tensor(x, 1.0), 2),
+        "add_": (lambda x, y: aten.add_.Tensor(x, y, alpha=1e-9), 3),
         "lerp_": (lambda x, y: aten.lerp_.Scalar(x, y, 0.1), 3),
+        "addcdiv_": (lambda x, y: aten.addcdiv_(x, y, y, value=1e-9), 3),
     },
     "transcendental": {
         "gelu": (lambda x, y: aten.gelu(x), 2),
@@ -43,7 +80,8 @@ OPS: dict[str, dict[str, tuple[Call, float]]] = {
         "sqrt": (lambda x, y: aten.sqrt(y), 2),
     },
     "selection": {
-        "where": (lambda x, y: aten.where.self(x > y, x, y), 4.5),
+        "masked_fill": (lambda x, y: aten.masked_fill.Scalar(x, _mask(x.numel(), x.device), 0.0), 2.25),
+        "where": (lambda x, y: aten.where.self(_mask(x.numel(), x.device), x, y), 3.25),
         "threshold_backward": (lambda x, y: aten.threshold_backward(x, y, 0.5), 3),
     },
     "random": {
@@ -51,42 +89,39 @@ OPS: dict[str, dict[str, tuple[Call, float]]] = {
         "rand_like": (lambda x, y: aten.rand_like(x), 2),
     },
     "reduction": {
-        "sum over columns": (lambda x, y: aten.sum.dim_IntList(x.view(-1, ROW), [0]), 1),
-        "mean over rows": (lambda x, y: aten.mean.dim(x.view(-1, ROW), [1]), 1),
+        "sum over columns": (lambda x, y: aten.sum.dim_IntList(_in_rows(x, ROW), [0]), 1),
+        "mean over rows": (lambda x, y: aten.mean.dim(_in_rows(x, ROW), [1]), 1),
+        "sum of pairs": (
+            lambda x, y: aten.sum.dim_IntList(_in_rows(x, 2**13).view(-1, 2, min(2**12, x.numel() // 2)), [1]),
+            1.5,
+        ),
         "vector_norm": (lambda x, y: aten.linalg_vector_norm(x), 1),
     },
     "normalization": {
-        "layer_norm": (lambda x, y: aten.native_layer_norm(x.view(-1, ROW), [ROW], y[:ROW], y[:ROW], 1e-5), 2),
-        "layer_norm_backward": (lambda x, y: _layer_norm_backward(x.view(-1, ROW), y), 3),
-        "log_softmax": (lambda x, y: aten._log_softmax(x.view(-1, ROW), 1, False), 2),
+        "layer_norm": (lambda x, y: aten.native_layer_norm(_in_rows(x, ROW), [ROW], y[:ROW], y[:ROW], 1e-5), 2),
+        "layer_norm_backward": (lambda x, y: _layer_norm_backward(_in_rows(x, ROW), y), 3),
+    },
+    "softmax": {
+        "log_softmax": (lambda x, y: aten._log_softmax(_in_rows(x, WIDE_ROW), 1, False), 2),
         "log_softmax_backward": (
-            lambda x, y: aten._log_softmax_backward_data(x.view(-1, ROW), y.view(-1, ROW), 1, x.dtype),
+            lambda x, y: aten._log_softmax_backward_data(_in_rows(x, WIDE_ROW), _in_rows(y, WIDE_ROW), 1, x.dtype),
             3,
         ),
     },
     "index": {
-        "embedding": (lambda x, y: aten.embedding(x.view(-1, ROW), _rows(x)), 2),
+        "embedding": (lambda x, y: aten.embedding(_in_rows(x, ROW), _rows(x)), 2),
         "embedding_backward": (
-            lambda x, y: aten.embedding_dense_backward(x.view(-1, ROW), _rows(x), ROW, -1, False),
+            lambda x, y: aten.embedding_dense_backward(_in_rows(x, ROW), _rows(x), ROW, -1, False),
             1,
         ),
+        "nll_loss_backward": (lambda x, y: _nll_loss_backward(_in_rows(x, ROW)), 2),
     },
     "strided": {
-        "transpose": (lambda x, y: aten.clone(x.view(-1, ROW).t(), memory_format=torch.contiguous_format), 2),
-        "cat of halves": (lambda x, y: aten.cat([x.view(-1, ROW), y.view(-1, ROW)], 1), 4),
+        "transpose": (lambda x, y: aten.clone(_in_rows(x, ROW).t(), memory_format=torch.contiguous_format), 2),
+        "cat of halves": (lambda x, y: aten.cat([*_in_rows(x, ROW).chunk(2, 1)], 1), 2),
     },
     "fill": {"full": (lambda x, y: aten.full_like(x, 1.0), 2)},
 }
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return torch.arange(x.numel() // ROW, device=x.device).remainder_(ROW)
-
-
-def _layer_norm_backward(x: torch.Tensor, y: torch.Tensor) -> Any:
-    rows = x.shape[0]
-    mean, rstd = y[:rows].view(rows, 1), y[:rows].view(rows, 1)
-    return aten.native_layer_norm_backward(x, x, [ROW], mean, rstd, y[:ROW], y[:ROW], [True, True, True])
 
 
 def op_rates(clock: Clock, *, fast: bool = False) -> tuple[dict[str, OpRate], list[Measured]]:
@@ -120,9 +155,14 @@ def fresh_rate(clock: Clock, *, fast: bool = False) -> float:
 
 
 def _seconds(clock: Clock, call: Call, size: int) -> float:
-    turns = max(1, min(64, TURNS_BYTES // (8 * size)))
+    turns = max(2, min(64, TURNS_BYTES // (8 * size)))
     inputs = [tuple(torch.rand(size, device=clock.device).add_(0.1) for _ in range(2)) for _ in range(turns)]
-    return clock.seconds(lambda number: call(*inputs[number % turns]))
+    kept = [None] * turns  # what calls make lives on for a while, so that the next one finds no warm memory
+
+    def turn(number: int) -> None:
+        kept[number % turns] = call(*inputs[number % turns])
+
+    return clock.seconds(turn)
 
 
 def _mean(values: Sequence[float]) -> float:

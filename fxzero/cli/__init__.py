@@ -1,4 +1,4 @@
-"""The command line: `fxzero dump`, `fit`, `calibrate` and others, a module each; docs/cli.md shows them."""
+"""The command line: `fxzero dump`, `simulate`, `calibrate` and others, a module each; docs/cli.md shows them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import fxzero
-from fxzero.cli import calibrate, diff, dump, env, fit, memory, passes
+from fxzero.cli import calibrate, diff, dump, env, fit, memory, passes, simulate
 from fxzero.cli.usage import UsageError
 from fxzero.errors import FxzeroError
 
-COMMANDS = (dump, passes, diff, memory, fit, calibrate, env)
+COMMANDS = (dump, passes, diff, memory, fit, simulate, calibrate, env)
 FAILED = 2
 INTERRUPTED = 130
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ from fxzero.cli.dump import check_out
 from fxzero.cli.progress import Progress
 from fxzero.cli.usage import UsageError
 from fxzero.cost.hardware_file import parse
+from fxzero.cost.machine_name import num_devices
 
 DESCRIPTION = """\
 Measure this machine (matrix products, ops bound by memory, collectives between --world processes, copies to the host
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     check_out(args.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = 2 if args.world is None else args.world
-    threads = max(1, _cores() // max(world, 1)) if args.threads is None else args.threads
+    threads = max(1, num_devices(torch.device("cpu")) // max(world, 1)) if args.threads is None else args.threads
     for option, value in (("--world", world), ("--threads", threads)):
         if value < 1:
             raise UsageError.of(option, expected="at least 1", got=str(value), fix="leave it out for the default")
@@ -86,7 +86,3 @@ def as_table(rows: list[Measured]) -> str:
     headers = ["figure", "case", "measured us", "described us", "residual"]
     align = ("left", "left", "right", "right", "right")
     return tabulate(cells, headers=headers, colalign=align, disable_numparse=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

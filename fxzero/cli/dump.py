@@ -12,6 +12,7 @@ from typing import Any
 from fxzero.cli.options import add_target_options, allocator_of, plan_of
 from fxzero.cli.rewriting import CAPTURE, capture_target, decided_passes, progress_of, run_passes
 from fxzero.cli.usage import UsageError, check_pass
+from fxzero.cost.hardware import hardware_of
 from fxzero.decide import Decision, check_budget
 from fxzero.graph import PHASES, StepGraph
 from fxzero.graph.export import to_dot, to_json
@@ -93,7 +94,9 @@ def _render(
         return to_dot(step)
     if args.format == "report":
         rules = allocator_of(args)
-        return report([step], plan, pipeline.records, seconds, allocator=rules, decision=decision) + "\n"
+        hardware = hardware_of(step, backend=args.backend)
+        shown = report([step], plan, pipeline.records, seconds, allocator=rules, decision=decision, hardware=hardware)
+        return shown + "\n"
     header, _, rest = to_text(step, phases=args.phase, color=wants_color(args.out)).partition("\n")
     decided = [f"# {line}" for line in str(decision or "").splitlines()]
     return "\n".join([header, *decided, rest])

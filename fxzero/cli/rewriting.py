@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from fxzero.capture import Inventory, capture_step
@@ -134,3 +134,24 @@ def run_passes(
     rewritten = pipeline.run(step, until=until, check=check, snapshot=tell)
     progress.seconds["passes"] = time.perf_counter() - start
     return rewritten
+
+
+def run_decided(
+    captured: Sequence[StepGraph], plan: Plan, progress: Progress, *, backend: str, check: bool
+) -> list[StepGraph]:
+    """The programs of a step after all passes, what the plan leaves open decided for each.
+
+    Args:
+        captured: before any pass, one a microbatch; equal ones are the same object, and stay so.
+        plan: resolved; its mesh becomes that of the graphs.
+        progress: what to tell.
+        backend: what carries collectives.
+        check: verify after each pass.
+    """
+    done: dict[int, StepGraph] = {}
+    for step in captured:
+        if id(step) not in done:
+            step.mesh = dict(plan.axes)
+            pipeline, _ = decided_passes(step, plan, progress, backend=backend, until="")
+            done[id(step)] = run_passes(step, pipeline, progress, until=pipeline.passes[-1].name, check=check)
+    return [done[id(step)] for step in captured]

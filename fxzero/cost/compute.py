@@ -45,6 +45,8 @@ def compute_seconds(node: fx.Node, hardware: Hardware, *, in_place: bool = False
     if not computes(node):
         return 0.0
     name = op_class(node)
+    if in_place and name == "pointwise":
+        name = "in_place"
     traffic = traffic_bytes(node)
     flops = matrix_flops(node)
     if flops:

@@ -162,7 +162,7 @@ class _Reader:
 
     def _number(self, key: Key) -> float | None:
         section, name = key.path.split(".")
-        table = self._table(section, optional=key.optional)
+        table = self._table(section, optional=True)
         if name not in table:
             if key.optional:
                 return None
@@ -308,4 +308,5 @@ def _written(value: Any) -> str:
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     if isinstance(value, tuple):
         return f"[{', '.join(map(_written, value))}]"
-    return str(value) if isinstance(value, int) else f"{value:.6g}"
+    whole = float(value).is_integer() and abs(value) < 1e9
+    return str(int(value)) if whole else f"{value:.6g}"

@@ -1,11 +1,13 @@
 """Classes of ops that go through memory, or through a matrix unit, at one rate.
 
 pointwise        add, mul, casts: bound by memory
+in_place         of these, what writes over its first input: takes no memory, and most of what updates run
 transcendental   gelu, exp, sqrt: on a CPU bound by arithmetic
 selection        where, comparisons, masks
 random           dropout masks, random numbers
 reduction        sums, means and norms over one pass
-normalization    layer norm, softmax, losses and their backwards: several passes
+normalization    layer norm and kin, and their backwards: several passes
+softmax          softmax, log_softmax and their backwards: several passes, with exponentials
 index            embedding, gather, scatter, index_put
 strided          copies that change the layout: transposes, concatenations
 fill             outputs that read nothing
@@ -27,11 +29,13 @@ aten = torch.ops.aten
 
 MEMORY_CLASSES = (
     "pointwise",
+    "in_place",
     "transcendental",
     "selection",
     "random",
     "reduction",
     "normalization",
+    "softmax",
     "index",
     "strided",
     "fill",
@@ -53,8 +57,8 @@ _BY_WORD = {
     "random": "bernoulli rand randn rand_like randn_like native_dropout uniform normal normal_functional dropout",
     "reduction": "sum mean amax amin max min norm linalg_vector_norm any all prod var std var_mean argmax cumsum "
     "nonfinite logsumexp",
-    "normalization": "native_layer_norm native_group_norm native_batch_norm batch_norm rms_norm _softmax _log_softmax "
-    "softmax log_softmax _softmax_backward_data _log_softmax_backward_data _fused_rms_norm",
+    "normalization": "native_layer_norm native_group_norm native_batch_norm batch_norm rms_norm _fused_rms_norm",
+    "softmax": "_softmax _log_softmax softmax log_softmax _softmax_backward_data _log_softmax_backward_data",
     "index": "embedding embedding_dense_backward index index_select index_put _index_put gather scatter scatter_add "
     "index_add nll_loss_forward nll_loss_backward slice_scatter select_scatter select_backward slice_backward "
     "_unsafe_index _unsafe_index_put upsample_nearest2d max_pool2d_with_indices constant_pad_nd local_shard",

@@ -3,6 +3,7 @@
     aten.mm.default(f32[1024, 256], f32[256, 768]{1,256})
     aten.add_.Tensor(f32[256], f32[256])                    in place
     send_recv all_gather of 1048576 bytes over 2
+    wait for send_recv reduce_scatter avg of 1048576 bytes over 2
 
 Integers, flags and words count, since they may say what is computed; other numbers do not.
 """
@@ -19,7 +20,7 @@ from fxzero import compat
 from fxzero.cost.communication import algorithm_of, message_bytes
 from fxzero.graph import collectives as c10d
 from fxzero.graph import swap_ops
-from fxzero.graph.step_graph import num_bytes
+from fxzero.graph.step_graph import first_argument, num_bytes
 from fxzero.graph.text import contiguous_strides, dtype_names
 
 
@@ -31,11 +32,14 @@ def signature(node: fx.Node, mesh: Mapping[str, int], *, form: Any = None) -> st
         mesh: of its graph.
         form: the op that runs in place of the node's own, if it does.
     """
+    if c10d.is_wait(node) or swap_ops.is_wait(node):
+        launch = c10d.launched_by(node) if c10d.is_wait(node) else first_argument(node)
+        return f"wait for {signature(launch, mesh)}"
     if c10d.is_collective(node):
-        how = algorithm_of(node)
-        name = c10d.TABLE[node.target].name
-        carried = f"{how} {name}" if how == "send_recv" else name
-        return f"{carried} of {message_bytes(node)} bytes over {mesh[c10d.axis_of(node)]}"
+        words = ["send_recv"] if algorithm_of(node) == "send_recv" else []
+        words.append(c10d.TABLE[node.target].name)
+        words += [node.args[1]] if node.args[1] in ("sum", "avg", "max", "min", "product") else []  # type: ignore[list-item]
+        return f"{' '.join(words)} of {message_bytes(node)} bytes over {mesh[c10d.axis_of(node)]}"
     if swap_ops.is_launch(node):
         out = node.target is swap_ops.swap_out
         tier = swap_ops.tier_of(node if out else node.args[0])  # type: ignore[arg-type]

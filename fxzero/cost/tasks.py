@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
@@ -49,7 +48,7 @@ def step_tasks(
         recorded: signature of an op (`cost/signature.py`) -> seconds that were measured; replaces the estimate of it.
     """
     forms = InPlace(step).forms
-    known: dict[tuple[str, str, Any], Task] = {}
+    known: dict[tuple[str, str], Task] = {}
     tasks = {}
     for node in step.graph.nodes:
         if node.op != "call_function" or is_getitem(node) or c10d.is_release(node):
@@ -57,7 +56,7 @@ def step_tasks(
             continue
         form = forms.get(node)
         text = signature(node, step.mesh, form=form)
-        key = (text, _lane(node, hardware), _carried(node))
+        key = (text, _lane(node, hardware))
         if key not in known:
             seconds = None if recorded is None else recorded.get(text)
             known[key] = _task(node, step.mesh, hardware, lane=key[1], in_place=form is not None, seconds=seconds)
@@ -65,17 +64,11 @@ def step_tasks(
     return tasks
 
 
-def _carried(node: fx.Node) -> Any:
-    """What the text of a wait does not say: how that which it waits for is carried."""
-    if not c10d.is_wait(node):
-        return None
-    launch = c10d.launched_by(node)
-    return (launch.target, launch.meta.get("algorithm"), c10d.axis_of(launch), launch.args[1])
-
-
 def _lane(node: fx.Node, hardware: Hardware) -> str:
     if c10d.is_collective(node):
         return f"net:{c10d.axis_of(node)}"
+    if swap_ops.is_wait(node):
+        return "compute"
     if swap_ops.is_launch(node):
         out = node.target is swap_ops.swap_out
         source = node if out else node.args[0]
@@ -93,17 +86,19 @@ def _task(
         return Task(lane, predicted, launch_seconds(node, hardware))
     if swap_ops.is_launch(node):
         return Task(lane, _swap_seconds(node, lane, hardware) if seconds is None else seconds, hardware.launch_s)
+    if seconds is not None:
+        return Task(lane, seconds) if seconds else FREE
     if c10d.is_wait(node):
-        summed = wait_seconds(node, mesh, hardware)
-        return Task("compute", summed) if summed else FREE
-    if swap_ops.is_wait(node):
-        return FREE
-    if not computes(node):
-        return Task("compute", hardware.view_overhead_s) if hardware.view_overhead_s else FREE
-    if seconds is None:
-        on_host = lane == "host"
-        seconds = _host_seconds(node, hardware) if on_host else compute_seconds(node, hardware, in_place=in_place)
-    return Task(lane, seconds)
+        seconds = wait_seconds(node, mesh, hardware)
+    elif swap_ops.is_wait(node):
+        seconds = 0.0
+    elif not computes(node):
+        seconds = hardware.view_overhead_s
+    elif lane == "host":
+        seconds = _host_seconds(node, hardware)
+    else:
+        seconds = compute_seconds(node, hardware, in_place=in_place)
+    return Task(lane, seconds) if seconds else FREE
 
 
 def _swap_seconds(node: fx.Node, lane: str, hardware: Hardware) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import linecache
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from fxzero.graph.step_graph import STATE_KINDS, first_argument, yields_tensor
 from fxzero.graph.storage import InPlace
 from fxzero.runtime import send_recv
 from fxzero.runtime.swap_lines import SWAPPER_METHODS, SwapLines
+
+RunFunction = Callable[[list[Any]], tuple[Any, ...]]
 
 
 class Program:
@@ -39,19 +42,31 @@ class Program:
         self.step = step
         self.entries = [node.meta["entry"] for node in step.placeholders]
         self.groups = dict(groups)
-        self._emitter = _Emitter(step, self.groups, swapper)
+        self.swapper = swapper
+        self._emitter = Emitter(step, self.groups, swapper)
         self.source = self._emitter.text()
         self.outputs = self._emitter.outputs
         self.file = f"<fxzero {name} {id(self):x}>"
-        linecache.cache[self.file] = (
-            len(self.source),
-            None,
-            self.source.splitlines(keepends=True),
-            self.file,
-        )
-        scope: dict[str, Any] = dict(self._emitter.names)
-        exec(compile(self.source, self.file, "exec"), scope)
-        self._function: Callable[[list[Any]], tuple[Any, ...]] = scope["run"]
+        self._function = _load(self._emitter, self.source, self.file)
+
+    @contextlib.contextmanager
+    def written_by(
+        self, emitter: Emitter, around: Callable[[RunFunction], RunFunction] = lambda function: function
+    ) -> Iterator[None]:
+        """Within the block the same graph runs as another emitter writes it.
+
+        Args:
+            emitter: of this program's step, groups and swapper.
+            around: what is made of the function that it has written.
+        """
+        before = self._emitter, self.file, self._function
+        self._emitter, self.file = emitter, f"{self.file[:-1]}, {type(emitter).__name__}>"
+        self._function = around(_load(emitter, emitter.text(), self.file))
+        try:
+            yield
+        finally:
+            linecache.cache.pop(self.file, None)
+            self._emitter, self.file, self._function = before
 
     def run(self, inputs: list[Any]) -> tuple[Any, ...]:
         """Run the step; writes parameters, buffers and optimizer state in place.
@@ -78,6 +93,14 @@ class Program:
             frame = frame.tb_next
 
 
+def _load(emitter: Emitter, source: str, file: str) -> RunFunction:
+    """The function of a source, whose lines tracebacks can show."""
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    scope: dict[str, Any] = dict(emitter.names)
+    exec(compile(source, file, "exec"), scope)
+    return scope["run"]
+
+
 def runs_by_messages(node: fx.Node) -> bool:
     """Whether a collective is carried by point-to-point messages, which a pass has decided."""
     return node.meta.get("algorithm") == "send_recv"
@@ -96,8 +119,14 @@ def _with_grad_mode(op: Any) -> Any:
 _READS_GRAD_MODE = {torch.ops.aten.mkldnn_rnn_layer.default: _with_grad_mode(torch.ops.aten.mkldnn_rnn_layer.default)}
 
 
-class _Emitter:
-    """Writes the source, line by line."""
+class Emitter:
+    """Writes the source, line by line.
+
+    Attributes:
+        names: what the source knows beside Python's own.
+        lines: so far.
+        line_nodes: number of a line, from 1 -> the call that stands there.
+    """
 
     def __init__(self, step: StepGraph, groups: Mapping[str, Any], swapper: Any) -> None:
         self.step = step
@@ -115,12 +144,13 @@ class _Emitter:
         self.messages = 0
 
     def text(self) -> str:
+        """The source."""
         inputs = "".join(f"{node.name}, " for node in self.step.placeholders)
         self.lines = ["def run(inputs):", f"    ({inputs}) = inputs", "    inputs.clear()"]
         dying = self._dying()
         for node in self.step.graph.nodes:
             if node.op == "call_function":
-                self._call(node)
+                self.call(node)
             for line in (*self.copies.get(node, ()), *self.swaps.after(node)):
                 self.lines.append(f"    {line}")
             if node.op != "output" and node in dying:
@@ -133,7 +163,8 @@ class _Emitter:
         self.lines.append(f"    return ({''.join(f'{name}, ' for name in returned)})")
         return "\n".join(self.lines) + "\n"
 
-    def _call(self, node: fx.Node) -> None:
+    def call(self, node: fx.Node) -> None:
+        """Write the line of one call."""
         if c10d.is_release(node):
             return  # the memory goes with the last reference, which this node has
         target: Any = self.in_place.forms.get(node, node.target)

@@ -36,7 +36,7 @@ COLORS = {
     COMMUNICATION: "#009e73",
     WORKSPACE: "#cc79a7",
 }
-_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 _BUDGET_IN_SIGHT = 2  # times the peak: a budget above would leave nothing to see of what is below
 _LEAST_SHARE = 0.12  # of the picture's width that a phase's name takes
 _MAX_POINTS = 4000  # more than a picture has columns
@@ -93,13 +93,13 @@ def draw_memory(areas: Areas, path: str | Path, *, title: str, budget_bytes: int
         PictureError: if matplotlib is not installed, or knows no such format.
     """
     check_can_draw(path)
-    figure_class, patch_class = _matplotlib()
+    figure_class, patch_class = matplotlib_classes()
     total = areas.total
     positions, lines = _columns(areas, total)
     peak, at = int(total.max()), int(total.argmax())
     in_sight = budget_bytes is not None and budget_bytes <= _BUDGET_IN_SIGHT * peak
     top = max(peak, budget_bytes or 0) if in_sight else max(peak, 1)
-    unit, size = next(((u, s) for u, s in _UNITS if top >= s), ("B", 1))
+    unit, size = next(((u, s) for u, s in UNITS if top >= s), ("B", 1))
     figure = figure_class(figsize=(11, 5.5), layout="constrained")
     axes = figure.add_subplot()
     used = [kind for kind in KINDS if lines[kind].any()]
@@ -127,7 +127,7 @@ def draw_memory(areas: Areas, path: str | Path, *, title: str, budget_bytes: int
 
 def check_can_draw(path: str | Path) -> None:
     """Raise PictureError unless a picture of this name can be drawn: before a long capture, not after it."""
-    figure_class, _ = _matplotlib()
+    figure_class, _ = matplotlib_classes()
     known = figure_class().canvas.get_supported_filetypes()
     suffix = Path(path).suffix.removeprefix(".").lower()
     if suffix not in known:
@@ -136,7 +136,7 @@ def check_can_draw(path: str | Path) -> None:
         raise PictureError.of(str(path), expected="the suffix of a picture", got=got, fix=fix)
 
 
-def _matplotlib() -> tuple[Any, Any]:
+def matplotlib_classes() -> tuple[Any, Any]:
     """The classes of a figure and of a legend's patch; no window system is asked for."""
     try:
         from matplotlib.figure import Figure

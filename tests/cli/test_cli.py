@@ -450,7 +450,7 @@ def test_a_command_that_is_none_is_refused(call) -> None:
     assert code == 2 and "COMMAND" in err
 
 
-@pytest.mark.parametrize("command", ["dump", "passes", "diff", "memory", "env"])
+@pytest.mark.parametrize("command", ["dump", "passes", "diff", "memory", "calibrate", "env"])
 def test_help_shows_an_example_that_the_parser_takes(printed, command) -> None:
     out = printed(command, "--help")
     examples = re.findall(rf"^  fxzero ({command}\b.*)$", out, flags=re.MULTILINE)
