@@ -31,7 +31,7 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "graph": BASE,
     "capture": BASE | {"graph"},
     "cost": BASE | {"graph"},
-    "simulate": BASE | {"graph", "cost"},
+    "simulate": BASE | {"graph", "cost", "schedule"},
     "schedule": BASE | {"graph", "cost"},
     "passes": BASE | {"graph", "cost", "schedule"},
     "pass_manager": BASE | {"graph"},

@@ -18,12 +18,11 @@ from fxzero.cost.lifetimes import storages
 from fxzero.cost.memory import device_of
 from fxzero.cost.tasks import Task
 from fxzero.errors import RewriteError
-from fxzero.graph import StepGraph, swap_ops
-from fxzero.graph import collectives as c10d
+from fxzero.graph import StepGraph
+from fxzero.graph.lanes import COMPUTE, HOST, is_launch, is_wait, launch_of
 from fxzero.graph.storage import InPlace
 from fxzero.schedule.legal import kept_order
 
-COMPUTE, HOST = "compute", "host"
 RUN, LAUNCH, WAIT, ON_HOST = range(4)  # kinds of calls
 
 
@@ -121,7 +120,7 @@ class Problem:
         nodes = step.calls()
         number = {node: index for index, node in enumerate(nodes)}
         lanes = [COMPUTE]
-        lane, kind, seconds, launch_s, launch_of = [], [], [], [], []
+        lane, kind, seconds, launch_s, launches = [], [], [], [], []
         for node in nodes:
             task = _task(node, tasks)
             if task.resource and task.resource not in lanes:
@@ -130,14 +129,14 @@ class Problem:
             kind.append(_kind(node, task))
             seconds.append(task.seconds)
             launch_s.append(task.launch_s)
-            launch_of.append(number[_launch(node)] if kind[-1] == WAIT else -1)
+            launches.append(number[launch_of(node)] if kind[-1] == WAIT else -1)
         reads = [sorted({number[n] for n in node.all_input_nodes if n in number}) for node in nodes]
         first: list[set[int]] = [set(calls) for calls in reads]
         for earlier, later in kept_order(step, InPlace(step)):
             if earlier in number and later in number:
                 first[number[later]].add(number[earlier])
         before = [sorted(calls) for calls in first]
-        return cls(nodes, lanes, lane, kind, seconds, launch_s, launch_of, reads, before, _memory(step, number))
+        return cls(nodes, lanes, lane, kind, seconds, launch_s, launches, reads, before, _memory(step, number))
 
     def is_legal(self, order: Sequence[int]) -> bool:
         """Whether an order has all calls once, each after what must come first."""
@@ -155,15 +154,11 @@ def _task(node: fx.Node, tasks: Mapping[fx.Node, Task]) -> Task:
 
 
 def _kind(node: fx.Node, task: Task) -> int:
-    if c10d.is_wait(node) or swap_ops.is_wait(node):
+    if is_wait(node):
         return WAIT
-    if (c10d.is_collective(node) or swap_ops.is_launch(node)) and task.resource not in ("", COMPUTE):
+    if is_launch(node) and task.resource not in ("", COMPUTE):
         return LAUNCH
     return ON_HOST if task.resource == HOST else RUN
-
-
-def _launch(wait: fx.Node) -> fx.Node:
-    return c10d.launched_by(wait) if c10d.is_wait(wait) else wait.all_input_nodes[0]
 
 
 def _memory(step: StepGraph, number: dict[fx.Node, int]) -> Memory:

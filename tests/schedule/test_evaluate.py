@@ -13,6 +13,7 @@ from fxzero.errors import RewriteError
 from fxzero.graph.edit import reorder
 from fxzero.schedule.evaluate import memory_of, times_of
 from fxzero.schedule.problem import Problem
+from fxzero.simulate.timeline import simulate
 from tests.schedule.orders import random_order
 from tests.schedule.steps import problem_of, rewritten, tasks_of
 
@@ -41,6 +42,22 @@ def test_memory_is_that_of_the_model(name: str) -> None:
         model = memory_timeline(step).total[len(step.placeholders) :]
         counted = memory_of(problem, order)
         assert np.array_equal(model, counted) if not index else model.max() <= counted.max()
+
+
+@pytest.mark.parametrize("hardware", ["h100", "h100_ethernet", "cpu"])
+@pytest.mark.parametrize("name", PLANS)
+def test_times_are_those_of_the_simulator(name: str, hardware: str) -> None:
+    step = rewritten(**PLANS[name])
+    tasks = tasks_of(step, hardware)
+    problem = Problem.of(step, tasks)
+    rng = random.Random(1)
+    for index in range(3):
+        order = random_order(problem, rng) if index else list(range(len(problem)))
+        reorder(step, [problem.nodes[call] for call in order])
+        timeline, times = simulate(step, tasks), times_of(problem, order)
+        assert times.seconds == pytest.approx(timeline.step_seconds, rel=1e-12)
+        waits = {event.node: event.seconds for event in timeline.exposed}
+        assert {problem.nodes[call]: s for call, s in times.stalls} == pytest.approx(waits)
 
 
 def test_a_use_that_is_forgotten_shows() -> None:
