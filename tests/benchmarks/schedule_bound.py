@@ -4,7 +4,8 @@
     python -m tests.benchmarks.schedule_bound --models llama_8b --worlds 64 --layers 8
 
 One process, no GPU, no process group: models live on the meta device, times are those of the cost model. All policies
-order the same program (same buckets), and may take as much memory as prefetching one bucket ahead does:
+order the same program (same buckets), and may take as much memory as prefetching one bucket ahead does, or, with
+--times-smallest, a multiple of the least (which prefetching one bucket ahead does not heed):
 
     no overlap     each collective is waited for where it is launched, a gather where it is read
     prefetch one   FSDP2's: the next bucket is gathered while one is read, a reduction waited for at the next one
@@ -199,10 +200,11 @@ def as_early(problem: Problem, limit: int) -> list[int]:
     return updates_last(problem, order)
 
 
-def measure(name: str, layers: int, world: int, hardware: str, step: StepGraph) -> Row:
+def measure(name: str, layers: int, world: int, hardware: str, step: StepGraph, times_smallest: float | None) -> Row:
     problem = Problem.of(step, step_tasks(step, Hardware.load(hardware)))
     program = list(range(len(problem)))
-    limit = peak_of(problem, program)
+    smallest = peak_of(problem, least_memory_order(problem))
+    limit = peak_of(problem, program) if times_smallest is None else int(times_smallest * smallest)
     start = time.perf_counter()
     found = find_schedule(problem, bound_bytes=limit)
     seconds = time.perf_counter() - start
@@ -225,7 +227,7 @@ def measure(name: str, layers: int, world: int, hardware: str, step: StepGraph) 
         by_cost_s=found.seconds,
         memory_bound_bytes=limit,
         by_cost_peak_bytes=found.peak_bytes,
-        smallest_peak_bytes=peak_of(problem, least_memory_order(problem)),
+        smallest_peak_bytes=smallest,
         schedule_seconds=seconds,
     )
 
@@ -255,6 +257,7 @@ def main() -> None:
     parser.add_argument("--worlds", nargs="+", type=int, default=[8, 64, 512])
     parser.add_argument("--hardware", nargs="+", default=["h100", "h100_ethernet"])
     parser.add_argument("--layers", type=int, help="of every model, instead of its own")
+    parser.add_argument("--times-smallest", type=float, help="memory, as a multiple of the smallest peak")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
@@ -269,7 +272,7 @@ def main() -> None:
             step.mesh = dict(resolved.axes)
             program = recipe(resolved, backend="nccl").run(step, check=False)
             for hardware in args.hardware:
-                rows.append(measure(name, layers, world, hardware, program))
+                rows.append(measure(name, layers, world, hardware, program, args.times_smallest))
                 print(table(rows[-1:]).splitlines()[-1], file=sys.stderr)
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
