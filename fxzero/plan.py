@@ -27,6 +27,7 @@ from fxzero.plan_values import (
     finite,
     fraction,
     integer,
+    name_or_path,
     nearest,
     norm_order,
     number_of_bytes,
@@ -181,6 +182,9 @@ class Plan:
         offload_dir: for files: the directory in which each run makes one of its own; None: that for temporary files.
         offload_io: "direct" (past the page cache) or "buffered", for files.
         offload_buffer_bytes: of host memory through which tensors stream to and from files.
+        schedule: the order of the program: "fixed" (by rules: prefetch, updates behind their reductions), or "cost" (
+            the fastest found by the costs of `hardware`, within memory_budget or, without it, the peak of "fixed").
+        hardware: whose costs decide: a name ("h100"), a path to a description, or "auto": the device of the model.
         disable: names of passes to leave out; kept sorted, since their order means nothing.
         timeout_s: seconds that ranks wait for each other to agree before the first collective.
 
@@ -228,6 +232,8 @@ class Plan:
     offload_dir: str | None = _key(None, directory)
     offload_io: str = _key("direct", one_of("direct", "buffered"))
     offload_buffer_bytes: int = _key(32 * 2**20, number_of_bytes)
+    schedule: str = _key("fixed", one_of("fixed", "cost"))
+    hardware: str = _key("auto", name_or_path)
     disable: tuple[str, ...] = _key((), pass_names)
     timeout_s: float = _key(60.0, seconds)
 

@@ -74,6 +74,14 @@ def budget(where: str, value: Any) -> int | None:
     return int(num_bytes)
 
 
+def name_or_path(where: str, value: Any) -> str:
+    """A name, or the path of a file, as text."""
+    if not isinstance(value, (str, os.PathLike)) or not str(value).strip():
+        fix = "write 'auto', a name such as 'h100', or the path of a description"
+        raise PlanError.of(where, expected="the name or path of a machine's description", got=show(value), fix=fix)
+    return str(value)
+
+
 def seconds(where: str, value: Any) -> float:
     """A duration of at most a day."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MAX_TIMEOUT_S:

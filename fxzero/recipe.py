@@ -39,6 +39,7 @@ from fxzero.passes.recompute_pointwise import recompute_pointwise
 from fxzero.passes.reduce_gradients import reduce_gradients
 from fxzero.passes.reduce_in_low_precision import reduce_in_low_precision
 from fxzero.passes.remove_dead_nodes import remove_dead_nodes
+from fxzero.passes.schedule_step import schedule_step
 from fxzero.passes.shard_gradient_norms import shard_gradient_norms
 from fxzero.passes.shard_gradients import shard_gradients
 from fxzero.passes.shard_optimizer_state import shard_optimizer_state
@@ -73,6 +74,7 @@ ALL_PASSES: tuple[Pass, ...] = (
     offload_activations,
     offload_state,
     place_swaps,
+    schedule_step,
 )
 
 
@@ -195,6 +197,9 @@ def recipe(plan: Plan, *, backend: str, decided: Decided = NOTHING_DECIDED) -> P
         passes.append(prefetch_all_gathers.using(distance=plan.prefetch))
     passes.append(place_updates.using(bucket_bytes=plan.bucket_bytes))
     passes += _offloading(plan, decided)
+    if plan.schedule == "cost":
+        known = {"hardware": plan.hardware, "backend": backend}
+        passes.append(schedule_step.using(**known, memory_bytes=plan.memory_budget))
     return Pipeline(passes, disable=plan.disable)
 
 

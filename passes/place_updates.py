@@ -13,6 +13,7 @@ from torch import fx
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
+from fxzero.graph.edit import reorder
 from fxzero.graph.randomness import is_random
 from fxzero.graph.step_graph import iter_views, num_bytes
 
@@ -49,7 +50,7 @@ def place_updates(step: StepGraph, *, distance: int = 1, bucket_bytes: int = 0) 
         order.append(node)
     for group in sorted(pending):
         order += pending[group]
-    return _reorder(step, nodes, order)
+    return reorder(step, order)
 
 
 def _births(nodes: list[fx.Node], bucket_bytes: int) -> list[list[fx.Node]]:
@@ -121,14 +122,3 @@ def _tails(nodes: list[fx.Node], group_of: dict[fx.Node, int]) -> dict[fx.Node, 
 def _travels(node: fx.Node) -> bool:
     """Whether a node waits for a gather of the update, which travels under the next group."""
     return c10d.is_wait(node) and c10d.launched_by(node).meta["phase"] == "update"
-
-
-def _reorder(step: StepGraph, old: list[fx.Node], new: list[fx.Node]) -> int:
-    anchor = step.placeholders[-1]
-    moved = 0
-    for before, node in zip(old, new, strict=True):
-        moved += before is not node
-        if anchor.next is not node:
-            anchor.append(node)
-        anchor = node
-    return moved

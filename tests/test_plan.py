@@ -70,6 +70,8 @@ KEYS = {
     "offload_dir": st.none() | st.just("/scratch"),
     "offload_io": st.sampled_from(["direct", "buffered"]),
     "offload_buffer_bytes": st.integers(0, 2**63 - 1),
+    "schedule": st.sampled_from(["fixed", "cost"]),
+    "hardware": st.sampled_from(["auto", "h100", "machines/own.toml"]),
     "disable": st.lists(NAMES, max_size=5),
     "timeout_s": st.floats(0, 86_400, exclude_min=True) | st.integers(1, 86_400),
 }
@@ -185,6 +187,8 @@ def test_defaults() -> None:
         "offload_dir": None,
         "offload_io": "direct",
         "offload_buffer_bytes": 33554432,
+        "schedule": "fixed",
+        "hardware": "auto",
         "disable": [],
         "timeout_s": 60.0,
     }
@@ -491,6 +495,9 @@ def test_axes_need_a_mesh() -> None:
         ({"disable": [1]}, ["Plan.disable:", "got [1];"]),
         ({"disable": None}, ["Plan.disable:", "got None;"]),
         ({"disable": ["caf\u00e9"]}, ["Plan.disable:"]),
+        ({"schedule": "best"}, ["Plan.schedule:", "got 'best';"]),
+        ({"hardware": ""}, ["Plan.hardware: expected the name or path of a machine's description, got '';"]),
+        ({"hardware": 1}, ["Plan.hardware:", "got 1;"]),
         ({"timeout_s": 0}, ["Plan.timeout_s: expected seconds, more than 0 and at most 86400, got 0;"]),
         ({"timeout_s": -1.0}, ["Plan.timeout_s:", "got -1.0;"]),
         ({"timeout_s": float("nan")}, ["Plan.timeout_s:", "got nan;"]),
@@ -661,6 +668,8 @@ def test_to_toml_as_people_read_it() -> None:
         "update_on_host = 0.0\n"
         'offload_io = "direct"\n'
         "offload_buffer_bytes = 33554432\n"
+        'schedule = "fixed"\n'
+        'hardware = "auto"\n'
         'disable = ["bucket_all_gathers"]\n'
         "timeout_s = 30.0\n"
         "\n"

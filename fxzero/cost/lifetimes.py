@@ -20,7 +20,7 @@ from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.blocked_runs import block_elements, blocked_runs
 from fxzero.graph.step_graph import CARRIED_KINDS, STATE_KINDS, is_getitem, is_view, num_bytes
-from fxzero.graph.storage import InPlace, aliased
+from fxzero.graph.storage import InPlace, aliased, done_with
 from fxzero.graph.swap_ops import is_off_device, swap_out, tier_of, wait_of
 
 _COPIES_ITS_INPUT = (c10d.all_reduce, c10d.all_reduce_coalesced)
@@ -37,6 +37,7 @@ class Storage:
         tier: "device", or where offloaded values are: "host", "nvme".
         members: the values that live in it.
         is_scratch: only there while its node runs, or its collective is under way.
+        uses: the calls of which the last one ends its life, whatever their order; none where it lives to the end.
     """
 
     node: fx.Node
@@ -46,6 +47,7 @@ class Storage:
     tier: str = "device"
     members: list[fx.Node] = field(default_factory=list)
     is_scratch: bool = False
+    uses: list[fx.Node] = field(default_factory=list)
 
 
 def storages(step: StepGraph, *, device: str) -> list[Storage]:
@@ -80,10 +82,10 @@ def _scratch(node: fx.Node, position: dict[fx.Node, int], *, device: str) -> Ite
     here = position[node]
     if not c10d.is_collective(node):
         if size := workspace_bytes(node, device=device):
-            yield Storage(node, size, here, here, is_scratch=True)
+            yield Storage(node, size, here, here, is_scratch=True, uses=[node])
     elif size := transport_bytes(node, device=device, by_messages=_is_by_messages(node)):
-        last = max((position[w] for w in waits_of(node)), default=here)
-        yield Storage(node, size, here, last, is_scratch=True)
+        uses = waits_of(node) or [node]
+        yield Storage(node, size, here, max(position[w] for w in uses), is_scratch=True, uses=uses)
 
 
 def waits_of(launch: fx.Node) -> list[fx.Node]:
@@ -165,37 +167,38 @@ class _Lives:
         returned = self._returned()
         copied = self._copied_back()
         for storage in self.storages:
-            if is_resting(storage.node):
-                storage.start, storage.end = 0, last
-                continue
-            uses = [storage.start, *(self.position[m] for m in storage.members)]
-            for member in storage.members:
-                uses.extend(self._uses(member))
-                uses.append(copied.get(member, 0))
-            if storage.node in self._parts:
-                uses.extend(self.position[part] for part in storage.node.users if is_getitem(part))
-            storage.end = last if any(member in returned for member in storage.members) else max(uses)
             if storage.node.op == "placeholder":
                 storage.start = 0
+            if is_resting(storage.node) or any(member in returned for member in storage.members):
+                storage.end = last
+                continue
+            storage.uses = [storage.node] if storage.node.op == "call_function" else []
+            for member in storage.members:
+                storage.uses.append(member)
+                storage.uses.extend(self._uses(member))
+                storage.uses.extend(copied.get(member, ()))
+            if storage.node in self._parts:
+                storage.uses.extend(part for part in storage.node.users if is_getitem(part))
+            storage.end = max((self.position[use] for use in storage.uses), default=0)
 
-    def _uses(self, node: fx.Node) -> Iterator[int]:
+    def _uses(self, node: fx.Node) -> Iterator[fx.Node]:
         for user in node.users:
             if user.op == "output":
                 continue
-            yield self.in_place.read_until(user)
+            yield done_with(user)
             if c10d.is_collective(user) and user.target not in _COPIES_ITS_INPUT:
-                yield from (self.position[w] for w in waits_of(user))
+                yield from waits_of(user)
 
     def _returned(self) -> set[fx.Node]:
         """What the caller is handed: all but the next values of state, which are written into it."""
         return {node for (kind, _), node in self.step.results.items() if kind not in STATE_KINDS}
 
-    def _copied_back(self) -> dict[fx.Node, int]:
-        """A next value of state that did not come to stand in its memory -> where it is copied there."""
+    def _copied_back(self) -> dict[fx.Node, list[fx.Node]]:
+        """A next value of state that did not come to stand in its memory -> it is copied there after these."""
         inputs = {node.meta["entry"].key: node for node in self.step.inputs(*STATE_KINDS)}
         out = {}
         for key, node in self.step.results.items():
             state = inputs.get(key)
             if state is not None and self.in_place.storage[node] is not state:
-                out[node] = max(self.in_place.last_reading(state), self.position[node])
+                out[node] = [node, *self.in_place.reading(state)]
         return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -192,6 +192,17 @@ def move_launch(launch: fx.Node, *, before: fx.Node) -> None:
             for node in reversed(steps):
                 before.prepend(node)
     before.prepend(launch)
+
+
+def reorder(step: StepGraph, order: Sequence[fx.Node]) -> int:
+    """Let all calls stand in this order, behind the inputs; returns how many have another place."""
+    moved = sum(before is not node for before, node in zip(step.calls(), order, strict=True))
+    anchor = step.placeholders[-1]
+    for node in order:
+        if anchor.next is not node:
+            anchor.append(node)
+        anchor = node
+    return moved
 
 
 def replace_uses(old: fx.Node, new: fx.Node, users: Iterable[fx.Node]) -> int:

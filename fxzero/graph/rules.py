@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from fxzero import compat
+from fxzero.graph.order_rules import late
 from fxzero.graph.randomness import is_random
 from fxzero.graph.step_graph import CARRIED_KINDS, INPUT_KINDS, PHASES, STATE_KINDS, StateEntry, StepGraph
 from fxzero.graph.synchronisation import synchronisations
@@ -51,6 +52,7 @@ class Summary:
         random: the random calls, in order.
         trained: parameters whose next value, or sum of gradients, is computed from their gradient.
         waits: names of the calls at which the host would wait for the device.
+        late: names of the pairs of calls that stand the other way round than they should.
         evaluated: what calls were seen to yield, by all that it depends on; grows with each verification.
     """
 
@@ -59,6 +61,7 @@ class Summary:
     random: tuple[str, ...]
     trained: frozenset[str]
     waits: frozenset[str] = frozenset()
+    late: frozenset[tuple[str, str]] = frozenset()
     evaluated: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -72,6 +75,7 @@ class Summary:
             random,
             frozenset(_trained(step)),
             frozenset(synchronisations(step)),
+            frozenset(late(step, step.positions())),
             {} if before is None else before.evaluated,
         )
 
@@ -303,6 +307,16 @@ def _random_calls(calls: Iterable[fx.Node]) -> list[str]:
 
 def _at(names: Sequence[str], index: int) -> str:
     return names[index] if index < len(names) else "nothing"
+
+
+def check_order(context: Context) -> Iterator[Violation]:
+    """No parameter is gathered while it is gathered, no state read after its next value is made, unless before."""
+    if context.before is None or context.summary.late <= context.before.late:
+        return
+    for names, (earlier, later) in sorted(late(context.step, context.positions).items()):
+        if names not in context.before.late:
+            fix = "keep the order that required_order asks for"
+            yield Violation(later, f"it after %{earlier.name}", "it before", fix)
 
 
 def check_synchronisation(context: Context) -> Iterator[Violation]:

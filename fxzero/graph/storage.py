@@ -9,6 +9,7 @@ same order, that eager optimizers run. A tensor that is being moved or sent is r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,12 +34,14 @@ class InPlace:
         forms: node -> the in-place op to call instead of `node.target`.
         storage: node -> the node whose memory it lives in.
         last_use: storage -> position after which nothing reads that memory.
+        written_after: node of `forms` -> the calls that are done with that memory before it writes there.
     """
 
     def __init__(self, step: StepGraph) -> None:
         self.position = step.positions()
         self.storage: dict[fx.Node, fx.Node] = {}
         self.forms: dict[fx.Node, Any] = {}
+        self.written_after: dict[fx.Node, list[fx.Node]] = {}
         self.members: dict[fx.Node, list[fx.Node]] = {}
         returned = step.results
         self._writable = {node for node in step.inputs(*STATE_KINDS) if node.meta["entry"].key in returned}
@@ -56,15 +59,17 @@ class InPlace:
 
     def last_reading(self, root: fx.Node) -> int:
         """The position after which the program neither reads nor writes a storage, what it returns aside."""
-        members = self.members[root]
-        readers = [self.read_until(user) for member in members for user in member.users if user.op != "output"]
-        return max([*readers, *(self.position[member] for member in members)], default=0)
+        return max((self.position[node] for node in self.reading(root)), default=0)
+
+    def reading(self, root: fx.Node) -> Iterator[fx.Node]:
+        """The nodes at which the program makes or is done with what lives in a storage, what it returns aside."""
+        for member in self.members[root]:
+            yield member
+            yield from (done_with(user) for user in member.users if user.op != "output")
 
     def read_until(self, user: fx.Node) -> int:
         """The position at which a reader is done with what it reads."""
-        if swap_ops.is_launch(user):
-            return self.position[swap_ops.wait_of(user)]
-        return self.position[user]
+        return self.position[done_with(user)]
 
     def _natural_storage(self, step: StepGraph) -> dict[fx.Node, list[fx.Node]]:
         """Root -> every node that shares its memory through views, written or not."""
@@ -106,8 +111,16 @@ class InPlace:
         here = self.position[node]
         if any(self.read_until(user) > here for member in sharing for user in member.users):
             return None
-        others = [n for n in node.all_input_nodes if n is not first and n in sharing]
-        return None if others else form
+        if any(n is not first and n in sharing for n in node.all_input_nodes):
+            return None
+        readers = {done_with(user): None for member in sharing for user in member.users if user is not node}
+        self.written_after[node] = [reader for reader in readers if reader is not node]
+        return form
+
+
+def done_with(user: fx.Node) -> fx.Node:
+    """The node at which a reader is done with what it reads: of a move, its wait."""
+    return swap_ops.wait_of(user) if swap_ops.is_launch(user) else user
 
 
 def aliased(node: fx.Node) -> fx.Node | None:

@@ -13,6 +13,8 @@ from fxzero.cost.hardware import Hardware
 from fxzero.cost.tasks import Task, step_tasks
 from fxzero.graph import StepGraph
 from fxzero.graph.lanes import COMPUTE
+from fxzero.schedule.bound import lower_bound
+from fxzero.schedule.problem import Problem
 from fxzero.simulate.timeline import SimulationError, Timeline, simulate
 
 
@@ -35,11 +37,15 @@ class Prediction:
         """Of the whole step."""
         return self.timeline.step_seconds
 
-    @property
+    @cached_property
     def bound_s(self) -> float | None:
-        """Seconds that no order of these calls gets below; None where that is not known."""
-        # LOWER BOUND: the sum over timeline.steps of lower_bound(Problem.of(step, tasks)).seconds, of fxzero.schedule
-        return None
+        """Seconds that no order of these calls gets below, with as much memory as they like.
+
+        Of several microbatches it is not known: lanes may still have to do for one while the next one computes.
+        """
+        if len(self.timeline.steps) != 1:
+            return None
+        return lower_bound(Problem.of(self.timeline.steps[0], self.tasks)).seconds
 
     @cached_property
     def gains_s(self) -> dict[str, float]:

@@ -852,6 +852,25 @@ def random_call_added(step: StepGraph) -> None:
         editor.call(second.target, *second.args)
 
 
+# order
+
+
+@fault("order", "after %outer_weight_release, got it before")
+def gathered_again_before_it_is_released(step: StepGraph) -> None:
+    first, second = (
+        n for n in step.calls(c10d.all_gather) if c10d.sent(n)[0] is step.input("parameter", "outer.weight")
+    )
+    release = next(r for r in step.calls(ops.release) if c10d.launched_by(r.args[0][0]) is first)
+    second.append(release)
+
+
+@fault("order", "got it before", graph="captured")
+def old_value_read_after_the_next_is_made(step: StepGraph) -> None:
+    state = step.input("parameter", "inner.weight")
+    with Editor(step, phase="update").before(step.output) as editor:
+        editor.call(aten.relu.default, state)
+
+
 # synchronisation
 
 

@@ -165,6 +165,8 @@ TOGETHER = [
     Job("hf_llama", {"zero": 3, "recompute": "blocks"}),
     Job("resnet", {"zero": 3}),
     Job("llama", {"zero": 3}, on_meta=True),
+    Job("gpt", {"zero": 3, "schedule": "cost", "hardware": "h100_ethernet", "memory_budget": "64 MiB"}),
+    Job("llama_of_2", {"zero": 3, "schedule": "cost", "hardware": "h100", "recompute": "blocks"}),
 ]
 TOGETHER = [replace(job, world=2) for job in TOGETHER]
 JOBS = {1: ALONE, 2: TOGETHER}

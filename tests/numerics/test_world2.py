@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.numerics.worker import Job, cases, features, four_ranks, launch, optimizers
+from tests.numerics.worker import Job, cases, features, four_ranks, launch, optimizers, scheduled
 
 pytestmark = pytest.mark.multirank
 
@@ -38,6 +38,11 @@ def four_rank_results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results
     return run("four_ranks", tmp_path_factory.mktemp("four"), ranks=4)
 
 
+@pytest.fixture(scope="module")
+def scheduled_results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, str]:
+    return run("scheduled", tmp_path_factory.mktemp("scheduled"), ranks=2)
+
+
 def check(job: Job, outcome: tuple[Results, str]) -> None:
     """A job agrees with DDP on every rank; or, with a fault in it, does not."""
     results, failure = outcome
@@ -61,6 +66,11 @@ def test_two_ranks_are_bit_equal_to_ddp(job: Job, optimizer_results: tuple[Resul
 @pytest.mark.parametrize("job", features(), ids=lambda job: job.name)
 def test_features_and_options_are_bit_equal_to_ddp(job: Job, feature_results: tuple[Results, str]) -> None:
     check(job, feature_results)
+
+
+@pytest.mark.parametrize("job", scheduled(), ids=lambda job: job.name)
+def test_schedules_by_cost_are_bit_equal_to_ddp(job: Job, scheduled_results: tuple[Results, str]) -> None:
+    check(job, scheduled_results)
 
 
 @pytest.mark.parametrize("job", four_ranks(), ids=lambda job: job.name)

@@ -154,10 +154,27 @@ def four_ranks() -> list[Job]:
     return jobs
 
 
+def scheduled() -> list[Job]:
+    """Two ranks, bit-equal to DDP: the order that is found by cost, for links slower and faster than compute."""
+    by_cost = {"schedule": "cost", "hardware": "h100_ethernet"}
+    jobs = [Job(name, {"zero": zero, **by_cost}) for name in ("adamw", "one_cycle_sgd") for zero in range(4)]
+    jobs += [Job(name, {"zero": 3, **by_cost}) for name in ("muon", "radam", "sgd_nesterov", "groups")]
+    jobs += [Job("adamw", {"schedule": "cost", "hardware": hardware}) for hardware in ("auto", "cpu", "h100")]
+    jobs += [
+        Job("adamw", {**by_cost, "bucket_form": "coalesced", "all_gather": "native", "reduce_scatter": "native"}),
+        Job("adamw", {**by_cost, "offload_optimizer": "host", "offload_activations": "host", "offload_below": 8}),
+        Job("adamw", {**by_cost, "recompute": ["block"]}),
+        Job("adamw", by_cost, fault=reference.drop_wait),
+        Job("adamw", by_cost, fault=reference.read_released),
+    ]
+    return jobs
+
+
 SETS: dict[str, Callable[[], list[Job]]] = {
     "optimizers": optimizers,
     "features": features,
     "four_ranks": four_ranks,
+    "scheduled": scheduled,
 }
 
 

@@ -1,0 +1,266 @@
+"""An order made front to back: whenever compute is free, what matters most of all that may run and fits.
+
+A launch is issued just before its lane would run dry, a wait as soon as its launch is done, compute by priority; where
+nothing can be computed, compute stands still until the next launch is done. Calls that take no time come at once.
+Memory is a constraint, see [Note: can it be finished]. Source: list scheduling (Graham, 1966) with the longest way to
+the end as priority (Hu, 1961).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fxzero.graph import collectives as c10d
+from fxzero.graph import swap_ops
+from fxzero.schedule.least_memory import Reserve
+from fxzero.schedule.problem import LAUNCH, ON_HOST, WAIT, Problem
+
+_MOST_TRIED = 64  # calls that do not fit, before a heap is left alone
+
+BY_WAY, BY_PROGRAM, BY_SLACK = "by the way to the end", "by program", "by slack"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a list schedule prefers.
+
+    Args:
+        compute: the priority of compute: BY_WAY, BY_PROGRAM (updates last), or BY_SLACK: by program, unless a call has
+            a way to the end that is longer than all compute that is left.
+        ahead: how many fetches may be launched and unread when another one is launched.
+        queue_s: seconds of work that lanes have queued beyond the call that compute is given.
+        fetch_first: a lane takes fetches before what gives memory back.
+    """
+
+    compute: str = BY_PROGRAM
+    ahead: float = math.inf
+    queue_s: float = 0.0
+    fetch_first: bool = True
+
+
+def ways_to_end(problem: Problem) -> list[float]:
+    """Call -> seconds of the longest chain of calls that begins with it."""
+    way = [0.0] * len(problem)
+    for call in reversed(range(len(problem))):
+        behind = max((way[other] for other in problem.after[call]), default=0.0)
+        way[call] = behind + problem.seconds[call] + problem.launch_s[call]
+    return way
+
+
+def list_schedule(
+    problem: Problem,
+    policy: Policy,
+    *,
+    way_out: Sequence[int],
+    bound_bytes: int,
+    ways: Sequence[float],
+    rank: Sequence[float] | None = None,
+) -> list[int]:
+    """An order within the bound on memory.
+
+    Args:
+        problem: what is ordered.
+        policy: what to prefer.
+        way_out: an order whose peak is at most `bound_bytes`.
+        bound_bytes: of the device.
+        ways: of `ways_to_end`.
+        rank: call -> priority of a launch among those of its lane, lowest first; default: by policy.
+    """
+    return _Run(problem, policy, way_out, bound_bytes, ways, rank).order
+
+
+class _Run:
+    def __init__(
+        self,
+        problem: Problem,
+        policy: Policy,
+        way_out: Sequence[int],
+        bound_bytes: int,
+        ways: Sequence[float],
+        rank: Sequence[float] | None,
+    ) -> None:
+        self.problem, self.policy, self.ways = problem, policy, ways
+        self.reserve = Reserve(problem, way_out, bound_bytes)
+        self.order: list[int] = []
+        self.missing = [len(earlier) for earlier in problem.before]
+        self.now = self.issued = 0.0
+        self.done = [0.0] * len(problem)
+        self.free = [0.0] * len(problem.lanes)
+        self.at_once: list[tuple[float, int]] = []
+        self.compute: list[tuple[float, int]] = []
+        self.by_way: list[tuple[float, int]] = []  # the same calls
+        self.left = sum(s for s, lane in zip(problem.seconds, problem.lane, strict=True) if lane == 0)
+        self.waits: list[tuple[float, int]] = []  # (when done, wait)
+        self.launches: dict[tuple[int, bool], list[tuple[float, int]]] = {}  # (lane, is a fetch) -> by priority
+        self.fetches, self.fed_by = _fetches(problem)
+        self.unread: set[int] = set()
+        self.priority = self._priorities()
+        self.rank = list(rank) if rank is not None else [-way for way in ways]
+        for call in range(len(problem)):
+            if not self.missing[call]:
+                self._ready(call)
+        while len(self.order) < len(problem):
+            self._step()
+
+    def _priorities(self) -> list[float]:
+        if self.policy.compute == BY_WAY:
+            return [-way for way in self.ways]
+        late = len(self.problem)
+        return [call + (late if node.meta["phase"] == "update" else 0) for call, node in enumerate(self.problem.nodes)]
+
+    def _ready(self, call: int) -> None:
+        kind = self.problem.kind[call]
+        if kind == WAIT:
+            heapq.heappush(self.waits, (self.done[self.problem.launch_of[call]], call))
+        elif kind == LAUNCH:
+            key = (self.problem.lane[call], call in self.fetches)
+            heapq.heappush(self.launches.setdefault(key, []), (self.rank[call], call))
+        elif self.problem.lane[call] < 0 or kind == ON_HOST:
+            heapq.heappush(self.at_once, (call, call))
+        else:
+            self._wait_for_compute(call)
+
+    def _wait_for_compute(self, call: int) -> None:
+        heapq.heappush(self.compute, (self.priority[call], call))
+        if self.policy.compute == BY_SLACK:
+            heapq.heappush(self.by_way, (-self.ways[call], call))
+
+    def _step(self) -> None:
+        """One decision."""
+        while (call := self._first_that_fits(self.at_once)) is not None:
+            self._take(call)
+        if (call := self._first_that_fits(self.waits, until=self.now)) is not None:
+            self._take(call)
+            return
+        call = self._first_that_fits(self.by_way, until=-self.left)
+        if call is None:
+            call = self._first_that_fits(self.compute)
+        until = self.now + (self.problem.seconds[call] if call is not None else 0.0)
+        if self._launch(until):
+            if call is not None:
+                self._wait_for_compute(call)
+            return
+        if call is None:
+            call = self._first_that_fits(self.waits)
+        if call is not None:
+            self._take(call)
+        elif len(self.order) < len(self.problem):
+            self._take(self.reserve.next_call)  # nothing that is ready fits by itself: go on as the way out does
+
+    def _first_that_fits(self, ready: list[tuple[float, int]], *, until: float = math.inf) -> int | None:
+        """Take the first call from a heap that fits, of keys up to `until`; those before it stay."""
+        kept: list[tuple[float, int]] = []
+        found = None
+        while ready and found is None and len(kept) < _MOST_TRIED and ready[0][0] <= until:
+            item = heapq.heappop(ready)
+            if self.reserve.is_taken(item[1]):
+                continue
+            if self.reserve.fits(item[1]):
+                found = item[1]
+            else:
+                kept.append(item)
+        for item in kept:
+            heapq.heappush(ready, item)
+        return found
+
+    def _launch(self, until: float) -> bool:
+        """Issue one launch for a lane that would run dry before `until`; whether there was one."""
+        for lane in range(1, len(self.free)):
+            if self.free[lane] > until + self.policy.queue_s:
+                continue
+            for fetch in (self.policy.fetch_first, not self.policy.fetch_first):
+                heap = self.launches.get((lane, fetch))
+                while heap and self.reserve.is_taken(heap[0][1]):
+                    heapq.heappop(heap)
+                if not heap or (fetch and len(self.unread) > self.policy.ahead) or not self.reserve.fits(heap[0][1]):
+                    continue
+                self._take(heapq.heappop(heap)[1])
+                return True
+        return False
+
+    def _take(self, call: int) -> None:
+        problem = self.problem
+        kind, lane = problem.kind[call], problem.lane[call]
+        self.reserve.take(call)
+        self.order.append(call)
+        for source in problem.reads[call] if kind != LAUNCH or ON_HOST in problem.kind else ():
+            self.done[call] = max(self.done[call], self.done[source])
+        if kind == LAUNCH:
+            if problem.launch_s[call]:
+                self.now = max(self.now, self.issued) + problem.launch_s[call]
+            start = max(self.now, self.issued, self.free[lane], self.done[call])
+            self.done[call] = self.free[lane] = start + problem.seconds[call]
+            if call in self.fetches:
+                self.unread.add(call)
+        elif kind == WAIT:
+            self.done[call] = max(self.done[call], self.done[problem.launch_of[call]])
+            self.now = max(self.now, self.done[call]) + problem.seconds[call]
+        elif kind == ON_HOST:
+            self.issued = self.done[call] = max(self.issued, self.done[call]) + problem.seconds[call]
+        elif problem.seconds[call]:
+            self.now = max(self.now, self.issued) + problem.seconds[call]
+            self.left -= problem.seconds[call]
+        if self.unread and kind != WAIT and lane >= 0:
+            self.unread.difference_update(self.fed_by.get(call, ()))
+        for other in problem.after[call]:
+            self.missing[other] -= 1
+            if not self.missing[other]:
+                self._ready(other)
+
+
+def _fetches(problem: Problem) -> tuple[set[int], dict[int, frozenset[int]]]:
+    """The launches that bring what backward or forward reads, and call -> those of them that it reads."""
+    fetches: set[int] = set()
+    handed: dict[int, frozenset[int]] = {}
+    for call, node in enumerate(problem.nodes):
+        if problem.kind[call] == LAUNCH and (c10d.gathers_parameters(node) or node.target is swap_ops.swap_in):
+            fetches.add(call)
+            handed[call] = frozenset((call,))
+        elif found := frozenset[int]().union(
+            *(handed.get(n, ()) for n in problem.reads[call] if _hands_on(problem, n))
+        ):
+            handed[call] = found
+    return fetches, handed
+
+
+def _hands_on(problem: Problem, call: int) -> bool:
+    """Whether readers of a call read what was fetched: it is the launch, its wait, or takes no time."""
+    return problem.kind[call] in (LAUNCH, WAIT) or problem.lane[call] < 0
+
+
+def waits_at_readers(problem: Problem, order: Sequence[int]) -> list[int]:
+    """The order with each wait for a fetch, and what only hands it on, moved to its first reader.
+
+    Nothing gets slower by it, and where a transfer takes longer than was thought, compute does not stand still early.
+    """
+    fetches, handed = _fetches(problem)
+    moved = {
+        call
+        for call in handed
+        if call not in fetches and (problem.kind[call] == WAIT or problem.lane[call] < 0) and not _ends(problem, call)
+    }
+    out: list[int] = []
+    placed = [False] * len(problem)
+
+    def place(call: int) -> None:
+        for other in problem.before[call]:
+            if not placed[other] and other in moved:
+                place(other)
+        if not placed[call]:
+            placed[call] = True
+            out.append(call)
+
+    for call in order:
+        if call not in moved:
+            place(call)
+    for call in order:
+        place(call)
+    return out
+
+
+def _ends(problem: Problem, call: int) -> bool:
+    """Whether a call ends a life by itself: releases stay where they are."""
+    return c10d.is_release(problem.nodes[call])

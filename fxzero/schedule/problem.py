@@ -1,0 +1,177 @@
+"""What a scheduler must know of a step, as plain arrays: calls with their lanes and seconds, what comes first, memory.
+
+Calls are numbered in the order of the program that the problem was made of, which is legal. An order is a list of all
+these numbers. Position n, behind the last of n calls, is the end of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from torch import fx
+
+from fxzero.cost.allocator import allocator_of
+from fxzero.cost.lifetimes import storages
+from fxzero.cost.memory import device_of
+from fxzero.cost.tasks import Task
+from fxzero.errors import RewriteError
+from fxzero.graph import StepGraph
+from fxzero.graph.lanes import COMPUTE, HOST, is_launch, is_wait, launch_of
+from fxzero.graph.storage import InPlace
+from fxzero.schedule.legal import kept_order
+
+RUN, LAUNCH, WAIT, ON_HOST = range(4)  # kinds of calls
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What takes memory of the device, one entry a storage; sizes as the allocator counts them.
+
+    Args:
+        resting_bytes: there all the time.
+        size: bytes of each storage.
+        begin: the call with which it begins; -1: it is there at the start.
+        uses: the calls of which the last one ends its life; empty: it stays to the end.
+    """
+
+    resting_bytes: int
+    size: list[int]
+    begin: list[int]
+    uses: list[list[int]]
+
+    @cached_property
+    def begun_by(self) -> dict[int, list[int]]:
+        """Call -> the storages that begin with it."""
+        found: dict[int, list[int]] = {}
+        for storage, call in enumerate(self.begin):
+            found.setdefault(call, []).append(storage)
+        return found
+
+    @cached_property
+    def used_by(self) -> dict[int, list[int]]:
+        """Call -> the storages whose life it may end."""
+        found: dict[int, list[int]] = {}
+        for storage, calls in enumerate(self.uses):
+            for call in calls:
+                found.setdefault(call, []).append(storage)
+        return found
+
+    @cached_property
+    def flat(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(size, begin) of all storages, (calls, starts) of the uses of those that have any, and which these are."""
+        having = [s for s, calls in enumerate(self.uses) if calls]
+        calls = np.array([call for s in having for call in self.uses[s]], dtype=np.int64)
+        starts = np.cumsum([0, *(len(self.uses[s]) for s in having)])[:-1].astype(np.int64)
+        return np.array(self.size, np.int64), np.array(self.begin, np.int64), calls, starts, np.array(having, np.int64)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The calls of one step to be put in order.
+
+    Args:
+        nodes: call -> node of the graph.
+        lanes: names; the first is "compute".
+        lane: call -> index of its lane; -1 for calls that take no time.
+        kind: call -> RUN, LAUNCH (starts what its lane does), WAIT (until its launch is done) or ON_HOST.
+        seconds, launch_s: call -> those of its Task.
+        launch_of: wait -> its launch; -1 for other calls.
+        reads: call -> the calls whose values it reads.
+        before: call -> all calls that must come first, `reads` included.
+        memory: of the device.
+    """
+
+    nodes: list[fx.Node]
+    lanes: list[str]
+    lane: list[int]
+    kind: list[int]
+    seconds: list[float]
+    launch_s: list[float]
+    launch_of: list[int]
+    reads: list[list[int]]
+    before: list[list[int]]
+    memory: Memory
+    after: list[list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        after: list[list[int]] = [[] for _ in self.nodes]
+        for call, earlier in enumerate(self.before):
+            for other in earlier:
+                after[other].append(call)
+        object.__setattr__(self, "after", after)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    @classmethod
+    def of(cls, step: StepGraph, tasks: Mapping[fx.Node, Task]) -> Problem:
+        """The problem of a step that stands in a legal order.
+
+        Args:
+            step: the graph.
+            tasks: what each call occupies (`step_tasks`).
+
+        Raises:
+            RewriteError: if a call has no task.
+        """
+        nodes = step.calls()
+        number = {node: index for index, node in enumerate(nodes)}
+        lanes = [COMPUTE]
+        lane, kind, seconds, launch_s, launches = [], [], [], [], []
+        for node in nodes:
+            task = _task(node, tasks)
+            if task.resource and task.resource not in lanes:
+                lanes.append(task.resource)
+            lane.append(lanes.index(task.resource) if task.resource else -1)
+            kind.append(_kind(node, task))
+            seconds.append(task.seconds)
+            launch_s.append(task.launch_s)
+            launches.append(number[launch_of(node)] if kind[-1] == WAIT else -1)
+        reads = [sorted({number[n] for n in node.all_input_nodes if n in number}) for node in nodes]
+        first: list[set[int]] = [set(calls) for calls in reads]
+        for earlier, later in kept_order(step, InPlace(step)):
+            if earlier in number and later in number:
+                first[number[later]].add(number[earlier])
+        before = [sorted(calls) for calls in first]
+        return cls(nodes, lanes, lane, kind, seconds, launch_s, launches, reads, before, _memory(step, number))
+
+    def is_legal(self, order: Sequence[int]) -> bool:
+        """Whether an order has all calls once, each after what must come first."""
+        position = {call: index for index, call in enumerate(order)}
+        if len(position) != len(self) or len(order) != len(self):
+            return False
+        return all(position[a] < position[b] for b, earlier in enumerate(self.before) for a in earlier)
+
+
+def _task(node: fx.Node, tasks: Mapping[fx.Node, Task]) -> Task:
+    if node not in tasks:
+        fix = "make tasks with fxzero.cost.tasks.step_tasks of this graph"
+        raise RewriteError.of(f"%{node.name}", expected="a task for each call", got="none", fix=fix)
+    return tasks[node]
+
+
+def _kind(node: fx.Node, task: Task) -> int:
+    if is_wait(node):
+        return WAIT
+    if is_launch(node) and task.resource not in ("", COMPUTE):
+        return LAUNCH
+    return ON_HOST if task.resource == HOST else RUN
+
+
+def _memory(step: StepGraph, number: dict[fx.Node, int]) -> Memory:
+    allocator = allocator_of(device_of(step))
+    resting, size, begin, uses = 0, [], [], []
+    for storage in storages(step, device=allocator.device):
+        num_bytes = allocator.allocated(storage.num_bytes)
+        if storage.tier != "device" or not num_bytes:
+            continue
+        if storage.node.op == "placeholder" and not storage.uses:
+            resting += num_bytes
+            continue
+        size.append(num_bytes)
+        begin.append(number.get(storage.node, -1))
+        uses.append(sorted({number[node] for node in storage.uses if node in number}))
+    return Memory(resting, size, begin, uses)

@@ -1,0 +1,60 @@
+"""Small steps that schedules are tried on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxzero import Plan, StepGraph
+from fxzero.capture import Inventory, capture_step
+from fxzero.capture.rehearsal import rehearse
+from fxzero.cost.hardware import Hardware
+from fxzero.cost.tasks import Task, step_tasks
+from fxzero.recipe import recipe
+from fxzero.schedule.problem import Problem
+
+
+class Blocks(nn.Module):
+    """Dropout in each block, so that random calls must keep their order; a tied pair of parameters."""
+
+    def __init__(self, depth: int = 3, width: int = 12) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, width)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+            for _ in range(depth)
+        )
+        self.head = nn.Linear(width, 16, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = x + F.dropout(layer(x), 0.1)
+        return F.cross_entropy(self.head(x), targets)
+
+
+def job(depth: int = 3) -> tuple[nn.Module, torch.optim.Optimizer, tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(0)
+    model = Blocks(depth)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return model, optimizer, (torch.randint(16, (6,)), torch.randint(16, (6,)))
+
+
+def rewritten(depth: int = 3, *, world: int = 4, backend: str = "nccl", **keys: Any) -> StepGraph:
+    model, optimizer, batch = job(depth)
+    plan = Plan(**{"bucket_bytes": 1024, **keys}).resolve(world)
+    step = capture_step(rehearse(Inventory.of(model, optimizer))[0], None, batch, {}).step
+    step.mesh = dict(plan.axes)
+    return recipe(plan, backend=backend).run(step)
+
+
+def tasks_of(step: StepGraph, hardware: str = "h100") -> dict[fx.Node, Task]:
+    return step_tasks(step, Hardware.load(hardware))
+
+
+def problem_of(step: StepGraph, hardware: str = "h100") -> Problem:
+    return Problem.of(step, tasks_of(step, hardware))

@@ -1,0 +1,89 @@
+"""Times and memory of an order are those of the simulator and of the memory model."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fxzero.cost.memory import memory_timeline
+from fxzero.errors import RewriteError
+from fxzero.graph.edit import reorder
+from fxzero.schedule.evaluate import memory_of, times_of
+from fxzero.schedule.problem import Problem
+from fxzero.simulate.timeline import simulate
+from tests.schedule.orders import random_order
+from tests.schedule.steps import problem_of, rewritten, tasks_of
+
+PLANS = {
+    "zero3": {"zero": 3},
+    "zero1": {"zero": 1},
+    "hybrid": {"zero": 3, "mesh": {"dp_replicate": 2, "dp": 2}},
+    "int8": {"zero": 3, "compress_gathers": "int8", "compress_reductions": "int8", "compress_below": 50},
+    "within_nodes": {"zero": 3, "node_size": 2},
+    "gloo": {"zero": 3, "backend": "gloo"},
+    "offload": {"zero": 3, "offload_optimizer": "host", "offload_activations": "host", "offload_below": 8},
+    "on_host": {"zero": 3, "offload_optimizer": "host", "update_on_host": 1.0, "offload_below": 8},
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_memory_is_that_of_the_model(name: str) -> None:
+    """In the program's order to the byte; in others too, where no more or less is written in place."""
+    step = rewritten(**PLANS[name])
+    problem = problem_of(step)
+    rng = random.Random(0)
+    for index in range(4):
+        order = random_order(problem, rng) if index else list(range(len(problem)))
+        assert problem.is_legal(order)
+        reorder(step, [problem.nodes[call] for call in order])
+        model = memory_timeline(step).total[len(step.placeholders) :]
+        counted = memory_of(problem, order)
+        assert np.array_equal(model, counted) if not index else model.max() <= counted.max()
+
+
+@pytest.mark.parametrize("hardware", ["h100", "h100_ethernet", "cpu"])
+@pytest.mark.parametrize("name", PLANS)
+def test_times_are_those_of_the_simulator(name: str, hardware: str) -> None:
+    step = rewritten(**PLANS[name])
+    tasks = tasks_of(step, hardware)
+    problem = Problem.of(step, tasks)
+    rng = random.Random(1)
+    for index in range(3):
+        order = random_order(problem, rng) if index else list(range(len(problem)))
+        reorder(step, [problem.nodes[call] for call in order])
+        timeline, times = simulate(step, tasks), times_of(problem, order)
+        assert times.seconds == pytest.approx(timeline.step_seconds, rel=1e-12)
+        waits = {event.node: event.seconds for event in timeline.exposed}
+        assert {problem.nodes[call]: s for call, s in times.stalls} == pytest.approx(waits)
+
+
+def test_a_use_that_is_forgotten_shows() -> None:
+    step = rewritten(zero=3)
+    problem = problem_of(step)
+    memory = problem.memory
+    longest = max(range(len(memory.size)), key=lambda s: len(memory.uses[s]) * memory.size[s])
+    uses = [calls if s != longest else calls[:1] for s, calls in enumerate(memory.uses)]
+    wrong = replace(problem, memory=replace(memory, uses=uses))
+    order = list(range(len(problem)))
+    assert not np.array_equal(memory_of(wrong, order), memory_of(problem, order))
+
+
+def test_a_task_is_asked_for_each_call() -> None:
+    step = rewritten(zero=3)
+    tasks = tasks_of(step)
+    del tasks[step.calls()[3]]
+    with pytest.raises(RewriteError, match="expected a task for each call, got none"):
+        Problem.of(step, tasks)
+
+
+def test_a_wait_holds_compute_until_its_launch_is_done() -> None:
+    problem = problem_of(rewritten(zero=3))
+    order = list(range(len(problem)))
+    times = times_of(problem, order)
+    assert times.seconds > 0
+    assert sum(seconds for _, seconds in times.stalls) > 0
+    slower = replace(problem, seconds=[2 * s for s in problem.seconds], launch_s=[2 * s for s in problem.launch_s])
+    assert times_of(slower, order).seconds == pytest.approx(2 * times.seconds)
