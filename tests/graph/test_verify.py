@@ -129,7 +129,7 @@ def graphs() -> dict[str, StepGraph]:
     assert gather_within_nodes.run(kept, axis="dp", node=2) == 1
     swapped = captured.copy()
     swapped.title = "swapped by hand"
-    assert offload_activations.run(swapped, tier="host", names=("relu",)) == 1
+    assert offload_activations.run(swapped, names=(("relu", "host"),)) == 1
     assert offload_state.run(swapped, tiers={"parameter": "nvme", "optimizer": "host"}, on_host=0.5) > 0
     graphs = {"captured": captured, "sharded": sharded, "packed": packed, "chosen": chosen, "kept": kept}
     return graphs | {"swapped": swapped}
