@@ -25,8 +25,8 @@ def place_updates(step: StepGraph, *, distance: int = 1, bucket_bytes: int = 0) 
     Args:
         step: the graph.
         distance: launches between a reduction's launch and its wait.
-        bucket_bytes: launches count as one until they have this many bytes, so that small gradients do not wait
-            one by one; 0 counts each.
+        bucket_bytes: launches count as one until they take this many bytes of unreduced gradients, so that small ones
+            do not wait one by one; 0 counts each.
     """
     nodes = step.calls()
     births = _births(nodes, bucket_bytes)
@@ -59,7 +59,8 @@ def _births(nodes: list[fx.Node], bucket_bytes: int) -> list[list[fx.Node]]:
     groups: list[list[fx.Node]] = []
     total = 0
     for node in births:
-        size = num_bytes(node.meta["val"])
+        unreduced = [n.meta["val"] for n in c10d.sent(node)] if c10d.is_collective(node) else node.meta["val"]
+        size = num_bytes(unreduced)
         if groups and total + size <= bucket_bytes:
             groups[-1].append(node)
             total += size

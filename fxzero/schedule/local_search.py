@@ -26,6 +26,7 @@ POLICIES = (
 )
 ENOUGH = 0.995  # of the lower bound: nothing further is tried
 MOST_ROUNDS, ROUNDS_BY_CALLS = 8, 120_000  # of improvement: at most, and for all calls together
+PARTS_OF_ROOM = (0.75, 0.5, 0.25)  # between the smallest peak and the bound
 URGE = 4.0  # times the time lost by it, a launch becomes more urgent
 
 
@@ -91,6 +92,11 @@ def find_schedule(problem: Problem, *, bound_bytes: int | None = None) -> Schedu
         if best is not None and best.part_of_bound >= ENOUGH:
             return best
     _, _, policy, order = min(made)
+    smallest = int(memory_of(problem, way_out).max())
+    for part in PARTS_OF_ROOM:  # what is fetched early under a wider bound may leave compute less room
+        tighter = smallest + int(part * (limit - smallest))
+        other = list_schedule(problem, policy, way_out=way_out, bound_bytes=tighter, ways=ways)
+        consider(waits_at_readers(problem, other), f"{policy}, {part:.0%} of the room")
     for number, urged in enumerate(_urged(problem, policy, order, way_out=way_out, limit=limit, ways=ways)):
         consider(waits_at_readers(problem, urged), f"{policy}, improved {number + 1} times")
     assert best is not None, "the way out fits"
