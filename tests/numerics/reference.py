@@ -214,7 +214,7 @@ def _close(expected: Any, got: Any, rtol: float) -> bool:
 
 def num_programs(compiled: fxzero.TrainStep) -> int:
     """How many programs a step has compiled so far."""
-    return sum(len(programs) for programs in compiled._compiled.values())
+    return sum(len(programs) for programs in compiled._programs._compiled.values())
 
 
 # ---- faults

@@ -228,7 +228,7 @@ def verifying_less(plan: dict[str, Any]) -> Iterator[None]:
 @contextlib.contextmanager
 def sharing_first_capture(known: dict[str, Any], case: str) -> Iterator[None]:
     """The first capture of a step knows nothing of the plan, so it is made once a case: half of a job's time."""
-    page = importlib.import_module("fxzero.compile")
+    page = importlib.import_module("fxzero.programs")
     capture_step, calls = page.capture_step, []
 
     def capture(*args: Any, **options: Any) -> Any:
