@@ -16,7 +16,7 @@ from fxzero.decide.solver import solve
 
 _NUM_WINDOWS = 16
 _MAX_ROUNDS = 60
-_RELATIVE_GAP = 1e-4
+_RELATIVE_GAP = 5e-4
 _MAX_NODES = 5000  # a bound by count: one by time would let ranks differ
 
 

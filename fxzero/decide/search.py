@@ -32,6 +32,7 @@ from fxzero.recipe import Decided, recipe
 _MAX_RUNS = 6  # of the recipe, beside the one with nothing decided
 _MAX_AIMS = 16
 _CLOSE = 0.005  # of the budget: a peak that is so near it is not corrected
+_STEP = 0.002  # of the budget: an answer that is too large by less has others like it
 
 
 def leaves_open(plan: Plan) -> bool:
@@ -193,7 +194,7 @@ class _Search:
                 if 0 <= slack <= _CLOSE * self.budget:
                     break
                 low, high = (max(low, aim), high) if slack > 0 else (low, min(high, aim))
-            aim += slack
+            aim += slack if slack >= 0 else min(slack, -_STEP * self.budget)
             if not low < aim < high:
                 aim = (low + high) / 2
             if not high - low > _CLOSE * self.budget or aim == float("inf"):
