@@ -117,11 +117,13 @@ class Decided:
         recomputed: names of the captured step's forward nodes that backward has again.
         offloaded: names of those that wait off the device, with their tier.
         placed: where single tensors of the state rest.
+        bytes_beside: on the device, at rest for the step's other microbatches.
     """
 
     recomputed: tuple[str, ...] = ()
     offloaded: tuple[tuple[str, str], ...] = ()
     placed: Placement = NOTHING_PLACED
+    bytes_beside: int = 0
 
 
 NOTHING_DECIDED = Decided()
@@ -198,8 +200,8 @@ def recipe(plan: Plan, *, backend: str, decided: Decided = NOTHING_DECIDED) -> P
     passes.append(place_updates.using(bucket_bytes=plan.bucket_bytes))
     passes += _offloading(plan, decided)
     if plan.schedule == "cost":
-        known = {"hardware": plan.hardware, "backend": backend}
-        passes.append(schedule_step.using(**known, memory_bytes=plan.memory_budget))
+        bound = None if plan.memory_budget is None else plan.memory_budget - decided.bytes_beside
+        passes.append(schedule_step.using(hardware=plan.hardware, backend=backend, memory_bytes=bound))
     return Pipeline(passes, disable=plan.disable)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,14 @@ from fxzero.graph import StepGraph
 GOLDEN = Path(__file__).parent / "golden"
 
 Capture = Callable[..., StepGraph]
+
+
+@pytest.fixture(autouse=True)
+def _no_group_left() -> Iterator[None]:
+    """A test that ran all ranks in this process leaves no process group to the next one."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

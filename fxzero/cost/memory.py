@@ -199,6 +199,11 @@ def device_of(step: StepGraph) -> str:
     return "cpu" if device == "meta" else str(device)
 
 
+def bytes_beside(step: StepGraph, beside: Iterable[StepGraph]) -> int:
+    """Bytes on the device that rest for a step's other microbatches while this program runs."""
+    return sum(storage.num_bytes for storage in _resting_beside(step, beside, 1) if storage.tier == "device")
+
+
 def _resting_beside(step: StepGraph, beside: Iterable[StepGraph], num_nodes: int) -> Iterator[Storage]:
     """What other microbatches' programs read and this one does not: optimizer state, and their part of the batch."""
     known = {node.meta["entry"].key for node in step.placeholders}

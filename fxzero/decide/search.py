@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from fxzero.cost.compute import compute_seconds
 from fxzero.cost.hardware import hardware_of
-from fxzero.cost.memory import MemoryProfile, highest_profile, memory_profile, memory_timeline
+from fxzero.cost.memory import MemoryProfile, bytes_beside, highest_profile, memory_profile, memory_timeline
 from fxzero.decide.activation_answers import ActivationAnswers
 from fxzero.decide.activations import Activations
 from fxzero.decide.combination import Combination
@@ -61,10 +61,11 @@ def decided_recipe(
     Raises:
         PlanError: if the budget cannot be met.
     """
+    others = bytes_beside(step, beside)
     if not leaves_open(plan):
-        return recipe(plan, backend=backend), None
+        return recipe(plan, backend=backend, decided=Decided(bytes_beside=others)), None
     decision = decide(step, plan=plan, backend=backend, beside=beside, placed=placed)
-    return recipe(plan, backend=backend, decided=decision.decided), decision
+    return recipe(plan, backend=backend, decided=replace(decision.decided, bytes_beside=others)), decision
 
 
 def check_budget(steps: Sequence[StepGraph], *, plan: Plan) -> None:

@@ -224,9 +224,9 @@ def choose_pythons(args):
     return pythons, {"deepspeed3": f"not installed: {last_error(asked.stderr)}"}
 
 
-def parse_arguments():
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def argument_parser(description):
+    """The command line that the side-by-side benchmarks share."""
+    parser = argparse.ArgumentParser(description=description)
     usual = [name for name in VARIANTS if "bf16" not in name]  # a CPU without bf16 takes minutes for a step of llama
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=usual, metavar="VARIANT")
     parser.add_argument("--job", choices=JOBS, default="llama")
@@ -239,7 +239,11 @@ def parse_arguments():
     parser.add_argument("--peer-python", help="interpreter with DeepSpeed; default: this one")
     parser.add_argument("--interface", default="lo", help="network interface of the ranks, whose traffic is counted")
     parser.add_argument("--out", type=Path, default=Path("out/benchmark.json"))
-    args = parser.parse_args()
+    return parser
+
+
+def checked(parser, args):
+    """The arguments, if they fit together."""
     if not 0 < args.warmup < args.steps:
         parser.error(f"--warmup {args.warmup}: expected at least 1 and fewer than --steps {args.steps}")
     return args
@@ -247,7 +251,8 @@ def parse_arguments():
 
 def main():
     """Prints the table and writes the JSON; returns the exit code."""
-    args = parse_arguments()
+    parser = argument_parser(__doc__.splitlines()[0])
+    args = checked(parser, parser.parse_args())
     args.out.parent.mkdir(parents=True, exist_ok=True)
     pythons, missing = choose_pythons(args)
     built = {python: build_memory_counter(python, args.out.parent / "cache") for python in set(pythons.values())}

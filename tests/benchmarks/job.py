@@ -237,6 +237,7 @@ VARIANTS = {
     **{f"fxzero{zero}": fxzero_step(zero) for zero in range(4)},
     "ddp": ddp_step,
     "fxzero3+bf16": fxzero_step(3, precision="bf16"),
+    "fxzero3+cost": fxzero_step(3, schedule="cost"),
     "fsdp2": fsdp2_step(),
     "fsdp2+bf16": fsdp2_step(bf16=True),
     "fsdp2+compile": fsdp2_step(compiled=True),

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 
 import fxzero
 import fxzero.decide.search as module
-from fxzero.cost.memory import highest_profile, memory_profile
+from fxzero.cost.memory import bytes_beside, highest_profile, memory_profile
 from fxzero.decide import Decision, decide, decided_recipe
 from fxzero.errors import FxzeroError, PlanError
 from fxzero.graph.swap_ops import swapped_bytes
@@ -146,6 +146,17 @@ def test_microbatches_share_one_placement() -> None:
     ]
     assert all(tiers[1][key] == tier for key, tier in tiers[0].items())
     assert moved._last[0].placed == moved._last[1].placed
+
+
+def test_a_schedule_leaves_room_for_the_other_microbatches() -> None:
+    values, step = train({"accumulate": 2}, steps=2)
+    index, profile = highest_profile(step.graphs)
+    beside = bytes_beside(step.graphs[index], [step.graphs[1 - index]])
+    assert beside and profile.peak_bytes == memory_profile(step.graphs[index]).peak_bytes + beside
+    got, scheduled = train({"accumulate": 2, "schedule": "cost", "memory_budget": profile.peak_bytes}, steps=2)
+    assert first_difference(values, got) == ""
+    assert highest_profile(scheduled.graphs)[1].peak_bytes <= profile.peak_bytes
+    assert any(record.name == "schedule_step" for record in scheduled._last[index].records)
 
 
 def test_a_batch_of_another_shape_finds_state_where_it_rests() -> None:

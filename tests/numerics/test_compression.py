@@ -10,7 +10,7 @@ import functools
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,6 @@ class Tied(nn.Module):
 
 
 MATRICES = ("embed.weight", "up.weight", "down.weight")
-
-
-@pytest.fixture(autouse=True)
-def _no_group_left() -> Iterator[None]:
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def batch(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,12 +5,11 @@ Four ranks in one process against a plain reference; planted faults are seen.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from fxzero import Plan, StepGraph
@@ -46,13 +45,6 @@ WAYS: list[dict[str, Any]] = [
     {"compress_reductions": "topk", "zero": 2, "bucket_form": "coalesced", "compress_below": 0},
     {"compress_reductions": "topk", "bucket_form": "separate", "prefetch": 2, "bucket_bytes": 3000},
 ]
-
-
-@pytest.fixture(autouse=True)
-def _no_group_left() -> Iterator[None]:
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 # ---- references, on lists with an entry for each rank

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -30,13 +29,6 @@ class Tied(nn.Module):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.head(self.norm(torch.relu(self.hidden(self.embed(x))))), y)
-
-
-@pytest.fixture(autouse=True)
-def _no_group_left():
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def make(optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW):

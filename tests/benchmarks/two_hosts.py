@@ -1,0 +1,148 @@
+"""compare.py's variants with one rank in each of two network namespaces and a slow link between them; needs root.
+
+    python tests/benchmarks/two_hosts.py --rate 1gbit --rounds 3
+    python tests/benchmarks/two_hosts.py --rate 100mbit --variants ddp fsdp2 fxzero3 --steps 6 --warmup 2
+
+A veth pair joins the namespaces, with a token bucket (`tc ... tbf`) at each end; nothing is sent elsewhere, and the
+namespaces are gone at the end. Above the table of compare.py stands the floor of ZeRO-3, what a rank must send at this
+rate: parameters twice and gradients once, the other rank's half of each. With "fxzero3+cost" the order is found for a
+machine with this link (`schedule="cost"`).
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import compare
+from job import JOBS
+from tqdm import tqdm
+
+LINK = "link0"
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+BITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+
+
+def run(*command):
+    """The command has run; its own message says why not."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"two_hosts: {' '.join(command)}: {done.stderr.strip() or 'failed'} (root and iproute2 are needed)")
+
+
+@contextlib.contextmanager
+def two_hosts(rate):
+    """Two namespaces, joined; yields their names."""
+    names = tuple(f"fxzero-{os.getpid()}-{end}" for end in "ab")
+    for name in names:
+        run("ip", "netns", "add", name)
+    try:
+        pair = ("ip", "link", "add", LINK, "netns", names[0], "type", "veth", "peer", "name", LINK, "netns", names[1])
+        run(*pair)
+        for name, address in zip(names, ADDRESSES, strict=True):
+            run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", LINK)
+            run("ip", "-n", name, "link", "set", "lo", "up")
+            run("ip", "-n", name, "link", "set", LINK, "up")
+            if rate != "none":
+                bucket = ("tbf", "rate", rate, "burst", "256kb", "latency", "100ms")
+                run("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", LINK, "root", *bucket)
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(("ip", "netns", "del", name), capture_output=True)
+
+
+def run_once(variant, args, names, port):
+    """One variant, a torchrun in each namespace; returns job.py's result, or {"error": why}."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "result.json")
+        plan = json.loads(args.plan) | ({"hardware": str(args.hardware)} if variant.endswith("+cost") else {})
+        job = [str(compare.HERE / "job.py"), "--variant", variant, "--job", args.job, "--out", str(out)]
+        job += [
+            "--steps",
+            str(args.steps),
+            "--warmup",
+            str(args.warmup),
+            "--plan",
+            json.dumps(plan),
+            "--interface",
+            LINK,
+        ]
+        processes, logs = [], []
+        for rank, name in enumerate(names):
+            command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+            command += ["--nproc-per-node", "1", "--node-rank", str(rank), "--master-addr", ADDRESSES[0]]
+            command += ["--master-port", str(port), *job]
+            logs.append(Path(folder, f"log{rank}"))
+            with logs[-1].open("w") as log:
+                own = compare.environment(LINK)
+                processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=own))
+        codes = [compare.wait_or_end(process, args.timeout) for process in processes]
+        if None in codes:
+            return {"error": f"took more than --timeout {args.timeout:g} s"}
+        if any(codes):
+            failed = next(rank for rank, code in enumerate(codes) if code)
+            return {"error": compare.last_error(logs[failed].read_text(errors="replace"))}
+        return json.loads(out.read_text())
+
+
+def machine_with(rate, path):
+    """A description of this CPU with such a link between hosts, for schedules by cost."""
+    from fxzero.cost.hardware import Hardware, Link
+
+    cpu = Hardware.load("cpu")
+    link = cpu.network_link if rate == "none" else Link(1e-4, bits_per_second(rate) / 8)
+    path.write_text(dataclasses.replace(cpu, name=f"cpu, {rate}", node_link=link, network_link=link).to_toml())
+    return path
+
+
+def bits_per_second(rate):
+    """Of a rate as tc writes it: 1gbit, 100mbit."""
+    unit = next((unit for unit in BITS if rate.endswith(unit)), None)
+    if unit is None or not rate.removesuffix(unit).replace(".", "", 1).isdigit():
+        sys.exit(f"two_hosts: --rate {rate!r}: expected a number and kbit, mbit or gbit, or none")
+    return float(rate.removesuffix(unit)) * BITS[unit]
+
+
+def main():
+    """Prints the table and writes the JSON; returns the exit code."""
+    parser = compare.argument_parser(__doc__.splitlines()[0])
+    parser.add_argument(
+        "--rate", default="1gbit", help="of the link, each way, as tc writes it; none: as fast as it is"
+    )
+    parser.set_defaults(variants=["ddp", "fsdp2", "fxzero3", "fxzero3+cost"], steps=8, warmup=3)
+    args = compare.checked(parser, parser.parse_args())
+    seconds_per_bit = 0.0 if args.rate == "none" else 1 / bits_per_second(args.rate)
+    args.world = 2
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.hardware = machine_with(args.rate, args.out.parent / f"cpu_{args.rate}.toml")
+    results = {variant: [] for variant in args.variants}
+    with two_hosts(args.rate) as names:
+        rounds = [args.variants if i % 2 == 0 else args.variants[::-1] for i in range(args.rounds)]
+        bar = tqdm([variant for order in rounds for variant in order], unit="run")
+        for number, variant in enumerate(bar):
+            bar.set_postfix_str(variant)
+            results[variant].append(run_once(variant, args, names, 29500 + number))
+    summaries = {v: compare.summarize(results[v], results.get("ddp", [])) for v in args.variants}
+    good = [r for found in results.values() for r in found if "error" not in r]
+    floor_s = 8 * 1.5 * good[0]["parameter_bytes"] * seconds_per_bit if good else 0.0
+    report = {
+        "rate": args.rate,
+        "job": vars(JOBS[args.job]),
+        "zero3_floor_s": floor_s,
+        "summary": summaries,
+        "raw": results,
+    }
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{args.job}, two hosts, {args.rate}, {args.rounds} rounds of {args.steps} steps")
+    print(f"what ZeRO-3 must send takes {floor_s:.2f} s at this rate")
+    print(compare.table(summaries))
+    return 1 if any("errors" in s for s in summaries.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
