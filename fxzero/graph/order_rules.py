@@ -18,6 +18,8 @@ from fxzero.graph.swap_ops import is_wait as is_swap_wait
 
 Pair = tuple[fx.Node, fx.Node]
 
+_UPDATED = tuple(kind for kind in STATE_KINDS if kind != "buffer")
+
 
 def required_order(step: StepGraph) -> Iterator[Pair]:
     """(earlier, later) for each pair of calls whose order matters, beside what the other rules know."""
@@ -51,8 +53,11 @@ def _gathered_by(value: fx.Node) -> fx.Node | None:
 
 
 def reads_before_writes(step: StepGraph) -> Iterator[Pair]:
-    """(a call that reads the old value of state, the call that makes its next value); numbers may be copied."""
-    inputs = {node.meta["entry"].key: node for node in step.inputs(*STATE_KINDS)}
+    """(a call that reads the old value of state, the call that makes its next value); numbers may be copied.
+
+    So may buffers: where backward computes a norm again, it reads the running statistics from before forward.
+    """
+    inputs = {node.meta["entry"].key: node for node in step.inputs(*_UPDATED)}
     for key, value in step.results.items():
         state = inputs.get(key)
         if state is None or value is state or is_view(value) or not yields_tensor(value) or not tensor_val(value).dim():
