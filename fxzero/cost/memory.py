@@ -20,7 +20,7 @@ from fxzero.cost.lifetimes import Storage, is_resting, storages
 from fxzero.cost.memory_kinds import KINDS, kinds_of
 from fxzero.errors import RewriteError
 from fxzero.graph import StepGraph
-from fxzero.graph.step_graph import num_bytes, yields_tensor
+from fxzero.graph.step_graph import device_of, num_bytes
 from fxzero.graph.swap_ops import tier_of
 from fxzero.graph.text import op_name
 
@@ -188,15 +188,6 @@ def profile_of(timeline: MemoryTimeline) -> MemoryProfile:
         nvme_bytes=int(timeline.tiers["nvme"].max()),
         allocator=rules,
     )
-
-
-def device_of(step: StepGraph) -> str:
-    """The type of device that a graph's tensors are on; "cpu" for those of the meta device, as capture takes them."""
-    found = (
-        node.meta["val"].device.type for node in step.placeholders if yields_tensor(node) and node.meta["val"].dim()
-    )
-    device = next(found, "cpu")
-    return "cpu" if device == "meta" else str(device)
 
 
 def bytes_beside(step: StepGraph, beside: Iterable[StepGraph]) -> int:

@@ -61,7 +61,7 @@ class ActivationAnswers:
 
     def decided(self, numbers: Sequence[int]) -> Decided:
         """What passes are told, for the number of an answer a block; 0 tells nothing."""
-        answers = [(block, choice) for block, _, choice in self._changes(numbers) if choice is not None]
+        answers = [(block, after) for block, before, after in self._changes(numbers) if after is not before]
         return Decided(
             recomputed=tuple(name for block, choice in answers for name in names_of(block, choice)),
             offloaded=tuple(
@@ -74,14 +74,13 @@ class ActivationAnswers:
 
     def groups(self, numbers: Sequence[int]) -> list[Group]:
         """What that is, for people."""
-        changes = [
-            (block, before, before if after is None else after) for block, before, after in self._changes(numbers)
-        ]
+        changes = list(self._changes(numbers))
         return groups_of(changes, hardware=self.activations.hardware, free=self.activations.free)
 
-    def _changes(self, numbers: Sequence[int]) -> Iterator[tuple[Block, Choice, Choice | None]]:
+    def _changes(self, numbers: Sequence[int]) -> Iterator[tuple[Block, Choice, Choice]]:
+        """(block, its fastest answer, the one of that number)."""
         for block, choices, number in zip(self.activations.blocks, self.choices, numbers, strict=True):
-            yield block, choices[0], choices[number] if number else None
+            yield block, choices[0], choices[number]
 
 
 def _without_host(problem: Problem) -> Problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fxzero.graph.blocks import list_of
@@ -81,6 +82,11 @@ class Decision:
         head += f", {size_text(self.host_bytes)} on the host" if self.host_bytes else ""
         cost = f"{_time(self.seconds)} beside a step's {_time(self.step_seconds)} on {self.hardware} (predicted)"
         return "\n".join([f"{head}; {cost}", *(f"  {group}" for group in self.groups)])
+
+
+def in_order(groups: Iterable[Group]) -> tuple[Group, ...]:
+    """Groups as people are told them: most bytes first."""
+    return tuple(sorted(groups, key=lambda group: (-group.saved_bytes, group.where, group.what, group.how)))
 
 
 def where_of(module: str, block: str) -> str:

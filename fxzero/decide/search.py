@@ -18,7 +18,7 @@ from fxzero.cost.memory import MemoryProfile, bytes_beside, highest_profile, mem
 from fxzero.decide.activation_answers import ActivationAnswers
 from fxzero.decide.activations import Activations
 from fxzero.decide.combination import Combination
-from fxzero.decide.decision import Decision
+from fxzero.decide.decision import Decision, in_order
 from fxzero.decide.state_answers import StateAnswers
 from fxzero.errors import PlanError
 from fxzero.graph import StepGraph
@@ -248,7 +248,7 @@ class _Search:
             peak_bytes=profile.peak_bytes,
             host_bytes=profile.host_bytes,
             seconds=sum(alternatives[number].seconds for alternatives, number in pairs),
-            groups=tuple(sorted(groups, key=lambda group: (-group.saved_bytes, group.where, group.what, group.how))),
+            groups=in_order(groups),
         )
 
 

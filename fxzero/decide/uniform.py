@@ -8,14 +8,14 @@ it gives up, so what fits by that one is never refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from fxzero.cost.compute import compute_seconds
 from fxzero.cost.hardware import hardware_of
 from fxzero.decide.activation_answers import groups_of, names_of
 from fxzero.decide.activations import Activations, Block
-from fxzero.decide.decision import Decision, Group
+from fxzero.decide.decision import Decision, Group, in_order
 from fxzero.decide.frontier import Choice, frontier
 from fxzero.graph import StepGraph
 from fxzero.plan import Plan
@@ -58,7 +58,7 @@ class UniformAnswers:
             seconds=seconds,
             step_seconds=step_seconds,
             hardware=self.hardware.name,
-            groups=_sorted(groups),
+            groups=in_order(groups),
         )
 
     def _changes(self, answer: int) -> list[tuple[Block, Choice, Choice]]:
@@ -98,9 +98,5 @@ def decision_at(depth: int, decisions: Mapping[int, Decision]) -> Decision:
         at_low,
         seconds=line(at_low.seconds, at_high.seconds),
         step_seconds=line(at_low.step_seconds, at_high.step_seconds),
-        groups=_sorted(groups),
+        groups=in_order(groups),
     )
-
-
-def _sorted(groups: Iterable[Group]) -> tuple[Group, ...]:
-    return tuple(sorted(groups, key=lambda group: (-group.saved_bytes, group.where, group.how)))

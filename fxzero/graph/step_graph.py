@@ -294,3 +294,12 @@ def first_argument(node: fx.Node) -> fx.Node:
     source = node.args[0]
     assert isinstance(source, fx.Node), f"{node} takes {source!r} first"
     return source
+
+
+def device_of(step: StepGraph) -> str:
+    """The type of device that a graph's tensors are on; "cpu" for those of the meta device, as capture takes them."""
+    found = (
+        node.meta["val"].device.type for node in step.placeholders if yields_tensor(node) and node.meta["val"].dim()
+    )
+    device = next(found, "cpu")
+    return "cpu" if device == "meta" else str(device)

@@ -16,7 +16,7 @@ from fxzero import compat
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.blocked_runs import BlockedRun, block_elements, blocked_runs
-from fxzero.graph.step_graph import STATE_KINDS, first_argument, yields_tensor
+from fxzero.graph.step_graph import STATE_KINDS, device_of, first_argument, yields_tensor
 from fxzero.graph.storage import InPlace
 from fxzero.runtime import send_recv
 from fxzero.runtime.swap_lines import SWAPPER_METHODS, SwapLines
@@ -125,12 +125,6 @@ def in_blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     return zip(*(tensor.view(-1).split(block_elements()) for tensor in tensors), strict=True)
 
 
-def _device_of(step: StepGraph) -> str:
-    """The type of device that a program's tensors are on."""
-    vals = (node.meta["val"] for node in step.placeholders if yields_tensor(node) and node.meta["val"].dim())
-    return next((str(val.device.type) for val in vals), "cpu")
-
-
 class Emitter:
     """Writes the source, line by line.
 
@@ -154,7 +148,7 @@ class Emitter:
         self.copies = self._copies()
         self.aside = self._set_aside()
         self.messages = 0
-        runs = blocked_runs(step, self.in_place, device=_device_of(step))
+        runs = blocked_runs(step, self.in_place, device=device_of(step))
         self.run_of = {node: run for run in runs for node in run.nodes}
         self.indent = "    "
         self.block_names: dict[fx.Node, str] = {}

@@ -15,11 +15,11 @@ from torch import fx
 
 from fxzero.cost.allocator import allocator_of
 from fxzero.cost.lifetimes import storages
-from fxzero.cost.memory import device_of
 from fxzero.cost.tasks import Task
 from fxzero.errors import RewriteError
 from fxzero.graph import StepGraph
 from fxzero.graph.lanes import COMPUTE, HOST, is_launch, is_wait, launch_of
+from fxzero.graph.step_graph import device_of
 from fxzero.graph.storage import InPlace
 from fxzero.schedule.legal import kept_order
 
