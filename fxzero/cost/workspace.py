@@ -40,7 +40,7 @@ def workspace_bytes(node: fx.Node, *, device: str) -> int:
 def transport_bytes(node: fx.Node, *, device: str, by_messages: bool) -> int:
     """What a collective holds beside its input and output from its launch to its wait, by gloo's own algorithms.
 
-    gloo gathers into one flat buffer before it fills the output, and reduces copies of what it is given.
+    gloo gathers into a flat buffer before it fills the output, and reduces copies of what it is given.
 
     Args:
         node: the launch.
@@ -49,7 +49,7 @@ def transport_bytes(node: fx.Node, *, device: str, by_messages: bool) -> int:
     """
     if device != "cpu" or by_messages or node.target in (c10d.all_reduce, c10d.all_to_all):
         return 0
-    if node.target is c10d.all_gather:
+    if node.target in (c10d.all_gather, c10d.all_gather_coalesced):
         return num_bytes(node.meta["val"])
     return num_bytes([source.meta["val"] for source in c10d.sent(node)])
 

@@ -18,7 +18,7 @@ from fxzero.graph import collectives as c10d
 from fxzero.graph.blocked_runs import BlockedRun, block_elements, blocked_runs
 from fxzero.graph.step_graph import STATE_KINDS, device_of, first_argument, yields_tensor
 from fxzero.graph.storage import InPlace
-from fxzero.runtime import send_recv
+from fxzero.runtime import gloo, send_recv
 from fxzero.runtime.swap_lines import SWAPPER_METHODS, SwapLines
 
 RunFunction = Callable[[list[Any]], tuple[Any, ...]]
@@ -148,7 +148,8 @@ class Emitter:
         self.copies = self._copies()
         self.aside = self._set_aside()
         self.messages = 0
-        runs = blocked_runs(step, self.in_place, device=device_of(step))
+        self.device = device_of(step)
+        runs = blocked_runs(step, self.in_place, device=self.device)
         self.run_of = {node: run for run in runs for node in run.nodes}
         self.indent = "    "
         self.block_names: dict[fx.Node, str] = {}
@@ -226,7 +227,7 @@ class Emitter:
         group = self.groups[c10d.axis_of(node)]
         if not runs_by_messages(node):
             args[position] = repr(str(group.group_name))
-            return node.target, args
+            return gloo.launch_of(node.target) if gloo.carries(group, self.device) else node.target, args
         self.messages += 1
         args[position] = self._bind(f"group_{c10d.axis_of(node)}", group)
         launch = send_recv.launch_all_gather if node.target is c10d.all_gather else send_recv.launch_reduce_scatter

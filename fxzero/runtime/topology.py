@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fxzero.graph.collectives import node_axis
 from fxzero.plan import Plan
+from fxzero.runtime import gloo
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Topology:
         groups = {axis: mesh.get_group(axis) for axis in axes}
         if plan.node_size and axes["dp"] > 1:
             groups[node_axis("dp")] = _node_group(mesh, tuple(axes), plan.node_size)
-        backend = dist.get_backend(mesh.get_group(next(iter(axes))))
+        backend = gloo.backend_of(mesh.get_group(next(iter(axes))), device_type)
+        if backend == "gloo":
+            gloo.rest_at_exit()
         return cls(plan, mesh, backend, groups)
 
     @property

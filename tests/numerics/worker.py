@@ -210,9 +210,9 @@ def torchrun(*args: str, ranks: int, timeout_s: float, cwd: Path) -> str:
 
 
 def rank_environment() -> dict[str, str]:
-    """The environment of a rank: this checkout first, one thread (two ranks share two cores)."""
+    """The environment of a rank: this checkout first, one thread (two ranks share two cores), a trace if it crashes."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 @contextlib.contextmanager
