@@ -40,17 +40,16 @@ def workspace_bytes(node: fx.Node, *, device: str) -> int:
 def transport_bytes(node: fx.Node, *, device: str, by_messages: bool) -> int:
     """What a collective holds beside its input and output from its launch to its wait, by gloo's own algorithms.
 
-    gloo gathers into a flat buffer before it fills the output, and reduces copies of what it is given.
+    gloo gathers straight into the output ([Note: gathers over gloo]), and scatters sums from copies of what it is given.
 
     Args:
         node: the launch.
         device: type of the device that it runs on; gloo carries collectives of CPU tensors.
         by_messages: point-to-point messages carry it instead.
     """
-    if device != "cpu" or by_messages or node.target in (c10d.all_reduce, c10d.all_to_all):
+    straight = (c10d.all_gather, c10d.all_gather_coalesced, c10d.all_reduce, c10d.all_to_all)
+    if device != "cpu" or by_messages or node.target in straight:
         return 0
-    if node.target in (c10d.all_gather, c10d.all_gather_coalesced):
-        return num_bytes(node.meta["val"])
     return num_bytes([source.meta["val"] for source in c10d.sent(node)])
 
 
