@@ -40,7 +40,7 @@ def workspace_bytes(node: fx.Node, *, device: str) -> int:
 def transport_bytes(node: fx.Node, *, device: str, by_messages: bool) -> int:
     """What a collective holds beside its input and output from its launch to its wait, by gloo's own algorithms.
 
-    gloo gathers straight into the output ([Note: gathers over gloo]), and scatters sums from copies of what it is given.
+    gloo gathers straight into the output ([Note: gathers over gloo]), and reduces copies of what it is given.
 
     Args:
         node: the launch.

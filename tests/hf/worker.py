@@ -21,6 +21,7 @@ import fxzero
 from fxzero.errors import CaptureError
 from tests.hf.models import CASES, HFCase
 from tests.numerics.reference import double_gradient, num_programs, planted, tensors_of
+from tests.numerics.sparing import verifying_less
 
 STEPS = 5
 FAULT = "llama doubled gradient"
@@ -80,7 +81,8 @@ def run(case: HFCase, *, rank: int, broken: bool) -> dict[str, Any]:
             with planted(double_gradient):
                 losses, step = run_compiled(case, rank=rank)
         else:
-            losses, step = run_compiled(case, rank=rank)
+            with verifying_less({"zero": 3}):
+                losses, step = run_compiled(case, rank=rank)
     except CaptureError as error:
         return found | {"refused": str(error)}
     except Exception:

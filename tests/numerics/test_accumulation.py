@@ -30,8 +30,8 @@ from fxzero.graph import StepGraph
 from fxzero.graph.step_graph import CARRIED_KINDS, num_bytes
 from fxzero.recipe import captured_as, recipe
 from tests.numerics.side_by_side import Values, check, first_difference, parameters, results_of, run_jobs
+from tests.numerics.sparing import sharing_first_capture, verifying_less
 from tests.numerics.test_precision import WIDTH, WORDS, adamw, momentum
-from tests.numerics.worker import verifying_less
 
 K, ROWS, STEPS = 4, 2, 8  # 4 x 2 rows a rank are one batch of 8
 
@@ -246,12 +246,14 @@ def accumulated(job: Job, *, rank: int) -> Values:
 
 def main(path: str) -> None:
     references: dict[Any, Values] = {}
+    captures: dict[str, Any] = {}
 
     def compare(job: Job, rank: int) -> str:
         key = (job.weighted, job.optimizer, job.plan.get("clip_grad_norm"))
         if key not in references:
             references[key] = large_batches(job, rank=rank)
-        with verifying_less(job.plan):
+        case = f"{job.optimizer.__name__} {job.weighted} {sorted(job.faults)}"
+        with verifying_less(job.plan, broken=bool(job.faults)), sharing_first_capture(captures, case):
             return first_difference(references[key], accumulated(job, rank=rank), rtol=1e-6)
 
     run_jobs(path, jobs(int(os.environ["WORLD_SIZE"])), compare)

@@ -21,8 +21,8 @@ from fxzero.capture.loss_scaling import LossScaling, Overflow
 from fxzero.errors import CaptureError, GradientOverflowError, PlanError
 from fxzero.graph import StepGraph
 from tests.numerics.side_by_side import Values, check, first_difference, parameters, results_of, run_jobs, whole
+from tests.numerics.sparing import sharing_first_capture, verifying_less
 from tests.numerics.test_precision import Reader, adamw, batch, momentum
-from tests.numerics.worker import verifying_less
 
 STEPS, INTERVAL = 200, 7
 OVERFLOWS = {0, 3, 50, 51, 52, 120, 199}  # the first and the last step, alone and in a row
@@ -200,13 +200,15 @@ def run_job(job: Job, expected: Values, *, rank: int) -> str:
 
 def main(path: str) -> None:
     references: dict[str, Values] = {}
+    captures: dict[str, Any] = {}
 
     def compare(job: Job, rank: int) -> str:
         keys = ("precision", "reduce_dtype", "loss_scale", "clip_grad_norm")
         key = str([job.steps, job.optimizer.__name__, *(job.plan.get(key) for key in keys)])
         if key not in references:
             references[key] = reference(job, rank=rank)
-        with verifying_less(job.plan):
+        case = f"{job.optimizer.__name__} {job.fault}"
+        with verifying_less(job.plan, broken=job.fault is not None), sharing_first_capture(captures, case):
             return run_job(job, references[key], rank=rank)
 
     run_jobs(path, jobs(), compare)

@@ -23,7 +23,8 @@ from fxzero.graph import StepGraph
 from fxzero.recipe import recipe
 from tests.hf.models import _build
 from tests.numerics.allocations import Counter, benchmarks_importable, build_counter
-from tests.numerics.worker import launch, verifying_less
+from tests.numerics.sparing import verifying_less
+from tests.numerics.worker import launch
 
 MIB = 2**20
 TOLERANCE = 0.03

@@ -27,6 +27,7 @@ from fxzero.graph import collectives as c10d
 from fxzero.graph.step_graph import num_bytes
 from fxzero.recipe import recipe
 from tests.numerics.side_by_side import Values, check, first_difference, parameters, results_of, run_jobs
+from tests.numerics.sparing import sharing_first_capture, verifying_less
 
 STEPS, WORDS, WIDTH = 50, 51, 16
 
@@ -153,12 +154,15 @@ def compiled(job: Job, *, rank: int) -> Values:
 
 def main(path: str) -> None:
     references: dict[Any, Values] = {}
+    captures: dict[str, Any] = {}
 
     def compare(job: Job, rank: int) -> str:
         key = (job.reduce_dtype, job.optimizer, job.keeps_norm)
         if key not in references:
             references[key] = fsdp2(job, rank=rank)
-        return first_difference(references[key], compiled(job, rank=rank))
+        case = f"{job.optimizer.__name__} {sorted(job.faults)}"
+        with verifying_less(job.plan, broken=bool(job.faults)), sharing_first_capture(captures, case):
+            return first_difference(references[key], compiled(job, rank=rank))
 
     run_jobs(path, jobs(), compare)
 

@@ -6,6 +6,7 @@ test_world2.py compares with DDP.
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -18,6 +19,7 @@ from fxzero.graph import StepGraph
 from fxzero.graph.edit import Editor
 from fxzero.graph.swap_ops import swapped_bytes
 from tests.numerics.side_by_side import Values, check, first_difference, parameters, results_of, run_jobs
+from tests.numerics.sparing import sharing_first_capture, verifying_less
 from tests.passes.test_recompute_blocks import Reader, batch
 
 STEPS = 20
@@ -53,6 +55,7 @@ MOVED = {
     "bucket_bytes": 2**13,
 }
 _keep_as_bool = chosen.keep_as_bool
+_captures: dict[str, Any] = {}
 _kept: dict[int, tuple[Values, int, int]] = {}
 
 
@@ -62,7 +65,8 @@ def train(rank: int, *, steps: int = STEPS, **plan: object) -> tuple[Values, Ste
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
     step = fxzero.compile(model, optimizer, fxzero.Plan(**plan))
     torch.manual_seed(1 + rank)
-    losses = {f"loss {i}": step(batch(2 * i + rank)) for i in range(steps)}
+    with sharing_first_capture(_captures, ""):
+        losses = {f"loss {i}": step(batch(2 * i + rank)) for i in range(steps)}
     return losses | parameters(model), step.graph
 
 
@@ -86,6 +90,11 @@ def negated(step: StepGraph, mask: torch.fx.Node, position: dict[torch.fx.Node, 
 
 
 def run(job: Job, rank: int) -> str:
+    with verifying_less({"zero": job.zero}, broken=job.fault):
+        return _difference(job, rank)
+
+
+def _difference(job: Job, rank: int) -> str:
     values, most, least = kept(rank, job.zero)
     budget = int(least + job.part * (most - least))
     plan = {"zero": job.zero, "recompute": "auto", "memory_budget": budget, **(MOVED if job.moved else {})}

@@ -4,9 +4,6 @@ One start serves many jobs (it takes seconds): a table of jobs is run in a loop,
 job. A job that fails on all ranks alike does not end the loop.
 """
 
-import contextlib
-import copy
-import importlib
 import json
 import os
 import signal
@@ -14,12 +11,11 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -30,6 +26,7 @@ from fxzero.graph import StepGraph
 from tests.numerics import reference
 from tests.numerics.models import OPTIMIZERS, Case, all_cases, batch_by_rank, clipped_cases
 from tests.numerics.reference import Outcome, first_difference, num_programs, planted, run_compiled, run_plain
+from tests.numerics.sparing import sharing_first_capture, verifying_less
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -215,35 +212,6 @@ def rank_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 
 
-@contextlib.contextmanager
-def verifying_less(plan: dict[str, Any]) -> Iterator[None]:
-    """The verifier's slowest rule, which computes every value anew, is left to ZeRO-3: it runs all the passes."""
-    manager = importlib.import_module("fxzero.pass_manager")
-    verify = manager.verify
-    values = plan.get("zero", 3) == 3
-    with mock.patch.object(manager, "verify", lambda *args, **options: verify(*args, **options, values=values)):
-        yield
-
-
-@contextlib.contextmanager
-def sharing_first_capture(known: dict[str, Any], case: str) -> Iterator[None]:
-    """The first capture of a step knows nothing of the plan, so it is made once a case: half of a job's time."""
-    page = importlib.import_module("fxzero.programs")
-    capture_step, calls = page.capture_step, []
-
-    def capture(*args: Any, **options: Any) -> Any:
-        calls.append(args)
-        if len(calls) > 1:
-            return capture_step(*args, **options)
-        if case not in known:
-            known[case] = capture_step(*args, **options)
-        first = known[case]
-        return replace(first, step=first.step.copy(), guards=copy.copy(first.guards))
-
-    with mock.patch.object(page, "capture_step", capture):
-        yield
-
-
 def run_job(job: Job, expected: Outcome, *, rank: int) -> dict[str, Any]:
     """What one rank finds."""
     start = time.perf_counter()
@@ -274,7 +242,7 @@ def main(which: str, path: str) -> None:
         if job.case not in expected:
             expected[job.case] = run_plain(cases()[job.case], rank=rank, distributed=True)
         found: list[Any] = [None] * dist.get_world_size()
-        with sharing_first_capture(captures, job.case), verifying_less(job.plan):
+        with sharing_first_capture(captures, job.case), verifying_less(job.plan, broken=job.fault is not None):
             mine = run_job(job, expected[job.case], rank=rank)
         dist.all_gather_object(found, mine)
         results[job.name] = found
