@@ -71,7 +71,7 @@ def run_jobs(path: str, jobs: Sequence[Any], run: Callable[[Any, int], str]) -> 
 def results_of(module: str, folder: Path, *, ranks: int) -> list[dict[str, str]]:
     """What the ranks of a module that calls `run_jobs` have found."""
     path = folder / "results.json"
-    launch(module, str(path), ranks=ranks, timeout_s=240)
+    launch(module, str(path), ranks=ranks, timeout_s=480)
     return json.loads(path.read_text())
 
 
