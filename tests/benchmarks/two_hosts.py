@@ -2,6 +2,7 @@
 
     python tests/benchmarks/two_hosts.py --rate 1gbit --rounds 3
     python tests/benchmarks/two_hosts.py --rate 100mbit --variants ddp fsdp2 fxzero3 --steps 6 --warmup 2
+    python tests/benchmarks/two_hosts.py --variants ddp fsdp2 deepspeed3 fxzero3 --peer-python PEERS/bin/python
 
 A veth pair joins the namespaces, with a token bucket (`tc ... tbf`) at each end; nothing is sent elsewhere, and the
 namespaces are gone at the end. Above the table of compare.py stands the floor of ZeRO-3, what a rank must send at this
@@ -56,7 +57,7 @@ def two_hosts(rate):
             subprocess.run(("ip", "netns", "del", name), capture_output=True)
 
 
-def run_once(variant, args, names, port):
+def run_once(variant, python, args, names, port):
     """One variant, a torchrun in each namespace; returns job.py's result, or {"error": why}."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
@@ -74,7 +75,7 @@ def run_once(variant, args, names, port):
         ]
         processes, logs = [], []
         for rank, name in enumerate(names):
-            command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+            command = ["ip", "netns", "exec", name, python, "-m", "torch.distributed.run", "--nnodes", "2"]
             command += ["--nproc-per-node", "1", "--node-rank", str(rank), "--master-addr", ADDRESSES[0]]
             command += ["--master-port", str(port), *job]
             logs.append(Path(folder, f"log{rank}"))
@@ -120,14 +121,17 @@ def main():
     args.world = 2
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.hardware = machine_with(args.rate, args.out.parent / f"cpu_{args.rate}.toml")
-    results = {variant: [] for variant in args.variants}
+    pythons, missing = compare.choose_pythons(args)
+    variants = list(pythons)
+    results = {variant: [] for variant in variants}
     with two_hosts(args.rate) as names:
-        rounds = [args.variants if i % 2 == 0 else args.variants[::-1] for i in range(args.rounds)]
+        rounds = [variants if i % 2 == 0 else variants[::-1] for i in range(args.rounds)]
         bar = tqdm([variant for order in rounds for variant in order], unit="run")
         for number, variant in enumerate(bar):
             bar.set_postfix_str(variant)
-            results[variant].append(run_once(variant, args, names, 29500 + number))
-    summaries = {v: compare.summarize(results[v], results.get("ddp", [])) for v in args.variants}
+            results[variant].append(run_once(variant, pythons[variant], args, names, 29500 + number))
+    summaries = {v: compare.summarize(results[v], results.get("ddp", [])) for v in variants}
+    summaries |= {v: {"note": why_not} for v, why_not in missing.items()}
     good = [r for found in results.values() for r in found if "error" not in r]
     floor_s = 8 * 1.5 * good[0]["parameter_bytes"] * seconds_per_bit if good else 0.0
     report = {
