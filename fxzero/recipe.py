@@ -209,11 +209,16 @@ def recipe(
         passes.append(gather_for_next_step.using(memory_bytes=bound))
     passes += _offloading(plan, decided)
     if plan.schedule == "cost":
-        how: dict[str, Any] = {"hardware": plan.hardware, "backend": backend, "memory_bytes": bound}
-        if plan.costs is not None or costs is not None:
-            how |= {"costs": costs or plan.costs, "any_machine": plan.costs_of_any_machine}
-        passes.append(schedule_step.using(**how))
+        recorded = _recorded(plan, costs)
+        passes.append(schedule_step.using(hardware=plan.hardware, backend=backend, memory_bytes=bound, **recorded))
     return Pipeline(passes, disable=plan.disable)
+
+
+def _recorded(plan: Plan, costs: RecordedCosts | None) -> dict[str, Any]:
+    """The recorded costs that decide a schedule, as options of the pass."""
+    if plan.costs is None and costs is None:
+        return {}
+    return {"costs": costs or plan.costs, "any_machine": plan.costs_of_any_machine}
 
 
 def _offloading(plan: Plan, decided: Decided) -> list[Pass]:

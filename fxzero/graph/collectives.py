@@ -87,10 +87,11 @@ def is_ahead(node: fx.Node) -> bool:
 def launched_for_next(step: StepGraph) -> dict[fx.Node, list[str]]:
     """The launches that a program leaves to the next one to wait for -> the parameters that they gather."""
     found: dict[fx.Node, list[str]] = {}
-    for (kind, name), node in step.results.items():
-        if kind == LAUNCHED:
+    output: Any = step.output
+    for result, node in zip(output.meta.get("results", ()), output.args[0], strict=False):
+        if result.kind == LAUNCHED:
             launch: Any = node.args[0] if is_getitem(node) else node
-            found.setdefault(launch, []).append(name)
+            found.setdefault(launch, []).append(result.name)
     return found
 
 
