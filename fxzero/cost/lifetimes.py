@@ -66,7 +66,7 @@ def storages(step: StepGraph, *, device: str) -> list[Storage]:
     for storage in lives.storages:
         out.append(storage)
         if c10d.is_ahead(storage.node):
-            out.extend(_under_way(step, storage, device=device))
+            out.extend(_sent_before(step, storage.node, in_place.position, device=device))
         if storage.node.op != "call_function" or storage is not lives.first_of[storage.node]:
             continue
         out.extend(_scratch(storage.node, in_place.position, device=device, ahead=storage.node in ahead))
@@ -82,22 +82,16 @@ def is_resting(node: fx.Node) -> bool:
     return node.op == "placeholder" and node.meta["entry"].kind not in (*CARRIED_KINDS, LAUNCHED)
 
 
-def _under_way(step: StepGraph, storage: Storage, *, device: str) -> Iterator[Storage]:
-    """What a gather that the program before has launched holds until its wait, beside what it fills.
+def _sent_before(step: StepGraph, launch: fx.Node, position: dict[fx.Node, int], *, device: str) -> Iterator[Storage]:
+    """The rows that were sent for a gather which the program before has launched: they are there until its wait.
 
-    That is the backend's own, and the rows that were sent: a copy to compare with on the CPU, where messages send from
-    what they fill; on a GPU those that were cast to be sent.
+    On the CPU a copy to compare with, where messages send from what they fill; on a GPU those cast to be sent.
     """
-    launch = storage.node
     parameter = c10d.parameter_sent(launch)
-    by_messages = _is_by_messages(launch)
-    size = transport_bytes(launch, device=device, by_messages=by_messages)
     cast = parameter is not None and parameter.meta["val"].dtype != launch.meta["val"].dtype
-    if not by_messages and (cast or device == "cpu"):
-        size += num_bytes(launch.meta["val"]) // step.mesh[c10d.axis_of(launch)]
-    if size:
+    if not _is_by_messages(launch) and (cast or device == "cpu"):
+        size = num_bytes(launch.meta["val"]) // step.mesh[c10d.axis_of(launch)]
         uses = [user for user in launch.users if c10d.is_wait(user)]
-        position = step.positions()
         yield Storage(launch, size, 0, max(position[use] for use in uses), is_scratch=True, uses=uses)
 
 
