@@ -21,6 +21,15 @@ def is_op(target: object) -> TypeGuard[torch._ops.OpOverload]:
     return isinstance(target, torch._ops.OpOverload)
 
 
+def versions_of(owned: torch.Tensor) -> tuple[int, ...]:
+    """How often a tensor was written, and the local one of a DTensor, as far as torch counts.
+
+    A DTensor counts writes to itself, not to its local tensor; what is written through `.data` nobody counts.
+    """
+    local = getattr(owned, "_local_tensor", None)
+    return (owned._version,) if local is None else (owned._version, local._version)
+
+
 def new_shape_env() -> ShapeEnv:
     """A fresh symbol environment for the scalars of one capture."""
     return ShapeEnv()

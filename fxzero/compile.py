@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,17 +23,20 @@ from fxzero.capture import Inventory
 from fxzero.capture.loss_scaling import OVERFLOWED, SCALE, SKIPPED
 from fxzero.capture.signature import flatten_batch
 from fxzero.capture.trace import LossFn
+from fxzero.cost.recorded import Machine, RecordedCosts
 from fxzero.errors import CaptureError, FxzeroError, PlanError
 from fxzero.graph import StepGraph
-from fxzero.graph.step_graph import CARRIED_KINDS
+from fxzero.graph.step_graph import CARRIED_KINDS, LAUNCHED
 from fxzero.plan import Plan
-from fxzero.profile import Profiled
+from fxzero.profile import Profiled, costs_of
 from fxzero.programs import Compiled, Programs, joined_text
 from fxzero.recipe import auxiliary_state, captured_as
 from fxzero.runtime.agreement import Agreement
 from fxzero.runtime.checkpoint import load_state_dict, state_dict
+from fxzero.runtime.launched_ahead import LaunchedAhead, Rows
 from fxzero.runtime.materialize import Init
 from fxzero.runtime.microbatches import Batch, joined_metrics
+from fxzero.runtime.recording import Recording
 from fxzero.runtime.skipped_steps import SkippedSteps
 from fxzero.runtime.state import StepState
 from fxzero.runtime.topology import Topology
@@ -110,6 +114,7 @@ class TrainStep(Profiled):
             groups=self._topology.groups,
             backend=self._topology.backend,
         )
+        self._ahead = LaunchedAhead(self._topology.groups)
         self._agreement = Agreement(timeout_s=self.plan.timeout_s)
         self._skipped = SkippedSteps(limit=self.plan.max_skipped_steps, dynamic=self._options.scaling.dynamic)
         self._last: list[Compiled] = []  # one a microbatch
@@ -136,17 +141,20 @@ class TrainStep(Profiled):
         with self._telling_other_ranks():
             self._skipped.check()
             self._check_ready()
+            self._learn_costs()
             batch = Batch.of(args, kwargs, number=self.plan.accumulate, device=self._device)
             inventory = Inventory.of(self.model, self.optimizer)
             programs = self._programs.of(inventory, batch)
-        self._agreement.settle(joined_text(tuple(compiled.text for compiled in programs)))
+            changed = self.plan.cross_step and self._ahead.is_stale(self._rows(inventory))
+        text = joined_text(tuple(compiled.text for compiled in programs))
+        changed = self._agreement.settle(text, changed=changed)
         self._state.place(programs[-1].placed)
         if not self._state.bound:
             self._bind()
             inventory = Inventory.of(self.model, self.optimizer)
             self._programs.keep(inventory, programs, batch)
         fresh = self._state.fresh
-        loss = self._run(programs, inventory, batch)
+        loss = self._run(programs, inventory, batch, changed)
         # A first step that was skipped makes the next one the first: the one thing that the host must ask for.
         self._state.stepped = not (fresh and self._options.scaling.initial and self.metrics["overflow"] > 0)
         compat.mark_stepped(self.optimizer)
@@ -174,10 +182,16 @@ class TrainStep(Profiled):
                 "step.load_state_dict(sd)",
             )
 
-    def _run(self, programs: list[Compiled], inventory: Inventory, batch: Batch) -> torch.Tensor:
-        """Run one program a microbatch; what one returns for the next is the next one's alone."""
+    def _run(self, programs: list[Compiled], inventory: Inventory, batch: Batch, changed: bool) -> torch.Tensor:
+        """Run one program a microbatch; what one returns for the next is the next one's alone.
+
+        Args:
+            programs, inventory, batch: of the step.
+            changed: whether parameters have changed, on some rank, since gathers were launched for this step.
+        """
         losses, metrics = [], []
-        carried: dict[str, torch.Tensor] = {}
+        rows = self._rows(inventory)
+        carried: dict[str, Any] = self._ahead.take(programs[0].step, rows, anew=changed)
         for index, compiled in enumerate(programs):
             program = compiled.program
             try:
@@ -190,13 +204,15 @@ class TrainStep(Profiled):
             losses.append(found.pop(("loss", "loss")))
             metrics.append({name: found.pop(("metric", name)) for kind, name in [*found] if kind == "metric"})
             carried = {name: found.pop((kind, name)) for kind, name in [*found] if kind in CARRIED_KINDS}
+            launched = {name: found.pop((kind, name)) for kind, name in [*found] if kind == LAUNCHED}
+            self._ahead.keep(compiled.step, launched, rows)
             for (kind, name), value in found.items():
                 self._state.write_back(kind, name, value)
         self.metrics = joined_metrics(metrics)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _inputs(
-        self, compiled: Compiled, inventory: Inventory, batch: Batch, index: int, carried: dict[str, torch.Tensor]
+        self, compiled: Compiled, inventory: Inventory, batch: Batch, index: int, carried: dict[str, Any]
     ) -> list[Any]:
         leaves = {**dict(flatten_batch(*batch.microbatches[index])[0]), **batch.weight_inputs(index)}
         constants = compiled.capture.constants
@@ -206,11 +222,20 @@ class TrainStep(Profiled):
                 inputs.append(leaves[entry.name])
             elif entry.kind == "constant":
                 inputs.append(constants[entry.name])
-            elif entry.kind in CARRIED_KINDS:
+            elif entry.kind in (*CARRIED_KINDS, LAUNCHED):
                 inputs.append(carried.pop(entry.name))
             else:
                 inputs.append(self._state.lookup(inventory, entry.kind, entry.name))
         return inputs
+
+    def _rows(self, inventory: Inventory) -> Rows:
+        """Name of a parameter -> what the model owns, and the memory of this rank's rows."""
+
+        def rows(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+            memory = self._state.lookup(inventory, "parameter", name)
+            return inventory.parameters[name], memory
+
+        return rows
 
     @contextlib.contextmanager
     def _telling_other_ranks(self) -> Iterator[None]:
@@ -254,6 +279,42 @@ class TrainStep(Profiled):
                 fix="call step(batch) first: capture happens then",
             )
         return self._last
+
+    # ---- recorded costs
+
+    def schedule_by(self, costs: Recording | RecordedCosts | str | Path) -> None:
+        """From the next step on, programs are ordered by rank 0's recorded costs; every rank must call this.
+
+        Args:
+            costs: a recording of this step (`record`), costs, or their file; that of rank 0 counts, others' are not
+                looked at.
+
+        Raises:
+            PlanError: if the plan's schedule is not "cost".
+            HardwareError: on rank 0, if there is no such file or it is another machine's.
+            RankMismatchError: on the others, then.
+        """
+        if self.plan.schedule != "cost":
+            fix = "compile with Plan(schedule='cost')"
+            got = repr(self.plan.schedule)
+            raise PlanError.of("step.schedule_by(...)", expected="schedule 'cost'", got=got, fix=fix)
+        self._programs.costs = self._costs_of_first(costs)
+        self._programs.forget()
+
+    def _learn_costs(self) -> None:
+        if self.plan.costs is not None and self._programs.costs is None:
+            self._programs.costs = self._costs_of_first(self.plan.costs)
+
+    def _costs_of_first(self, source: Recording | RecordedCosts | str | Path) -> RecordedCosts:
+        def text() -> str:
+            if isinstance(source, Recording):
+                return costs_of(source, self._device).as_text()
+            if isinstance(source, RecordedCosts):
+                return source.as_text()
+            machine, force = Machine.of(self._device), self.plan.costs_of_any_machine
+            return RecordedCosts.load(source, machine=machine, force=force).as_text()
+
+        return RecordedCosts.from_text(self._agreement.from_first(text), where="rank 0's recorded costs")
 
     # ---- state
 

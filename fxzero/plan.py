@@ -19,11 +19,12 @@ from typing import Any
 from fxzero.errors import PlanError
 from fxzero.plan_compression import check_compression
 from fxzero.plan_offload import WHERE, check_offload
+from fxzero.plan_schedule import check_schedule
 from fxzero.plan_values import (
     Check,
+    boolean,
     bound,
     budget,
-    directory,
     finite,
     fraction,
     integer,
@@ -34,6 +35,7 @@ from fxzero.plan_values import (
     one_of,
     part_or_auto,
     pass_names,
+    path,
     patterns,
     recomputed,
     scale,
@@ -132,6 +134,7 @@ class Plan:
             alone. Files and untyped callers may write "4 MiB".
         persist_below: number of elements below which a parameter stays replicated.
         prefetch: how many buckets ahead of its use a gather is launched.
+        cross_step: launch the first gathers of the next step at the end of this one, right behind their updates.
         all_gather: "native", "send_recv" (a message to each peer), or "auto": send_recv over gloo, native elsewhere.
         reduce_scatter: as all_gather; also "all_to_all" (with a local mean that stands in the graph).
         bucket_form: "coalesced" (one collective over several tensors), "separate" (one launch a tensor, back
@@ -185,6 +188,8 @@ class Plan:
         schedule: the order of the program: "fixed" (by rules: prefetch, updates behind their reductions), or "cost" (
             the fastest found by the costs of `hardware`, within memory_budget or, without it, the peak of "fixed").
         hardware: whose costs decide: a name ("h100"), a path to a description, or "auto": the device of the model.
+        costs: a file of recorded costs that decide before those of `hardware`; rank 0's counts, on all ranks.
+        costs_of_any_machine: take them though they were recorded on another machine.
         disable: names of passes to leave out; kept sorted, since their order means nothing.
         timeout_s: seconds that ranks wait for each other to agree before the first collective.
 
@@ -198,6 +203,7 @@ class Plan:
     bucket_bytes: int = _key(4 * 2**20, number_of_bytes)
     persist_below: int = _key(0, integer(0, fix="write a number of elements; 0 shards every parameter"))
     prefetch: int = _key(1, integer(0, fix="write how many buckets ahead; 0 gathers at the use"))
+    cross_step: bool = _key(False, boolean)
     all_gather: str = _key("auto", one_of("auto", "native", "send_recv"))
     reduce_scatter: str = _key("auto", one_of("auto", "native", "send_recv", "all_to_all"))
     bucket_form: str = _key("auto", one_of("auto", "coalesced", "separate"))
@@ -229,11 +235,13 @@ class Plan:
     offload_below: int = _key(4096, integer(0, fix="write a number of elements; 0 offloads every tensor"))
     update_on_host: str | float = _key(0.0, part_or_auto)
     host_budget: int | None = _key(None, budget)
-    offload_dir: str | None = _key(None, directory)
+    offload_dir: str | None = _key(None, path)
     offload_io: str = _key("direct", one_of("direct", "buffered"))
     offload_buffer_bytes: int = _key(32 * 2**20, number_of_bytes)
     schedule: str = _key("fixed", one_of("fixed", "cost"))
     hardware: str = _key("auto", name_or_path)
+    costs: str | None = _key(None, path)
+    costs_of_any_machine: bool = _key(False, boolean)
     disable: tuple[str, ...] = _key((), pass_names)
     timeout_s: float = _key(60.0, seconds)
 
@@ -251,6 +259,7 @@ class Plan:
                 )
         check_compression(self)
         check_offload(self)
+        check_schedule(self)
         if self.recompute == "auto" and self.memory_budget is None:
             fix = "say how much memory there is, such as '20 GiB', or set recompute='blocks'"
             raise PlanError.of("Plan.memory_budget", expected="one, with recompute='auto'", got="None", fix=fix)

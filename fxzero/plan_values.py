@@ -35,6 +35,13 @@ def nearest(name: str, names: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(names)}"
 
 
+def boolean(where: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise PlanError.of(where, expected="True or False", got=show(value), fix="write True or False")
+    return value
+
+
 def integer(low: int, high: int = MAX_INT, *, fix: str) -> Check:
     """A check for integers from low to high."""
     span = f"from {low} to {high}" if high != MAX_INT else f"of at least {low}"
@@ -100,8 +107,8 @@ def part_or_auto(where: str, value: Any) -> str | float:
     return float(value)
 
 
-def directory(where: str, value: Any) -> str | None:
-    """The path of a directory; whether it is there is seen when it is used."""
+def path(where: str, value: Any) -> str | None:
+    """The path of a file or a directory; whether it is there is seen when it is used."""
     if (value is not None and not isinstance(value, (str, os.PathLike))) or value == "":
         raise PlanError.of(where, expected="a path", got=show(value), fix="write it as text, or leave the key out")
     return None if value is None else os.fspath(value)

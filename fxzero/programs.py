@@ -14,6 +14,7 @@ from fxzero.capture import Capture, Inventory, Signature, capture_step
 from fxzero.capture.accumulation import Accumulation
 from fxzero.capture.options import CaptureOptions
 from fxzero.capture.trace import LossFn
+from fxzero.cost.recorded import RecordedCosts
 from fxzero.decide import Decision, check_budget, decided_recipe
 from fxzero.graph import StepGraph
 from fxzero.graph.placement import NOTHING_PLACED, Placement
@@ -93,6 +94,9 @@ class Programs:
         options: what the plan says of a capture.
         groups: mesh axis -> process group.
         backend: what carries collectives.
+
+    Attributes:
+        costs: recorded ones, by which programs to come are ordered; the same on all ranks.
     """
 
     def __init__(
@@ -109,6 +113,11 @@ class Programs:
         self._groups, self._backend = groups, backend
         self._compiled: dict[tuple[Signature, Accumulation], list[Compiled]] = {}
         self._has_run = False
+        self.costs: RecordedCosts | None = None
+
+    def forget(self) -> None:
+        """Compile what comes anew."""
+        self._compiled.clear()
 
     def of(self, inventory: Inventory, batch: Batch) -> list[Compiled]:
         """The programs of a step, one a microbatch; equal microbatches share theirs.
@@ -214,7 +223,7 @@ class Programs:
         capture.step.mesh = dict(plan.axes)
         with _timed(seconds, "decide"):
             pipeline, decision = decided_recipe(
-                capture.step, plan=plan, backend=self._backend, beside=beside, placed=placed
+                capture.step, plan=plan, backend=self._backend, beside=beside, placed=placed, costs=self.costs
             )
         with _timed(seconds, "passes"):
             step = pipeline.run(capture.step)

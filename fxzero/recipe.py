@@ -13,6 +13,7 @@ from fxzero.capture.clipping import Clipping
 from fxzero.capture.loss_scaling import LossScaling
 from fxzero.capture.options import CaptureOptions
 from fxzero.capture.precision import Precision
+from fxzero.cost.recorded import RecordedCosts
 from fxzero.errors import PlanError
 from fxzero.graph import AuxiliaryState
 from fxzero.graph.contract import Pass
@@ -25,6 +26,7 @@ from fxzero.passes.choose_collective_algorithms import choose_collective_algorit
 from fxzero.passes.compress_with_powersgd import compress_with_powersgd, powersgd_states
 from fxzero.passes.compress_with_top_k import compress_with_top_k, top_k_states
 from fxzero.passes.delay_weight_gradients import delay_weight_gradients
+from fxzero.passes.gather_for_next_step import gather_for_next_step
 from fxzero.passes.gather_within_nodes import gather_within_nodes
 from fxzero.passes.offload_activations import offload_activations
 from fxzero.passes.offload_state import offload_state
@@ -71,6 +73,7 @@ ALL_PASSES: tuple[Pass, ...] = (
     bucket_reduce_scatters,
     prefetch_all_gathers,
     place_updates,
+    gather_for_next_step,
     offload_activations,
     offload_state,
     place_swaps,
@@ -129,13 +132,16 @@ class Decided:
 NOTHING_DECIDED = Decided()
 
 
-def recipe(plan: Plan, *, backend: str, decided: Decided = NOTHING_DECIDED) -> Pipeline:
+def recipe(
+    plan: Plan, *, backend: str, decided: Decided = NOTHING_DECIDED, costs: RecordedCosts | None = None
+) -> Pipeline:
     """The pipeline of a plan.
 
     Args:
         plan: resolved (its mesh is known).
         backend: what carries collectives ("gloo", "nccl", "fake"); decides what a plan leaves at "auto".
         decided: what the plan leaves open, for this step.
+        costs: the recorded ones on which ranks have agreed; None: what the plan's file holds here.
 
     Raises:
         PlanError: if `disable` names no pass.
@@ -198,11 +204,21 @@ def recipe(plan: Plan, *, backend: str, decided: Decided = NOTHING_DECIDED) -> P
     if gathers:
         passes.append(prefetch_all_gathers.using(distance=plan.prefetch))
     passes.append(place_updates.using(bucket_bytes=plan.bucket_bytes))
+    bound = None if plan.memory_budget is None else plan.memory_budget - decided.bytes_beside
+    if gathers and plan.cross_step:
+        passes.append(gather_for_next_step.using(memory_bytes=bound))
     passes += _offloading(plan, decided)
     if plan.schedule == "cost":
-        bound = None if plan.memory_budget is None else plan.memory_budget - decided.bytes_beside
-        passes.append(schedule_step.using(hardware=plan.hardware, backend=backend, memory_bytes=bound))
+        recorded = _recorded(plan, costs)
+        passes.append(schedule_step.using(hardware=plan.hardware, backend=backend, memory_bytes=bound, **recorded))
     return Pipeline(passes, disable=plan.disable)
+
+
+def _recorded(plan: Plan, costs: RecordedCosts | None) -> dict[str, Any]:
+    """The recorded costs that decide a schedule, as options of the pass."""
+    if plan.costs is None and costs is None:
+        return {}
+    return {"costs": costs or plan.costs, "any_machine": plan.costs_of_any_machine}
 
 
 def _offloading(plan: Plan, decided: Decided) -> list[Pass]:

@@ -54,6 +54,7 @@ def report(
         f"zero {plan.zero} on {mesh or 'one rank'}{several}",
         _state_table(last),
         _communication_table(steps),
+        _ahead_line(last),
         memory_tables(highest_profile(steps, allocator=allocator)[1]),
         swap_table(swapped_in_step(steps)),
         _time(steps, hardware or hardware_of(last)),
@@ -108,6 +109,16 @@ def _communication_table(steps: Sequence[StepGraph]) -> str:
     rows.append(["all", "", "", int(sum(r[0] for r in totals.values())), "", _mib(sum(r[2] for r in totals.values()))])
     headers = ["phase", "collective", "axis", "per step", "output MiB", "sent MiB a rank"]
     return tabulate(rows, headers=headers, disable_numparse=True)
+
+
+def _ahead_line(step: StepGraph) -> str:
+    """What the step launches for the next one, which rests in between."""
+    found = c10d.launched_for_next(step)
+    if not found:
+        return ""
+    names = [name for gathered in found.values() for name in gathered]
+    size = _mib(sum(num_bytes(launch.meta["val"]) for launch in found))
+    return f"gathered for the next step, from the end of this one: {len(names)} parameters, {size} MiB ({names[0]}, ..)"
 
 
 def memory_tables(profile: MemoryProfile) -> str:

@@ -36,6 +36,7 @@ KEYS = {
     "bucket_bytes": st.integers(0, 2**63 - 1),
     "persist_below": st.integers(0, 2**63 - 1),
     "prefetch": st.integers(0, 2**63 - 1),
+    "cross_step": st.just(False),
     "all_gather": st.sampled_from(["auto", "native", "send_recv"]),
     "reduce_scatter": st.sampled_from(["auto", "native", "send_recv", "all_to_all"]),
     "bucket_form": st.sampled_from(["auto", "coalesced", "separate"]),
@@ -72,6 +73,8 @@ KEYS = {
     "offload_buffer_bytes": st.integers(0, 2**63 - 1),
     "schedule": st.sampled_from(["fixed", "cost"]),
     "hardware": st.sampled_from(["auto", "h100", "machines/own.toml"]),
+    "costs": st.none(),
+    "costs_of_any_machine": st.just(False),
     "disable": st.lists(NAMES, max_size=5),
     "timeout_s": st.floats(0, 86_400, exclude_min=True) | st.integers(1, 86_400),
 }
@@ -153,6 +156,7 @@ def test_defaults() -> None:
         "bucket_bytes": 4 * 2**20,
         "persist_below": 0,
         "prefetch": 1,
+        "cross_step": False,
         "all_gather": "auto",
         "reduce_scatter": "auto",
         "bucket_form": "auto",
@@ -189,6 +193,8 @@ def test_defaults() -> None:
         "offload_buffer_bytes": 33554432,
         "schedule": "fixed",
         "hardware": "auto",
+        "costs": None,
+        "costs_of_any_machine": False,
         "disable": [],
         "timeout_s": 60.0,
     }
@@ -496,6 +502,22 @@ def test_axes_need_a_mesh() -> None:
         ({"disable": None}, ["Plan.disable:", "got None;"]),
         ({"disable": ["caf\u00e9"]}, ["Plan.disable:"]),
         ({"schedule": "best"}, ["Plan.schedule:", "got 'best';"]),
+        ({"cross_step": 1}, ["Plan.cross_step: expected True or False, got 1;"]),
+        (
+            {"cross_step": True, "zero": 2},
+            ["Plan.cross_step: expected parameters that forward gathers", "got True with"],
+        ),
+        (
+            {"cross_step": True, "compress_gathers": "int8"},
+            ["Plan.cross_step: expected compress_gathers='none' with it", "got 'int8'; leave out"],
+        ),
+        (
+            {"cross_step": True, "offload_parameters": "host"},
+            ["Plan.cross_step: expected offload_parameters='none' with it", "got 'host'; leave out"],
+        ),
+        ({"costs": "costs.json"}, ["Plan.costs: expected schedule='cost' with it, got 'fixed'; set schedule"]),
+        ({"costs": 1, "schedule": "cost"}, ["Plan.costs: expected a path, got 1"]),
+        ({"costs_of_any_machine": True}, ["Plan.costs_of_any_machine: expected costs with it, got None"]),
         ({"hardware": ""}, ["Plan.hardware: expected the name or path of a machine's description, got '';"]),
         ({"hardware": 1}, ["Plan.hardware:", "got 1;"]),
         ({"timeout_s": 0}, ["Plan.timeout_s: expected seconds, more than 0 and at most 86400, got 0;"]),
@@ -640,6 +662,7 @@ def test_to_toml_as_people_read_it() -> None:
         "bucket_bytes = 4194304\n"
         "persist_below = 0\n"
         "prefetch = 1\n"
+        "cross_step = false\n"
         'all_gather = "auto"\n'
         'reduce_scatter = "auto"\n'
         'bucket_form = "auto"\n'
@@ -670,6 +693,7 @@ def test_to_toml_as_people_read_it() -> None:
         "offload_buffer_bytes = 33554432\n"
         'schedule = "fixed"\n'
         'hardware = "auto"\n'
+        "costs_of_any_machine = false\n"
         'disable = ["bucket_all_gathers"]\n'
         "timeout_s = 30.0\n"
         "\n"

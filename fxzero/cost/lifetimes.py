@@ -1,10 +1,11 @@
 """The storages of a program: what memory each value takes, from which node to which.
 
 The program frees each tensor at its last use, and updates in place (`graph/storage.py`). What it returns stays, and so
-do the tensors that rest between steps; gradients that an earlier microbatch hands over die like any other value. What a
-collective takes stays until its wait, but for an all-reduce, which works on a copy; so does what is swapped out. A call
-that yields several tensors yields several storages, of which those that nothing asks for die with the last one that is
-asked for. What a blocked run has in between takes a block (`graph/blocked_runs.py`).
+do the tensors that rest between steps; gradients that an earlier microbatch hands over die like any other value, and
+so do gathers that the step before has launched. What a collective takes stays until its wait (to the end, if that is in
+the next program), but for an all-reduce, which works on a copy; so does what is swapped out. A call that yields several
+tensors yields several storages, of which those that nothing asks for die with the last one that is asked for. What a
+blocked run has in between takes a block (`graph/blocked_runs.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fxzero.cost.workspace import transport_bytes, workspace_bytes
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.blocked_runs import block_elements, blocked_runs
-from fxzero.graph.step_graph import CARRIED_KINDS, STATE_KINDS, is_getitem, is_view, num_bytes
+from fxzero.graph.step_graph import CARRIED_KINDS, LAUNCHED, STATE_KINDS, is_getitem, is_view, num_bytes
 from fxzero.graph.storage import InPlace, aliased, done_with
 from fxzero.graph.swap_ops import is_off_device, swap_out, tier_of, wait_of
 
@@ -59,13 +60,16 @@ def storages(step: StepGraph, *, device: str) -> list[Storage]:
     """
     in_place = InPlace(step)
     runs = blocked_runs(step, in_place, device=device)
+    ahead = c10d.launched_for_next(step)
     lives = _Lives(step, in_place, in_blocks={node for run in runs for node in run.calls})
     out = []
     for storage in lives.storages:
         out.append(storage)
+        if c10d.is_ahead(storage.node):
+            out.extend(_sent_before(step, storage.node, in_place.position, device=device))
         if storage.node.op != "call_function" or storage is not lives.first_of[storage.node]:
             continue
-        out.extend(_scratch(storage.node, in_place.position, device=device))
+        out.extend(_scratch(storage.node, in_place.position, device=device, ahead=storage.node in ahead))
     seen = set(lives.first_of)  # calls that yield no memory of their own take workspace too
     for node in step.calls():
         if node not in seen:
@@ -75,15 +79,31 @@ def storages(step: StepGraph, *, device: str) -> list[Storage]:
 
 def is_resting(node: fx.Node) -> bool:
     """Whether a node is an input that is there before the step and after it."""
-    return node.op == "placeholder" and node.meta["entry"].kind not in CARRIED_KINDS
+    return node.op == "placeholder" and node.meta["entry"].kind not in (*CARRIED_KINDS, LAUNCHED)
 
 
-def _scratch(node: fx.Node, position: dict[fx.Node, int], *, device: str) -> Iterator[Storage]:
+def _sent_before(step: StepGraph, launch: fx.Node, position: dict[fx.Node, int], *, device: str) -> Iterator[Storage]:
+    """The rows that were sent for a gather which the program before has launched: they are there until its wait.
+
+    On the CPU a copy to compare with, where messages send from what they fill; on a GPU those cast to be sent.
+    """
+    parameter = c10d.parameter_sent(launch)
+    cast = parameter is not None and parameter.meta["val"].dtype != launch.meta["val"].dtype
+    if not _is_by_messages(launch) and (cast or device == "cpu"):
+        size = num_bytes(launch.meta["val"]) // step.mesh[c10d.axis_of(launch)]
+        uses = [user for user in launch.users if c10d.is_wait(user)]
+        yield Storage(launch, size, 0, max(position[use] for use in uses), is_scratch=True, uses=uses)
+
+
+def _scratch(node: fx.Node, position: dict[fx.Node, int], *, device: str, ahead: bool = False) -> Iterator[Storage]:
     here = position[node]
     if not c10d.is_collective(node):
         if size := workspace_bytes(node, device=device):
             yield Storage(node, size, here, here, is_scratch=True, uses=[node])
     elif size := transport_bytes(node, device=device, by_messages=_is_by_messages(node)):
+        if ahead:
+            yield Storage(node, size, here, len(position) - 1, is_scratch=True)
+            return
         uses = waits_of(node) or [node]
         yield Storage(node, size, here, max(position[w] for w in uses), is_scratch=True, uses=uses)
 
@@ -190,8 +210,13 @@ class _Lives:
                 yield from waits_of(user)
 
     def _returned(self) -> set[fx.Node]:
-        """What the caller is handed: all but the next values of state, which are written into it."""
-        return {node for (kind, _), node in self.step.results.items() if kind not in STATE_KINDS}
+        """What the caller is handed: all but the next values of state, which are written into it.
+
+        With what is launched for the next program comes what is sent for it, but for messages, which send a copy.
+        """
+        returned = {node for (kind, _), node in self.step.results.items() if kind not in STATE_KINDS}
+        launches = [node for node in c10d.launched_for_next(self.step) if not _is_by_messages(node)]
+        return returned.union(*map(c10d.sent, launches))
 
     def _copied_back(self) -> dict[fx.Node, list[fx.Node]]:
         """A next value of state that did not come to stand in its memory -> it is copied there after these."""

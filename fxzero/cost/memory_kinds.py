@@ -3,7 +3,8 @@
     parameters            what rests of them on this rank
     optimizer state       likewise
     buffers and inputs    the model's buffers, what the plan keeps (loss scale, error feedback), the batch, constants
-    gathered parameters   copies that forward or backward compute with: gathered, cast, dequantized; updated ones too
+    gathered parameters   copies that forward or backward compute with: gathered, cast, dequantized; updated ones too,
+                          and those gathered for the next step
     activations           forward values that backward reads, and those that are computed again in backward
     gradients             of parameters: whole, reduced, scaled, and sums that microbatches hand on
     communication         what is only made to be sent, what arrives and is no other kind, buffers of a collective
@@ -23,7 +24,7 @@ from torch import fx
 from fxzero.cost.lifetimes import Storage, is_resting
 from fxzero.graph import StepGraph, compression_ops, ops, swap_ops
 from fxzero.graph import collectives as c10d
-from fxzero.graph.step_graph import CARRIED_KINDS, is_getitem, is_view, iter_views, yields_scalar
+from fxzero.graph.step_graph import CARRIED_KINDS, LAUNCHED, is_getitem, is_view, iter_views, yields_scalar
 
 aten = torch.ops.aten
 
@@ -33,7 +34,8 @@ COMMUNICATION, WORKSPACE = "communication buffers", "workspace"
 KINDS = (PARAMETERS, OPTIMIZER, INPUTS, GATHERED, ACTIVATIONS, GRADIENTS, COMMUNICATION, WORKSPACE)
 
 _PRECEDENCE = (GRADIENTS, GATHERED, COMMUNICATION, ACTIVATIONS)
-_OF_ENTRY = {"parameter": PARAMETERS, "optimizer": OPTIMIZER} | dict.fromkeys(CARRIED_KINDS, GRADIENTS)
+_OF_ENTRY = {"parameter": PARAMETERS, "optimizer": OPTIMIZER, LAUNCHED: GATHERED}
+_OF_ENTRY |= dict.fromkeys(CARRIED_KINDS, GRADIENTS)
 
 # ops that leave a parameter a parameter: another layout, dtype or place
 _COPIES = {aten.clone.default, aten._to_copy.default, aten.constant_pad_nd.default, ops.local_shard}
@@ -52,7 +54,8 @@ def kinds_of(step: StepGraph, found: Iterable[Storage]) -> dict[Storage, str]:
 
 def _kind(storage: Storage, values: _Values) -> str:
     if storage.is_scratch:
-        return COMMUNICATION if c10d.is_collective(storage.node) else WORKSPACE
+        under_way = c10d.is_collective(storage.node) or c10d.is_ahead(storage.node)
+        return COMMUNICATION if under_way else WORKSPACE
     if storage.node.op == "placeholder":
         return _OF_ENTRY.get(storage.node.meta["entry"].kind, INPUTS)
     if storage.node.target is swap_ops.swap_in:
@@ -74,6 +77,7 @@ class _Values:
         self.kind: dict[fx.Node, str] = {}
         self._of_loss = {node for (kind, _), node in step.results.items() if kind == "loss"}
         self._returned = {node: kind for (kind, _), node in step.results.items()}
+        self._ahead = c10d.launched_for_next(step)
         self._parts = self._parts_of_gradients(step)
         self._parameters: set[fx.Node] = set()
         self._gradients: set[fx.Node] = set()
@@ -86,9 +90,9 @@ class _Values:
     def _note_input(self, node: fx.Node) -> None:
         kind = node.meta["entry"].kind
         self.kind[node] = _OF_ENTRY.get(kind, INPUTS)
-        if kind == "parameter":
+        if kind in ("parameter", LAUNCHED):
             self._parameters.add(node)
-        if not is_resting(node):
+        elif not is_resting(node):
             self._gradients.add(node)
 
     def _of_call(self, node: fx.Node) -> str:
@@ -104,7 +108,7 @@ class _Values:
             return COMMUNICATION if _is_message(node) or _is_raw(node) else GRADIENTS
         if self._returned.get(node) in CARRIED_KINDS or node in self._parts:
             return GRADIENTS
-        if self._is_updated_parameter(node):
+        if self._is_updated_parameter(node) or node in self._ahead:
             return GATHERED
         if c10d.is_collective(node) or c10d.is_wait(node) or _is_message(node):
             return COMMUNICATION

@@ -12,6 +12,7 @@ exact both ways, so that rank 0 can put its costs into the store and all ranks, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -61,9 +62,11 @@ class Machine:
         return f"{self.device}, torch {self.torch_version}" + (f", {self.threads} threads" if self.threads else "")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RecordedCosts:
     """Seconds of calls, by signature.
+
+    Its repr has a digest of all costs: ranks compare it.
 
     Args:
         machine: that they were measured on.
@@ -77,6 +80,10 @@ class RecordedCosts:
     def seconds(self) -> dict[str, float]:
         """Signature -> median over the runs."""
         return {key: statistics.median(values) for key, values in self.runs.items()}
+
+    def __repr__(self) -> str:
+        digest = hashlib.sha256(self.as_text().encode()).hexdigest()[:12]
+        return f"RecordedCosts({len(self.runs)} calls, {self.machine}, sha256 {digest})"
 
     @classmethod
     def here(cls, device: torch.device) -> RecordedCosts:
@@ -192,11 +199,16 @@ def costs_from(step: StepGraph, seconds: Mapping[Any, float]) -> dict[str, float
         if node is None:
             fix = "give the program that was recorded"
             raise HardwareError.of("recorded seconds", expected="calls of this program", got=repr(key), fix=fix)
-        if node.op == "call_function" and not is_getitem(node) and not c10d.is_release(node):
+        if node.op == "call_function" and is_timed(node):
             text = signature(node, step.mesh, form=forms.get(node))
             _check_seconds(text, value)
             found.setdefault(text, []).append(value)
     return {key: statistics.median(values) for key, values in found.items()}
+
+
+def is_timed(call: fx.Node) -> bool:
+    """Whether a call has a cost of its own."""
+    return not is_getitem(call) and not c10d.is_release(call)
 
 
 def _check_seconds(key: str, value: float) -> None:

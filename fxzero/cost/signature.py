@@ -34,6 +34,8 @@ def signature(node: fx.Node, mesh: Mapping[str, int], *, form: Any = None) -> st
     """
     if c10d.is_wait(node) or swap_ops.is_wait(node):
         launch = c10d.launched_by(node) if c10d.is_wait(node) else first_argument(node)
+        if c10d.is_ahead(launch):
+            return f"wait for a gather of {num_bytes(launch.meta['val'])} bytes, launched before"
         return f"wait for {signature(launch, mesh)}"
     if c10d.is_collective(node):
         words = ["send_recv"] if algorithm_of(node) == "send_recv" else []

@@ -15,6 +15,7 @@ from dataclasses import replace
 from fxzero.cost.compute import compute_seconds
 from fxzero.cost.hardware import hardware_of
 from fxzero.cost.memory import MemoryProfile, bytes_beside, highest_profile, memory_profile, memory_timeline
+from fxzero.cost.recorded import RecordedCosts
 from fxzero.decide.activation_answers import ActivationAnswers
 from fxzero.decide.activations import Activations
 from fxzero.decide.combination import Combination
@@ -47,6 +48,7 @@ def decided_recipe(
     backend: str,
     beside: Sequence[StepGraph] = (),
     placed: Placement | None = None,
+    costs: RecordedCosts | None = None,
 ) -> tuple[Pipeline, Decision | None]:
     """The pipeline for a captured step, with what its plan leaves open decided.
 
@@ -57,15 +59,17 @@ def decided_recipe(
         beside: the step's other microbatches (finished programs of later ones, earlier ones as captured): what rests
             for them is there too.
         placed: where state rests, if that is decided already.
+        costs: recorded ones, for the schedule alone.
 
     Raises:
         PlanError: if the budget cannot be met.
     """
     others = bytes_beside(step, beside)
     if not leaves_open(plan):
-        return recipe(plan, backend=backend, decided=Decided(bytes_beside=others)), None
+        return recipe(plan, backend=backend, decided=Decided(bytes_beside=others), costs=costs), None
     decision = decide(step, plan=plan, backend=backend, beside=beside, placed=placed)
-    return recipe(plan, backend=backend, decided=replace(decision.decided, bytes_beside=others)), decision
+    decided = replace(decision.decided, bytes_beside=others)
+    return recipe(plan, backend=backend, decided=decided, costs=costs), decision
 
 
 def check_budget(steps: Sequence[StepGraph], *, plan: Plan) -> None:
@@ -113,7 +117,8 @@ def decide(
     Raises:
         PlanError: if no decision that was found meets the budgets, naming the smallest peak.
     """
-    plan = plan.replace(schedule="fixed")  # a schedule takes no more memory than the order that it is given
+    # a schedule takes no more memory than the order that it is given
+    plan = plan.replace(schedule="fixed", costs=None, costs_of_any_machine=False)
     hardware = hardware_of(step, backend=backend)
     base = Decided(placed=placed or NOTHING_PLACED)
     program = recipe(plan, backend=backend, decided=base).run(step, check=False)

@@ -22,17 +22,41 @@ _GATHERS = (c10d.all_gather, c10d.all_gather_coalesced)
 
 
 def check_collectives(context: Context) -> Iterator[Violation]:
-    """Each collective is of the table, over an axis of the mesh, on contiguous tensors, waited for once."""
+    """Each collective is of the table, over an axis of the mesh, on contiguous tensors, waited for once.
+
+    One that is launched for the next program is returned to it instead; there an input stands for it.
+    """
+    ahead = c10d.launched_for_next(context.step)
+    for node in filter(c10d.is_ahead, context.step.placeholders):
+        yield from _check_input_ahead(node, context)
+        yield from _check_parts([node])
     for node in context.calls:
         if c10d.is_collective(node):
             yield from _check_launch(node, context.step.mesh)
-            yield from _check_waits(node)
+            yield from _check_waits(node, ahead=node in ahead)
         elif c10d.is_wait(node) and not _is_launched(node):
             fix = "wait for the collective, or for a getitem of a coalesced one"
             yield Violation(node, "a wait for a collective", f"one for %{node.args[0]}", fix)
         elif getattr(node.target, "namespace", "") == "_c10d_functional" and not c10d.is_wait(node):
             fix = "add a row to fxzero.graph.collectives.TABLE"
             yield Violation(node, "a collective of the table", str(node.target), fix)
+    for node in ahead:
+        if node.target not in _GATHERS:
+            fix = "return the launch of a gather, or the getitem of a coalesced one"
+            yield Violation(node, "the launch of a gather, for the next program", str(node.target), fix)
+
+
+def _check_input_ahead(node: fx.Node, context: Context) -> Iterator[Violation]:
+    """What was launched before is all rows of a sharded parameter of this program."""
+    name, fix = node.meta["entry"].name, "launch only gathers of sharded parameters for the next program"
+    parameter = context.entries.get(("parameter", name))
+    sharding: Sharding | None = None if parameter is None else parameter.meta.get("sharding")
+    if parameter is None or sharding is None:
+        yield Violation(node, f"a sharded parameter {name!r} beside it", "none", fix)
+        return
+    expected, got = [sharding.padded_rows, *parameter.meta["val"].shape[1:]], list(node.meta["val"].shape)
+    if got != expected:
+        yield Violation(node, f"shape {expected}, all rows of %{parameter.name}", str(got), fix)
 
 
 def _check_launch(node: fx.Node, mesh: dict[str, int]) -> Iterator[Violation]:
@@ -61,7 +85,7 @@ def _group_sizes(node: fx.Node) -> Iterator[tuple[str, Any]]:
             yield f"{argument.name} {value}", len(value)  # type: ignore[arg-type]
 
 
-def _check_waits(node: fx.Node) -> Iterator[Violation]:
+def _check_waits(node: fx.Node, *, ahead: bool) -> Iterator[Violation]:
     parts = [node]
     if c10d.TABLE[node.target].coalesced:
         parts = [user for user in node.users if user.target is operator.getitem]
@@ -71,9 +95,16 @@ def _check_waits(node: fx.Node) -> Iterator[Violation]:
             got = f"getitems {indices} and {len(node.users) - len(parts)} other readers"
             fix = "wait for each tensor once"
             yield Violation(node, f"one getitem for each of {count} tensors", got, fix)
+    yield from _check_parts(parts, ahead=ahead)
+
+
+def _check_parts(parts: list[fx.Node], *, ahead: bool = False) -> Iterator[Violation]:
+    """Nothing reads what is under way but one wait; or, if it is for the next program, nothing but the output."""
     for part in parts:
         waits = [user for user in part.users if c10d.is_wait(user)]
         others = [user for user in part.users if not c10d.is_wait(user)]
+        if ahead and not waits and [user.op for user in others] == ["output"]:
+            continue
         if len(waits) != 1:
             got = f"{len(waits)}: {', '.join(f'%{wait.name}' for wait in waits) or 'none'}"
             yield Violation(part, "one wait", got, "wait once, and let all readers read that wait")
@@ -85,6 +116,8 @@ def _is_launched(wait: fx.Node) -> bool:
     source = wait.args[0]
     if not isinstance(source, fx.Node):
         return False
+    if c10d.is_ahead(source):
+        return True
     if source.target is operator.getitem:
         launch = source.args[0]
         return c10d.is_collective(launch) and c10d.TABLE[launch.target].coalesced  # type: ignore[arg-type, union-attr]
@@ -128,7 +161,7 @@ def _unsharded(value: fx.Node) -> fx.Node | None:
     if value.target is aten.slice.Tensor and value.args[1:3] == (0, 0):
         value = value.args[0]  # type: ignore[assignment]
     wait = _wait_of(value)
-    if not c10d.is_wait(wait) or c10d.launched_by(wait).target not in _GATHERS:
+    if not c10d.is_wait(wait) or not c10d.ends_gather(wait):
         return None
     # packed bytes die where they are dequantized; what lives until a release is the tensor made of them
     return value if (value is wait) == (packed_by(wait) is None) else None

@@ -6,6 +6,7 @@ reads it. The group argument names a mesh axis.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import fx
 
 from fxzero.graph import compression_ops, ops, swap_ops
-from fxzero.graph.step_graph import num_bytes
+from fxzero.graph.step_graph import LAUNCHED, StepGraph, is_getitem, num_bytes
 
 # the namespace of torch's functional collectives; the names in it are what torch documents
 _C10D = torch.ops._c10d_functional
@@ -78,16 +79,34 @@ def is_release(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is ops.release
 
 
+def is_ahead(node: fx.Node) -> bool:
+    """Whether a node is an input that the program before has launched: the gather of a parameter."""
+    return node.op == "placeholder" and getattr(node.meta.get("entry"), "kind", None) == LAUNCHED
+
+
+def launched_for_next(step: StepGraph) -> dict[fx.Node, list[str]]:
+    """The launches that a program leaves to the next one to wait for -> the parameters that they gather."""
+    found: dict[fx.Node, list[str]] = {}
+    output: Any = step.output
+    for result, node in zip(output.meta.get("results", ()), output.args[0], strict=False):
+        if result.kind == LAUNCHED:
+            launch: Any = node.args[0] if is_getitem(node) else node
+            found.setdefault(launch, []).append(result.name)
+    return found
+
+
 def axis_of(node: fx.Node) -> str:
-    """The mesh axis of a collective."""
+    """The mesh axis of a collective, also of one that the program before has launched."""
+    if is_ahead(node):
+        return str(_parameter_ahead(node).meta["sharding"].axis)
     return str(node.args[TABLE[node.target].axis_arg])
 
 
 def launched_by(node: fx.Node) -> fx.Node:
-    """The collective that a wait waits for (through the getitem of a coalesced one)."""
+    """What a wait waits for: a collective (through the getitem of a coalesced one), or an input launched before."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    return source if is_collective(source) else source.args[0]  # type: ignore[return-value]
+    return source if is_collective(source) or is_ahead(source) else source.args[0]  # type: ignore[return-value]
 
 
 def sent(node: fx.Node) -> list[fx.Node]:
@@ -97,10 +116,18 @@ def sent(node: fx.Node) -> list[fx.Node]:
 
 
 def sent_to(wait: fx.Node) -> fx.Node:
-    """The tensor that the collective which a wait waits for took for it."""
+    """The tensor that the collective which a wait waits for took for it; the input itself, if launched before."""
     source = wait.args[0]
     assert isinstance(source, fx.Node)
+    if is_ahead(source):
+        return source
     return sent(launched_by(wait))[0 if is_collective(source) else source.args[1]]  # type: ignore[index]
+
+
+def ends_gather(wait: fx.Node) -> bool:
+    """Whether what a wait waits for is a gather."""
+    launch = launched_by(wait)
+    return is_ahead(launch) or launch.target in (all_gather, all_gather_coalesced)
 
 
 def node_axis(axis: str) -> str:
@@ -112,7 +139,7 @@ def gathered_before(source: fx.Node) -> fx.Node | None:
     """The wait of an earlier gather of which a tensor is the part that this rank has kept; None for other tensors."""
     kept = source.target is ops.local_shard and isinstance(source.args[0], fx.Node)
     wait: Any = source.args[0] if kept else None
-    return wait if kept and is_wait(wait) and launched_by(wait).target in (all_gather, all_gather_coalesced) else None
+    return wait if kept and is_wait(wait) and ends_gather(wait) else None
 
 
 def first_sent_to(wait: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -129,8 +156,17 @@ def parameter_sent(source: fx.Node) -> fx.Node | None:
         source = first_sent_to(before)[1]
     while source.target in PREPARES or source.target in swap_ops.OPS:
         source = source.args[0]  # type: ignore[assignment]
+    if is_ahead(source):
+        return _parameter_ahead(source)
     is_parameter = source.op == "placeholder" and source.meta["entry"].kind == "parameter"
     return source if is_parameter else None
+
+
+def _parameter_ahead(node: fx.Node) -> fx.Node:
+    """The parameter input whose gather an input is."""
+    key = ("parameter", node.meta["entry"].name)
+    inputs = itertools.takewhile(lambda other: other.op == "placeholder", node.graph.nodes)
+    return next(other for other in inputs if other.meta["entry"].key == key)
 
 
 def gathers_parameters(node: fx.Node) -> bool:

@@ -59,13 +59,13 @@ def is_wait(node: fx.Node) -> bool:
 
 
 def launch_of(wait: fx.Node) -> fx.Node:
-    """The launch that a wait waits for."""
+    """The launch that a wait waits for, or the input that stands for it if the program before has launched it."""
     return c10d.launched_by(wait) if c10d.is_wait(wait) else first_argument(wait)
 
 
 def lane_of_launch(launch: fx.Node) -> str:
-    """The lane that does what a launch starts."""
-    if c10d.is_collective(launch):
+    """The lane that does what a launch starts, or what the program before has started."""
+    if c10d.is_collective(launch) or c10d.is_ahead(launch):
         return f"net:{c10d.axis_of(launch)}"
     out = launch.target is swap_ops.swap_out
     if swap_ops.tier_of(launch if out else first_argument(launch)) == "nvme":

@@ -28,7 +28,7 @@ def required_order(step: StepGraph) -> Iterator[Pair]:
 
 
 def gathers_in_turn(step: StepGraph) -> Iterator[Pair]:
-    """(the release that ends a gather, the launch of the parameter's next one)."""
+    """(the release that ends a gather, the launch of the parameter's next one, for the next program too)."""
     ends: dict[fx.Node, fx.Node] = {}
     for release in filter(c10d.is_release, step.calls()):
         for value in release.args[0]:  # type: ignore[union-attr]
@@ -41,6 +41,9 @@ def gathers_in_turn(step: StepGraph) -> Iterator[Pair]:
         if parameter in last:
             yield ends[last[parameter]], c10d.launched_by(wait)
         last[parameter] = wait
+    waits = {parameter.meta["entry"].name: wait for parameter, wait in last.items()}
+    for launch, names in c10d.launched_for_next(step).items():
+        yield from ((ends[waits[name]], launch) for name in names if name in waits)
 
 
 def _gathered_by(value: fx.Node) -> fx.Node | None:

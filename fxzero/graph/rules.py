@@ -19,7 +19,7 @@ from torch import fx
 from fxzero import compat
 from fxzero.graph.order_rules import late
 from fxzero.graph.randomness import is_random
-from fxzero.graph.step_graph import CARRIED_KINDS, INPUT_KINDS, PHASES, STATE_KINDS, StateEntry, StepGraph
+from fxzero.graph.step_graph import CARRIED_KINDS, INPUT_KINDS, LAUNCHED, PHASES, STATE_KINDS, StateEntry, StepGraph
 from fxzero.graph.synchronisation import synchronisations
 
 _NODE_KINDS = ("placeholder", "call_function", "output")
@@ -231,7 +231,8 @@ def check_state(context: Context) -> Iterator[Violation]:
         yield from _check_result(context, key, node)
     if context.before is None:
         return
-    own = {key for key in results if key[0] == "auxiliary"}  # a pass may begin to keep state of its own
+    # a pass may begin to keep state of its own, or to launch for the next program
+    own = {key for key in results if key[0] in ("auxiliary", LAUNCHED)}
     changed = (set(results) ^ context.before.results) - (own - context.before.results)
     for key in sorted(changed):
         now, then = ("returned", "not returned") if key in results else ("not returned", "returned")
@@ -247,7 +248,7 @@ def _check_result(context: Context, key: tuple[str, str], node: fx.Node) -> Iter
         return
     where = f"result {key} from {equation(node)}"
     source = context.entries.get(key)
-    kinds = (*STATE_KINDS, *CARRIED_KINDS)
+    kinds = (*STATE_KINDS, *CARRIED_KINDS, LAUNCHED)
     if kind not in kinds or (source is None and not _is_new(context, key)):
         fix = "return it under the key of its input"
         yield Violation(where, f"an entry of a kind in {kinds}", "none of that name", fix)
@@ -263,9 +264,12 @@ def _check_result(context: Context, key: tuple[str, str], node: fx.Node) -> Iter
 
 
 def _is_new(context: Context, key: tuple[str, str]) -> bool:
-    """Whether a step is the first to make a result: the optimizer's first, or the first microbatch's."""
+    """Whether a step is the first to make a result: the optimizer's first, or the first microbatch's.
+
+    The last microbatch launches gathers that the first one of the next step waits for.
+    """
     kind, name = key
-    if kind in CARRIED_KINDS:
+    if kind in (*CARRIED_KINDS, LAUNCHED):
         return ("parameter", name) in context.entries
     param = name.rpartition(":")[0]
     known = ("parameter", param) in context.entries

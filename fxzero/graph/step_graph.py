@@ -34,8 +34,10 @@ PHASES = ("forward", "backward", "update")
 STATE_KINDS = ("parameter", "buffer", "optimizer", "auxiliary")
 # sums of gradients that one microbatch's program hands to the next: of reduced ones, and of this rank's own
 CARRIED_KINDS = ("accumulated", "unreduced")
+# the gather of a parameter that the program before has launched: not to be read before its wait
+LAUNCHED = "launched"
 WEIGHTS = "microbatch.weights"  # the batch input that says how much each of a rank's microbatches counts
-INPUT_KINDS = (*STATE_KINDS, *CARRIED_KINDS, "hyperparameter", "batch", "constant", "coordinate")
+INPUT_KINDS = (*STATE_KINDS, *CARRIED_KINDS, LAUNCHED, "hyperparameter", "batch", "constant", "coordinate")
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class StateEntry:
 
     Args:
         kind: one of INPUT_KINDS.
-        name: parameter or buffer name, also for carried gradients; "param:key" for optimizer state; that of an
-            AuxiliaryState; "groups.0.lr" for hyperparameters; the path in (args, kwargs) for batch inputs; the mesh
-            axis for coordinates.
+        name: parameter or buffer name, also for carried gradients and launched gathers; "param:key" for optimizer
+            state; that of an AuxiliaryState; "groups.0.lr" for hyperparameters; the path in (args, kwargs) for batch
+            inputs; the mesh axis for coordinates.
         shape: single-device shape of the tensor, () for scalars.
         param: the parameter that an optimizer state belongs to.
     """
@@ -96,7 +98,8 @@ class AuxiliaryState:
 class Result:
     """What one returned value of a step graph is.
 
-    Kinds: "loss", "metric", the next value of a state entry, or a sum of gradients for the next microbatch.
+    Kinds: "loss", "metric", the next value of a state entry, a sum of gradients for the next microbatch, or the gather
+    of a parameter for the next step, launched and not waited for.
     """
 
     kind: str

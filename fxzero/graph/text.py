@@ -88,6 +88,11 @@ def op_name(target: Any) -> str:
     return f"<{name or type(target).__name__}>"
 
 
+def launch_name(launch: fx.Node) -> str:
+    """What people are told that a wait waits for."""
+    return "gather of the step before" if c10d.is_ahead(launch) else op_name(launch.target)
+
+
 def size_text(size_bytes: int) -> str:
     """A number of bytes as people say it: 3.0 MiB."""
     size, units = float(size_bytes), ["B", "KiB", "MiB", "GiB"]

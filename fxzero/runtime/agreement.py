@@ -7,9 +7,11 @@ every collective in program order with its parameter and its shapes.
 
 [Note: how ranks agree]
 The first step agrees through the store: it names ranks that are missing, and needs no working collective. Later steps
-vote: one all-reduce of three numbers on the CPU (0.1 ms over loopback), so that no step mixes two programs, though
+vote: one all-reduce of four numbers on the CPU (0.1 ms over loopback), so that no step mixes two programs, though
 both be known, and a rank that cannot compile ends the others at once. Only when a vote fails do texts go through the
-store, to say which line differs. Each call of a step votes exactly once, so that votes stay paired when one has failed.
+store, to say which line differs. A rank whose parameters were changed between two steps says so in its vote: gathers
+that are under way are then no rank's to use. Each call of a step votes exactly once, so that votes stay paired when one
+has failed.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import hashlib
 import itertools
 import time
 import zlib
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -42,6 +45,10 @@ def agreed_text(step: StepGraph, *, plan: str, passes: str) -> str:
         rest = f"rows over {sharding.axis}" if sharding else "whole"
         dtype = getattr(node.meta["val"], "dtype", "number")
         lines.append(f"{entry.kind} {entry.name} {list(entry.shape)} {dtype} {rest}")
+    for node in filter(c10d.is_ahead, step.placeholders):
+        lines.append(f"{node.name} is waited for, launched before: {_shapes(node.meta['val'])}")
+    for name in (name for names in c10d.launched_for_next(step).values() for name in names):
+        lines.append(f"the gather of {name} is launched for the next step")
     for node in step.calls():
         if c10d.is_collective(node):
             sizes = num_bytes(node.meta["val"])
@@ -72,24 +79,58 @@ class Agreement:
         self.rank = dist.get_rank() if self.store is not None else 0
         self.world_size = dist.get_world_size() if self.store is not None else 1
         self._digests: dict[str, int] = {}
+        self._num_shared = 0
         self._voters: Any = None  # a group that reduces on the CPU, from the first agreement on
 
-    def settle(self, text: str) -> None:
+    def settle(self, text: str, *, changed: bool = False) -> bool:
         """Return when all ranks are about to run programs with the same text.
+
+        Args:
+            text: of the programs.
+            changed: this rank's parameters are not those that were gathered for this step.
+
+        Returns:
+            Whether any rank's have changed; at the first step, all ranks'.
 
         Raises:
             RankMismatchError: on every rank, naming the first line that differs; or ranks that failed or are missing.
         """
         if self.store is None or self.world_size == 1:
-            return
+            return changed
         self.round += 1
         if text not in self._digests:
             self._digests[text] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
         if self._voters is None:
             self._settle_first(text)
             self._voters = _cpu_group()
-        else:
-            self._vote(text)
+            return True
+        return self._vote(text, changed)
+
+    def from_first(self, make: Callable[[], str]) -> str:
+        """The text that rank 0 makes, on every rank; all must call this.
+
+        Args:
+            make: called on rank 0 alone.
+
+        Raises:
+            RankMismatchError: where rank 0 could not make it; there, what `make` has raised.
+        """
+        if self.store is None or self.world_size == 1:
+            return make()
+        key = f"shared/{self._num_shared}"
+        self._num_shared += 1
+        if self.rank == 0:
+            try:
+                text = make()
+            except Exception as error:
+                self._put(key, f"failed: {error}".encode())
+                raise
+            self._put(key, b"made: " + zlib.compress(text.encode()))
+            return text
+        found = self._wait_for(key, self.timeout_s)
+        if found.startswith(b"failed: "):
+            raise RankMismatchError(_failure_message(0, found.decode().removeprefix("failed: ")))
+        return zlib.decompress(found.removeprefix(b"made: ")).decode()
 
     def fail(self, reason: str) -> None:
         """Tell the other ranks that this one cannot go on, so that they need not wait for it."""
@@ -104,21 +145,26 @@ class Agreement:
         self._put(f"reason/{self.rank}", reason.encode())
         self._cast(0)
 
-    def _vote(self, text: str) -> None:
+    def _vote(self, text: str, changed: bool) -> bool:
         mine = self._digests[text]
-        highest, lowest, failed = self._cast(mine)
+        highest, lowest, failed, any_changed = self._cast(mine, changed)
         if failed:
             reason = self._wait_for(f"reason/{failed - 1}", self.timeout_s).decode()
             raise RankMismatchError(_failure_message(failed - 1, reason))
         if highest != lowest:
             self._report_difference(text)
+        return any_changed
 
-    def _cast(self, digest: int) -> tuple[int, int, int]:
-        """One vote; 0 stands for failure. Returns the highest and lowest digest, and a failed rank + 1 or 0."""
-        votes = torch.tensor([digest, -digest, 0 if digest else self.rank + 1])
+    def _cast(self, digest: int, changed: bool = False) -> tuple[int, int, int, bool]:
+        """One vote; 0 stands for failure.
+
+        Returns:
+            The highest and lowest digest, a failed rank + 1 or 0, and whether any rank has voted `changed`.
+        """
+        votes = torch.tensor([digest, -digest, 0 if digest else self.rank + 1, int(changed)])
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._voters)
-        highest, lowest, failed = votes.tolist()
-        return highest, -lowest, failed
+        highest, lowest, failed, any_changed = votes.tolist()
+        return highest, -lowest, failed, bool(any_changed)
 
     def _settle_first(self, text: str) -> None:
         self._put(f"digest/{self.rank}", str(self._digests[text]).encode())

@@ -21,6 +21,7 @@ from fxzero.graph.storage import InPlace
 from fxzero.runtime import gloo, send_recv
 from fxzero.runtime.swap_lines import SWAPPER_METHODS, SwapLines
 
+FIRST_TAG_AHEAD = 2**20  # of messages that are under way from one program to the next, beside the next one's own
 RunFunction = Callable[[list[Any]], tuple[Any, ...]]
 
 
@@ -148,6 +149,7 @@ class Emitter:
         self.copies = self._copies()
         self.aside = self._set_aside()
         self.messages = 0
+        self.ahead = c10d.launched_for_next(step)
         self.device = device_of(step)
         runs = blocked_runs(step, self.in_place, device=self.device)
         self.run_of = {node: run for run in runs for node in run.nodes}
@@ -230,6 +232,8 @@ class Emitter:
             return gloo.launch_of(node.target) if gloo.carries(group, self.device) else node.target, args
         self.messages += 1
         args[position] = self._bind(f"group_{c10d.axis_of(node)}", group)
+        if node in self.ahead:
+            return send_recv.launch_all_gather_ahead, [*args, str(FIRST_TAG_AHEAD + self.messages)]
         launch = send_recv.launch_all_gather if node.target is c10d.all_gather else send_recv.launch_reduce_scatter
         return launch, [*args, str(self.messages)]
 

@@ -174,7 +174,7 @@ class Recorder:
     def wait(self, launch: fx.Node) -> None:
         """The program comes to a wait: it goes on when the flight is over, unless its own wait sees to that."""
         run = self._runs[-1]
-        flight = run.flights[launch]
+        flight = run.flights.get(launch)  # none of what the step before has launched: `take` has seen its end
         if flight is None or not flight.holds:
             return
         if self._on_gpu:
@@ -254,7 +254,7 @@ class _Reading:
         if number in run.held:
             held = self._at(run.held[number])
         else:
-            flight = run.flights[launch_of(node)]
+            flight = run.flights.get(launch_of(node))
             held = begin if flight is None else min(max(begin, self._at(flight.ended)), end)
         self.events.append(Event(node, index, COMPUTE, WAITS, begin, held))
         self.events.append(Event(node, index, COMPUTE, RUNS, held, end))

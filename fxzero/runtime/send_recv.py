@@ -3,6 +3,10 @@
 gloo's own all-gather copies through flat buffers, and its reduce-scatter sends as much as an all-reduce. Over few
 ranks a message to each peer is faster: 8 tensors of 1 MiB on two ranks took 7.2 ms instead of 14.3, at half the
 processor time. In the graph the collective stays what it is; `meta["algorithm"]` says that it runs like this.
+
+[Note: launches that fail]
+A launch fails where a peer has gone. For a gather that the next program will wait for, that is no error yet: after the
+last step there is no next one, and ranks do not leave at the same time. So the wait for it raises what its launch did.
 """
 
 from __future__ import annotations
@@ -22,12 +26,14 @@ class Pending:
         parts: what must be kept; for a reduce-scatter the rows of each rank, own ones included.
         out: the gathered tensor; None for a reduce-scatter.
         mean: divide the sum by the number of parts.
+        own: of a gather, this rank's rows in `out`, which are there from the start.
     """
 
     works: list[Any]
     parts: list[torch.Tensor]
     out: torch.Tensor | None
     mean: bool = False
+    own: torch.Tensor | None = None
 
 
 def launch_all_gather(shard: torch.Tensor, size: int, group: Any, tag: int) -> Pending:
@@ -39,15 +45,36 @@ def launch_all_gather(shard: torch.Tensor, size: int, group: Any, tag: int) -> P
         group: the process group.
         tag: the same on all ranks, unique among what is under way.
     """
+    return _gather(shard, size, group, tag, from_copy=False)
+
+
+def launch_all_gather_ahead(shard: torch.Tensor, size: int, group: Any, tag: int) -> Pending:
+    """The same for a gather that is under way from one program to the next: what is sent is a copy.
+
+    Between two programs `shard` is its owner's, who may write to it at any time. [Note: launches that fail].
+    """
+    return _gather(shard, size, group, tag, from_copy=True)
+
+
+def _gather(shard: torch.Tensor, size: int, group: Any, tag: int, *, from_copy: bool) -> Pending:
     rows = shard.shape[0]
     out = shard.new_empty((rows * size, *shard.shape[1:]))
     me = group.rank()
-    works = []
-    for peer in _others(me, size):
-        works.append(group.recv([out[peer * rows : (peer + 1) * rows]], peer, tag))
-        works.append(group.send([shard], peer, tag))
-    out[me * rows : (me + 1) * rows].copy_(shard)
-    return Pending(works, [shard], out)
+    own = out[me * rows : (me + 1) * rows]
+    if from_copy:
+        shard = own.copy_(shard)
+    works: list[Any] = []
+    try:
+        for peer in _others(me, size):
+            works.append(group.recv([out[peer * rows : (peer + 1) * rows]], peer, tag))
+            works.append(group.send([shard], peer, tag))
+    except RuntimeError as error:
+        if not from_copy:
+            raise
+        works.insert(0, _Failed(error))
+    if not from_copy:
+        own.copy_(shard)
+    return Pending(works, [shard], out, own=own)
 
 
 def launch_reduce_scatter(full: torch.Tensor, op: str, size: int, group: Any, tag: int) -> Pending:
@@ -84,6 +111,17 @@ def wait(pending: Pending) -> torch.Tensor:
     for part in rest:
         total += part
     return total.div_(len(pending.parts)) if pending.mean else total
+
+
+@dataclass
+class _Failed:
+    """Stands for messages that could not be sent."""
+
+    error: RuntimeError
+
+    def wait(self) -> None:
+        """Raise what their launch has raised."""
+        raise self.error
 
 
 class _Keep:

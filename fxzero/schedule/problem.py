@@ -18,6 +18,7 @@ from fxzero.cost.lifetimes import storages
 from fxzero.cost.tasks import Task
 from fxzero.errors import RewriteError
 from fxzero.graph import StepGraph
+from fxzero.graph import collectives as c10d
 from fxzero.graph.lanes import COMPUTE, HOST, is_launch, is_wait, launch_of
 from fxzero.graph.step_graph import device_of
 from fxzero.graph.storage import InPlace
@@ -155,7 +156,7 @@ def _task(node: fx.Node, tasks: Mapping[fx.Node, Task]) -> Task:
 
 def _kind(node: fx.Node, task: Task) -> int:
     if is_wait(node):
-        return WAIT
+        return RUN if c10d.is_ahead(launch_of(node)) else WAIT  # launched by the step before: taken to be there
     if is_launch(node) and task.resource not in ("", COMPUTE):
         return LAUNCH
     return ON_HOST if task.resource == HOST else RUN

@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from fxzero.graph.lanes import Event, launch_of
 from fxzero.graph.step_graph import num_bytes
-from fxzero.graph.text import op_name, size_text
+from fxzero.graph.text import launch_name, size_text
 from fxzero.simulate.prediction import Prediction
 from fxzero.simulate.timeline import Timeline
 
@@ -46,7 +46,7 @@ def exposed_by_place(timeline: Timeline) -> list[Exposed]:
     for event in timeline.exposed:
         launch = launch_of(event.node)
         module = re.sub(r"(?<![^.])\d+(?![^.])", "*", event.node.meta.get("module", ""))
-        key = (op_name(launch.target), event.node.meta.get("phase", ""), module, timeline.lane_of(event))
+        key = (launch_name(launch), event.node.meta.get("phase", ""), module, timeline.lane_of(event))
         groups[key].append(event)
     found = []
     for key, events in groups.items():

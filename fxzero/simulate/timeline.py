@@ -8,6 +8,12 @@ waits, on the CPU the main thread, which comes to the same here. An update on th
 what comes after it cannot begin before its end; a GPU meanwhile does what it was given before. While a lane is busy,
 compute may run slower, by a factor for each lane; factors of several lanes multiply. Microbatches' programs run one
 after the other.
+
+[Note: steps in a chain]
+A step that launches gathers for the next one is told as one of many: a step before it is simulated too, and what that
+leaves under way travels while this one begins. Its time is what it adds to the chain, from the moment at which compute
+begins with it to that at which compute begins with the next. A transfer over the end is shown in two parts: to the end
+of the step, and the rest of it, which is the step before's, at the start. Steps are taken to follow each other at once.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -24,7 +30,20 @@ from torch import fx
 from fxzero.cost.tasks import Task
 from fxzero.errors import FxzeroError
 from fxzero.graph import StepGraph
-from fxzero.graph.lanes import COMPUTE, HOST, LANES, LAUNCHES, RUNS, WAITS, Event, is_launch, is_wait, launch_of
+from fxzero.graph import collectives as c10d
+from fxzero.graph.lanes import (
+    COMPUTE,
+    HOST,
+    LANES,
+    LAUNCHES,
+    RUNS,
+    WAITS,
+    Event,
+    is_launch,
+    is_wait,
+    lane_of_launch,
+    launch_of,
+)
 
 
 class SimulationError(FxzeroError):
@@ -39,7 +58,7 @@ class Timeline:
         steps: its programs, one a microbatch.
         events: in the order in which they are issued.
         reached_s: of each program: when the thread that issues comes to each node, by position.
-        step_seconds: until all lanes are done.
+        step_seconds: until all lanes are done; where gathers are launched for the next step, until that begins.
     """
 
     steps: tuple[StepGraph, ...]
@@ -80,7 +99,10 @@ class Timeline:
 
     def lane_of(self, wait: Event) -> str:
         """The lane that compute stood still for."""
-        transfer = self.transfers.get((wait.program, launch_of(wait.node)))
+        launch = launch_of(wait.node)
+        if c10d.is_ahead(launch):
+            return lane_of_launch(launch)
+        transfer = self.transfers.get((wait.program, launch))
         return COMPUTE if transfer is None else transfer.lane
 
     @property
@@ -95,7 +117,7 @@ def simulate(
     *,
     slowdown: Callable[[str], float] = lambda lane: 1.0,
 ) -> Timeline:
-    """When each call of a step would run; linear in the number of nodes.
+    """When each call of a step would run; linear in the number of nodes ([Note: steps in a chain]).
 
     Args:
         steps: its program, or its programs, one a microbatch.
@@ -109,7 +131,13 @@ def simulate(
     programs = (steps,) if isinstance(steps, StepGraph) else tuple(steps)
     run = _Run(slowdown)
     reached = [run.program(index, step, tasks) for index, step in enumerate(programs)]
-    return Timeline(programs, tuple(run.events), tuple(reached), run.end_s)
+    if not run.ahead:
+        return Timeline(programs, tuple(run.events), tuple(reached), run.end_s)
+    run.begin_again()
+    reached = [run.program(index, step, tasks) for index, step in enumerate(programs)]
+    end_s = run.free_s
+    events = [replace(event, end_s=min(event.end_s, end_s)) for event in run.events if event.start_s < end_s]
+    return Timeline(programs, tuple(events), tuple(reached), end_s)
 
 
 class _Run:
@@ -118,11 +146,13 @@ class _Run:
     Attributes:
         now: when the compute lane is free, and what was issued so far for it is done.
         issued: when the thread itself is free; only what it computes on the host holds it.
+        ahead: parameter -> when its gather for the next step, launched so far, is done.
     """
 
     def __init__(self, slowdown: Callable[[str], float]) -> None:
         self.events: list[Event] = []
         self.now = self.issued = 0.0
+        self.ahead: dict[str, float] = {}
         self._factor_of = slowdown
         self._free: dict[str, float] = defaultdict(float)
         self._factors: dict[str, float] = {}
@@ -133,10 +163,31 @@ class _Run:
         """When everything that was issued is done."""
         return max([self.now, self.issued, *self._free.values()])
 
+    @property
+    def free_s(self) -> float:
+        """When the next program can begin."""
+        return max(self.now, self.issued)
+
+    def begin_again(self) -> None:
+        """The next step begins: what is under way goes on, and times count from now."""
+        start = self.free_s
+        self.now = self.issued = 0.0
+        under_way = [event for event in self.events if event.end_s > start]
+        self.events = [
+            replace(event, start_s=max(event.start_s - start, 0.0), end_s=event.end_s - start) for event in under_way
+        ]
+        self.ahead = {name: max(done - start, 0.0) for name, done in self.ahead.items()}
+        self._free = defaultdict(float, {lane: max(free - start, 0.0) for lane, free in self._free.items()})
+        for lane, intervals in self._intervals.items():
+            moved = [(begin - start, end - start) for begin, end in intervals if end > start]
+            self._intervals[lane] = deque(moved)
+
     def program(self, index: int, step: StepGraph, tasks: Mapping[fx.Node, Task]) -> np.ndarray:
         """Run one program; when each of its nodes is reached."""
         reached = np.zeros(len(step.graph.nodes))
         done: dict[fx.Node, float] = {}  # of what other lanes than compute have made, and of its views
+        for node in filter(c10d.is_ahead, step.placeholders):
+            done[node] = self.ahead.pop(node.meta["entry"].name, 0.0)
         for position, node in enumerate(step.graph.nodes):
             reached[position] = self.now
             if node.op != "call_function":
@@ -152,6 +203,8 @@ class _Run:
                     self._wait(index, node, done[node])
                 if task.seconds:
                     self._compute(index, node, task.seconds, RUNS)
+        for launch, names in c10d.launched_for_next(step).items():
+            self.ahead |= dict.fromkeys(names, done[launch])
         return reached
 
     def _launch(self, index: int, node: fx.Node, task: Task, done: Mapping[fx.Node, float]) -> float:

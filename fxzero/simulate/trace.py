@@ -19,7 +19,7 @@ from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.lanes import LAUNCHES, WAITS, Event, is_wait, launch_of
 from fxzero.graph.step_graph import num_bytes
-from fxzero.graph.text import default_device, op_name, type_text
+from fxzero.graph.text import default_device, launch_name, type_text
 from fxzero.simulate.memory_over_time import MemoryOverTime, memory_over_time
 from fxzero.simulate.timeline import Timeline
 
@@ -98,7 +98,7 @@ class _Process:
         verb = {LAUNCHES: "launch ", WAITS: "wait for "}.get(event.kind, "")
         shown = launch_of(node) if event.kind == WAITS else node
         return {
-            "name": f"{verb}{op_name(shown.target)}",
+            "name": f"{verb}{launch_name(shown)}",
             "cat": f"{event.kind},{node.meta.get('phase', '')}",
             "ph": "X",
             "ts": _us(event.start_s),

@@ -22,6 +22,7 @@ from fxzero.graph.step_graph import iter_views
 from fxzero.graph.swap_ops import OPS, swap_in, swap_out, swap_wait, wait_of
 from fxzero.graph.verify import RULES, verify
 from fxzero.passes.compress_with_top_k import compress_with_top_k
+from fxzero.passes.gather_for_next_step import gather_for_next_step
 from fxzero.passes.gather_within_nodes import gather_within_nodes
 from fxzero.passes.offload_activations import offload_activations
 from fxzero.passes.offload_state import offload_state
@@ -127,12 +128,15 @@ def graphs() -> dict[str, StepGraph]:
     kept = packed.copy()
     kept.title = "kept by hand"
     assert gather_within_nodes.run(kept, axis="dp", node=2) == 1
+    carried = sharded.copy()
+    carried.title = "carried by hand"
+    assert gather_for_next_step.run(carried) == 1
     swapped = captured.copy()
     swapped.title = "swapped by hand"
     assert offload_activations.run(swapped, names=(("relu", "host"),)) == 1
     assert offload_state.run(swapped, tiers={"parameter": "nvme", "optimizer": "host"}, on_host=0.5) > 0
     graphs = {"captured": captured, "sharded": sharded, "packed": packed, "chosen": chosen, "kept": kept}
-    return graphs | {"swapped": swapped}
+    return graphs | {"swapped": swapped, "carried": carried}
 
 
 # ---- sound graphs
@@ -151,6 +155,10 @@ def test_a_packed_graph_keeps_all_rules(graphs: dict[str, StepGraph]) -> None:
     verify(graphs["packed"], before=graphs["sharded"])
     verify(graphs["chosen"], before=graphs["sharded"])
     verify(graphs["kept"], before=graphs["packed"])
+
+
+def test_a_graph_that_gathers_for_the_next_step_keeps_all_rules(graphs: dict[str, StepGraph]) -> None:
+    verify(graphs["carried"], before=graphs["sharded"])
 
 
 def test_a_swapped_graph_keeps_all_rules(graphs: dict[str, StepGraph]) -> None:
@@ -489,6 +497,41 @@ def element_of_a_bucket_waited_for_twice(step: StepGraph) -> None:
     part = next(iter(the(step, c10d.all_reduce_coalesced, phase="backward").users))
     with Editor(step, phase="backward").after(part) as editor:
         editor.call(c10d.wait, part)
+
+
+@fault("state", "returned, as before the pass", graph="carried")
+def launch_for_the_next_step_that_is_lost(step: StepGraph) -> None:
+    step.set_results({key: node for key, node in step.results.items() if key[0] != "launched"})
+
+
+@fault("collectives", "no reader but its wait", graph="carried")
+def launch_for_the_next_step_waited_for_too(step: StepGraph) -> None:
+    launch = returned(step, "inner.weight", "launched")
+    with Editor(step, phase="update").before(step.output) as editor:
+        editor.call(c10d.wait, launch)
+
+
+@fault("collectives", "one wait, got 0", graph="carried")
+def launch_of_the_step_before_read_without_a_wait(step: StepGraph) -> None:
+    wait = next(iter(step.inputs("launched")[0].users))
+    wait.replace_all_uses_with(wait.args[0])
+    step.graph.erase_node(wait)
+
+
+@fault("collectives", "a sharded parameter 'norm.weight' beside it", graph="carried")
+def launch_of_a_parameter_that_is_not_sharded(step: StepGraph) -> None:
+    step.inputs("launched")[0].meta["entry"] = StateEntry("launched", "norm.weight", (10,))
+
+
+@fault("collectives", "shape [12, 6], all rows of %inner_weight", graph="carried")
+def launch_of_fewer_rows(step: StepGraph) -> None:
+    node = step.inputs("launched")[0]
+    node.meta["val"] = returned(step, "inner.weight", "launched").meta["val"] = node.meta["val"][:8]
+
+
+@fault("collectives", "the launch of a gather, for the next program", graph="carried")
+def something_else_for_the_next_step(step: StepGraph) -> None:
+    step.set_result("launched", "outer.weight", returned(step, "outer.weight"))
 
 
 @fault("collectives", "group_size for the 4 ranks of dp, got 2")
@@ -862,6 +905,13 @@ def gathered_again_before_it_is_released(step: StepGraph) -> None:
     )
     release = next(r for r in step.calls(ops.release) if c10d.launched_by(r.args[0][0]) is first)
     second.append(release)
+
+
+@fault("order", "after %inner_weight_release, got it before", graph="carried")
+def gathered_for_the_next_step_before_it_is_released(step: StepGraph) -> None:
+    launch = returned(step, "inner.weight", "launched")
+    release = next(r for r in step.calls(ops.release) if "inner" in r.name)
+    launch.append(release)
 
 
 @fault("order", "got it before", graph="captured")

@@ -162,10 +162,10 @@ TOGETHER = [
     Job("llama", {"zero": 0}),
     Job("llama", {"zero": 1}, adam=False, rows=1),
     Job("gpt", {"zero": 2}, rows=1),
-    Job("gpt", {"zero": 3, "precision": "bf16", "accumulate": 2}, adam=False),
+    Job("gpt", {"zero": 3, "precision": "bf16", "accumulate": 2, "cross_step": True}, adam=False),
     Job("hf_llama", {"zero": 3, "recompute": "blocks"}),
     Job("resnet", {"zero": 3}),
-    Job("llama", {"zero": 3}, on_meta=True),
+    Job("llama", {"zero": 3, "cross_step": True}, on_meta=True),
     Job("gpt", {"zero": 3, "schedule": "cost", "hardware": "h100_ethernet", "memory_budget": "64 MiB"}),
     Job("llama_of_2", {"zero": 3, "schedule": "cost", "hardware": "h100", "recompute": "blocks"}),
 ]

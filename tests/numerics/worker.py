@@ -62,6 +62,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"prefetch": 2, "bucket_bytes": 0},
     {"bucket_bytes": 2**20},
     {"bucket_bytes": 4096, "bucket_form": "coalesced"},
+    {"cross_step": True, "bucket_bytes": 0},
     {"bucket_form": "coalesced", "zero": 0},
     {"reduce_scatter": "native"},
     {"reduce_scatter": "all_to_all", "all_gather": "native"},
@@ -137,11 +138,15 @@ def four_ranks() -> list[Job]:
     """
     hybrid = {"mesh": {"dp_replicate": 2, "dp": 2}}
     jobs = [Job(name, {"zero": zero}, rtol=1e-6) for name in ("one_cycle_sgd", "adam") for zero in range(4)]
-    jobs += [Job("groups", {"zero": 3}, rtol=1e-6), Job("one_cycle_sgd", {"node_size": 2}, rtol=1e-6)]
+    jobs += [
+        Job("groups", {"zero": 3, "cross_step": True}, rtol=1e-6),
+        Job("one_cycle_sgd", {"node_size": 2}, rtol=1e-6),
+    ]
     jobs += [Job(name, {"zero": zero}, rtol=1e-6) for name in ("clip_norm1", "clip_norm2") for zero in (0, 3)]
     jobs += [Job("clip_norm_inf", {"zero": 2, **hybrid}, rtol=1e-6)]
     jobs += [Job("one_cycle_sgd", {"zero": zero, **hybrid}, rtol=1e-6) for zero in range(4)]
-    jobs += [Job("adam", {"zero": zero, **hybrid}, rtol=1e-6) for zero in (1, 3)]
+    jobs += [Job("adam", {"zero": 1, **hybrid}, rtol=1e-6)]
+    jobs += [Job("adam", {"zero": 3, "cross_step": True, **hybrid}, rtol=1e-6)]
     jobs += [
         Job("one_cycle_sgd", {"zero": 0}, rtol=1e-6, fault=reference.skip_ranks),
         Job("one_cycle_sgd", {"zero": 3}, rtol=1e-6, fault=reference.skip_ranks),
@@ -155,7 +160,9 @@ def scheduled() -> list[Job]:
     """Two ranks, bit-equal to DDP: the order that is found by cost, for links slower and faster than compute."""
     by_cost = {"schedule": "cost", "hardware": "h100_ethernet"}
     jobs = [Job(name, {"zero": zero, **by_cost}) for name in ("adamw", "one_cycle_sgd") for zero in range(4)]
-    jobs += [Job(name, {"zero": 3, **by_cost}) for name in ("muon", "radam", "sgd_nesterov", "groups")]
+    jobs += [
+        Job(name, {"zero": 3, "cross_step": True, **by_cost}) for name in ("muon", "radam", "sgd_nesterov", "groups")
+    ]
     jobs += [Job("adamw", {"schedule": "cost", "hardware": hardware}) for hardware in ("auto", "cpu", "h100")]
     jobs += [
         Job("adamw", {**by_cost, "bucket_form": "coalesced", "all_gather": "native", "reduce_scatter": "native"}),

@@ -16,6 +16,7 @@ from fxzero.cost.tasks import FREE, Task, step_tasks
 from fxzero.graph import StepGraph, swap_ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph.lanes import COMPUTE, HOST, LAUNCHES, RUNS, WAITS, Event, is_launch, is_wait, launch_of
+from fxzero.graph.step_graph import Result, Sharding, StateEntry
 from fxzero.simulate.timeline import SimulationError, Timeline, simulate
 from tests.simulate.conftest import Rewritten
 
@@ -142,6 +143,27 @@ def test_programs_of_microbatches_follow_one_another() -> None:
     found = simulate([step, step], made.tasks)
     assert [(event.program, event.start_s) for event in found.events] == [(0, 0.0), (1, 1.0)]
     assert found.step_seconds == 2.0
+
+
+def test_what_a_step_launches_for_the_next_is_on_its_way_when_that_begins() -> None:
+    made = Made()
+    rows = made.x
+    rows.meta = {"entry": StateEntry("parameter", "w"), "sharding": Sharding("dp", 4, 4)}
+    launched = made.graph.placeholder("w_launched")
+    launched.meta = {"entry": StateEntry("launched", "w")}
+    made.compute(1.0)
+    made.compute(1.0, made.wait(launched))
+    gather = made.gather(2.5)
+    made.graph.output((gather,)).meta = {"results": (Result("launched", "w"),)}
+    found = simulate(StepGraph(made.graph, {"dp": 4}), made.tasks)
+    net = [(event.start_s, event.end_s) for event in found.events if event.lane == NET]
+    assert [(e.kind, e.start_s, e.end_s) for e in found.events if e.lane == COMPUTE] == [
+        (RUNS, 0.0, 1.0),
+        (WAITS, 1.0, 2.5),
+        (RUNS, 2.5, 3.5),
+    ]
+    assert net == [(0.0, 2.5)] and found.step_seconds == 3.5  # alone it would take 2.0, and the gather 2.5 after it
+    assert found.lane_of(found.exposed[0]) == NET and found.busy_s[NET] == 2.5
 
 
 @pytest.mark.parametrize(
