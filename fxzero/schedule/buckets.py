@@ -200,7 +200,7 @@ def twice_gathered(traffic: Traffic) -> list[int]:
     gaps: dict[int, int] = {}
     for at, (kind, index, _, _) in enumerate(traffic.marks):
         message = traffic.messages[index]
-        if kind == END and message.stream == FORWARD:
+        if kind == END and message.stream == FORWARD and message.param:
             released[message.param] = at, message.held_bytes
         elif kind == NEED and message.stream == BACKWARD and index not in gaps and message.param in released:
             before, held_bytes = released[message.param]

@@ -273,5 +273,6 @@ class _Run:
             self._reduce()
         for _, update_s in self.reduced:
             self.now += update_s
+        self.now += self.traffic.loose_s
         for done, _, update_s in self.travelling:
             self.now = max(self.now, done) + update_s

@@ -20,7 +20,7 @@ from fxzero.cost.hardware import Hardware
 from fxzero.cost.lifetimes import storages
 from fxzero.cost.tasks import Task, step_tasks
 from fxzero.cost.workspace import transport_bytes
-from fxzero.graph import StepGraph
+from fxzero.graph import StepGraph, compression_ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph.step_graph import device_of, first_argument, is_getitem, num_bytes
 
@@ -45,7 +45,7 @@ class Message:
         prepare_s: seconds of what makes the message, on the compute lane.
         tail_s: of a reduction: seconds of what follows from it and from none behind it: its update.
         later: collectives that reduce it further, on other axes.
-        param: of a gather: the parameter.
+        param: of a gather: the parameter, where its values travel as they are computed with.
     """
 
     node: fx.Node
@@ -69,14 +69,14 @@ class Traffic:
         marks: in the order of the program. The first (of kind -1) is its beginning.
         mesh: of the graph.
         hardware: whose costs count.
-        bytes_at_end: held when forward and backward are through.
+        loose_s: seconds of the update that follow from no reduction.
     """
 
     messages: list[Message]
     marks: list[Mark]
     mesh: Mapping[str, int]
     hardware: Hardware
-    bytes_at_end: int
+    loose_s: float = 0.0
     _seconds: dict[tuple[object, ...], float] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -165,13 +165,13 @@ def traffic_of(step: StepGraph, hardware: Hardware) -> Traffic:
     """
     reading = _Reading(step, step_tasks(step, hardware))
     reading.read()
-    held, at_end = _held_bytes(step, reading)
+    held = _held_bytes(step, reading)
     marks: list[Mark] = []
     ends = [*(at for _, _, at in reading.marks), len(reading.clock)]
     starts = [(-1, -1, 0), *reading.marks]
     for (kind, index, at), until in zip(starts, ends, strict=True):
         marks.append((kind, index, sum(reading.clock[at:until]), max(held[at:until], default=held[at])))
-    return Traffic(reading.messages, marks, dict(step.mesh), hardware, at_end)
+    return Traffic(reading.messages, marks, dict(step.mesh), hardware, reading.tails.get(-1, 0.0))
 
 
 def alike(node: fx.Node) -> tuple[object, ...]:
@@ -274,13 +274,13 @@ class _Reading:
                 self.allocator.allocated(num_bytes(held)),
                 transport_bytes(node, device=self.allocator.device, by_messages=algorithm_of(node) == "send_recv"),
                 sum(self.prepares.get(source, 0.0) for source in sources),
-                param=node.meta.get("param") or "",
+                param="" if any(source.target in compression_ops.OPS for source in sources) else node.meta["param"],
             )
         )
         return self.index[node]
 
 
-def _held_bytes(step: StepGraph, reading: _Reading) -> tuple[list[int], int]:
+def _held_bytes(step: StepGraph, reading: _Reading) -> list[int]:
     """Bytes on the device at each place of the clock, and behind it: without what messages hold, and updates make."""
     allocated = reading.allocator.allocated
     end = len(reading.clock)
@@ -306,7 +306,7 @@ def _held_bytes(step: StepGraph, reading: _Reading) -> tuple[list[int], int]:
         line[last + 1 if last < end else end + 1] -= size
     for at in range(1, end + 1):
         line[at] += line[at - 1]
-    return line[: end + 1], line[end]
+    return line[: end + 1]
 
 
 def _last_place(

@@ -1,4 +1,4 @@
-"""Buckets decided by cost beside fixed sizes: predicted time of a step for Llama 8B's shapes, and for a GPT on two CPU ranks.
+"""Buckets decided by cost beside fixed sizes: predicted steps of Llama 8B's shapes, and of a GPT on two CPU ranks.
 
     python -m tests.benchmarks.buckets --layers 4 --json out/buckets.json
     python -m tests.benchmarks.buckets --worlds 1024 --orders fixed
