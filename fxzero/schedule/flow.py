@@ -273,6 +273,8 @@ class _Run:
             self._reduce()
         for _, update_s in self.reduced:
             self.now += update_s
-        self.now += self.traffic.loose_s
+        loose_s = self.traffic.loose_s
+        self.now += loose_s if self.rules.by_cost else 0.0  # the fixed order has it with its readers
         for done, _, update_s in self.travelling:
             self.now = max(self.now, done) + update_s
+        self.now += 0.0 if self.rules.by_cost else loose_s
