@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from fxzero.errors import PlanError
+from fxzero.plan_buckets import check_regather
 from fxzero.plan_compression import check_compression
 from fxzero.plan_offload import WHERE, check_offload
+from fxzero.plan_precision import check_precision
 from fxzero.plan_schedule import check_schedule
 from fxzero.plan_values import (
     Check,
     boolean,
     bound,
     budget,
+    bytes_or_auto,
     finite,
     fraction,
     integer,
@@ -41,6 +44,7 @@ from fxzero.plan_values import (
     scale,
     seconds,
     show,
+    yes_no_or_auto,
 )
 
 AXES = ("dp", "dp_replicate")
@@ -130,8 +134,11 @@ class Plan:
         mesh: axes of ranks with their sizes, outermost first; None: all ranks on dp. Parameters are sharded
             over dp and replicated over dp_replicate (hybrid sharding).
         zero: 0 replicates everything, 1 shards optimizer state, 2 gradients too, 3 parameters too.
-        bucket_bytes: bytes of unsharded parameters or gradients in one coalesced collective; 0: each tensor
-            alone. Files and untyped callers may write "4 MiB".
+        bucket_bytes: bytes of unsharded parameters or gradients in one coalesced collective; 0: each tensor alone;
+            "auto": decided by cost. None: 4 MiB, or "auto" with schedule "cost". Files may write "4 MiB".
+        regather: with zero 3, whether backward gathers what forward has gathered: True, False (it stays), or "auto": of
+            each parameter, what is faster within the bound on memory. None: True, or "auto" where buckets are, with
+            schedule "cost".
         persist_below: number of elements below which a parameter stays replicated.
         prefetch: how many buckets ahead of its use a gather is launched.
         cross_step: launch the first gathers of the next step at the end of this one, right behind their updates.
@@ -200,7 +207,8 @@ class Plan:
 
     mesh: Mapping[str, int] | None = _key(None, _mesh)
     zero: int = _key(3, integer(0, 3, fix="shard nothing (0), state (1), gradients too (2), or all (3)"))
-    bucket_bytes: int = _key(4 * 2**20, number_of_bytes)
+    bucket_bytes: int | str | None = _key(None, bytes_or_auto)
+    regather: bool | str | None = _key(None, yes_no_or_auto)
     persist_below: int = _key(0, integer(0, fix="write a number of elements; 0 shards every parameter"))
     prefetch: int = _key(1, integer(0, fix="write how many buckets ahead; 0 gathers at the use"))
     cross_step: bool = _key(False, boolean)
@@ -249,23 +257,14 @@ class Plan:
         for f in dataclasses.fields(self):
             # The dataclass is frozen; this is the one place where a value becomes canonical.
             object.__setattr__(self, f.name, f.metadata["check"](f"Plan.{f.name}", getattr(self, f.name)))
-        low = self.reduce_dtype if self.reduce_dtype != "fp32" else self.precision
-        wanted = low if low in ("bf16", "fp16") else "bf16"
-        for key in ("reduce_dtype", "keep_fp32"):
-            if self.precision != wanted and getattr(self, key) not in ("fp32", ()):
-                fix = f"set precision={wanted!r}, or leave {key} out"
-                raise PlanError.of(
-                    f"Plan.{key}", expected=f"precision {wanted!r} with it", got=repr(self.precision), fix=fix
-                )
+        check_precision(self)
         check_compression(self)
         check_offload(self)
         check_schedule(self)
+        check_regather(self)
         if self.recompute == "auto" and self.memory_budget is None:
             fix = "say how much memory there is, such as '20 GiB', or set recompute='blocks'"
             raise PlanError.of("Plan.memory_budget", expected="one, with recompute='auto'", got="None", fix=fix)
-        if self.precision.endswith("fp16") and self.loss_scale is None:
-            fix = "set loss_scale='dynamic', or a number (1.0 to go without, gradients below 6e-8 are then 0)"
-            raise PlanError.of("Plan.loss_scale", expected="one, with precision in fp16", got="None", fix=fix)
 
     @property
     def axes(self) -> dict[str, int]:

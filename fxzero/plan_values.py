@@ -70,6 +70,19 @@ def number_of_bytes(where: str, value: Any, *, whole: bool = True) -> int:
     return math.floor(num_bytes)
 
 
+def bytes_or_auto(where: str, value: Any) -> int | str | None:
+    """Bytes, as a whole number or with a unit, "auto", or None."""
+    return value if value is None or value == "auto" else number_of_bytes(where, value)
+
+
+def yes_no_or_auto(where: str, value: Any) -> bool | str | None:
+    """True, False, "auto", or None."""
+    if value is None or value == "auto" or isinstance(value, bool):
+        return value
+    fix = "write true, false or 'auto', or leave the key out"
+    raise PlanError.of(where, expected="True, False, 'auto' or None", got=show(value), fix=fix)
+
+
 def budget(where: str, value: Any) -> int | None:
     """Bytes above 0, as a whole number or with a unit, or None."""
     if value is None:

@@ -22,12 +22,14 @@ from fxzero.pass_manager import Pipeline
 from fxzero.passes.agree_on_overflow import agree_on_overflow
 from fxzero.passes.bucket_all_gathers import bucket_all_gathers
 from fxzero.passes.bucket_reduce_scatters import bucket_reduce_scatters
+from fxzero.passes.choose_buckets import choose_buckets
 from fxzero.passes.choose_collective_algorithms import choose_collective_algorithms
 from fxzero.passes.compress_with_powersgd import compress_with_powersgd, powersgd_states
 from fxzero.passes.compress_with_top_k import compress_with_top_k, top_k_states
 from fxzero.passes.delay_weight_gradients import delay_weight_gradients
 from fxzero.passes.gather_for_next_step import gather_for_next_step
 from fxzero.passes.gather_within_nodes import gather_within_nodes
+from fxzero.passes.keep_gathered import keep_gathered
 from fxzero.passes.offload_activations import offload_activations
 from fxzero.passes.offload_state import offload_state
 from fxzero.passes.place_swaps import place_swaps
@@ -47,8 +49,9 @@ from fxzero.passes.shard_gradients import shard_gradients
 from fxzero.passes.shard_optimizer_state import shard_optimizer_state
 from fxzero.passes.shard_parameters import shard_parameters
 from fxzero.plan import Plan
+from fxzero.plan_buckets import bucket_bytes, cuts_by_cost, regathers
 from fxzero.plan_compression import QUANTIZED
-from fxzero.plan_offload import leaves_state_open, state_tiers
+from fxzero.plan_offload import WHERE, leaves_state_open, state_tiers, uses
 
 ALL_PASSES: tuple[Pass, ...] = (
     recompute_blocks,
@@ -69,6 +72,8 @@ ALL_PASSES: tuple[Pass, ...] = (
     compress_with_powersgd,
     compress_with_top_k,
     choose_collective_algorithms,
+    choose_buckets,
+    keep_gathered,
     bucket_all_gathers,
     bucket_reduce_scatters,
     prefetch_all_gathers,
@@ -179,7 +184,7 @@ def recipe(
         passes.append(shard_gradients)
     packed = {"block": plan.compress_block, "below": plan.compress_below}
     if gathers:
-        passes.append(shard_parameters.using(**rows, again=plan.zero == 3))
+        passes.append(shard_parameters.using(**rows, again=plan.zero == 3 and regathers(plan) is not False))
         if plan.compress_gathers != "none":
             passes.append(quantize_all_gathers.using(form=plan.compress_gathers, **packed))
         if plan.node_size:
@@ -197,20 +202,18 @@ def recipe(
         passes.append(compress_with_top_k.using(**feedback, fraction=plan.topk_fraction))
     if axes:
         passes.append(choose_collective_algorithms.using(**algorithms))
-    if gathers:
-        passes.append(bucket_all_gathers.using(bucket_bytes=plan.bucket_bytes, form=form))
-    if axes:
-        passes.append(bucket_reduce_scatters.using(bucket_bytes=plan.bucket_bytes, form=form))
+    bound = None if plan.memory_budget is None else plan.memory_budget - decided.bytes_beside
+    machine = {"hardware": plan.hardware, "backend": backend, "memory_bytes": bound}
+    passes += _bucketing(plan, machine, form=form, gathers=gathers) if axes else []
     if gathers:
         passes.append(prefetch_all_gathers.using(distance=plan.prefetch))
-    passes.append(place_updates.using(bucket_bytes=plan.bucket_bytes))
-    bound = None if plan.memory_budget is None else plan.memory_budget - decided.bytes_beside
+    alone = _decides_buckets(plan) and form == "coalesced"  # a bucket is a launch: no further grouping of updates
+    passes.append(place_updates.using(bucket_bytes=0 if alone else bucket_bytes(plan)))
     if gathers and plan.cross_step:
         passes.append(gather_for_next_step.using(memory_bytes=bound))
     passes += _offloading(plan, decided)
     if plan.schedule == "cost":
-        recorded = _recorded(plan, costs)
-        passes.append(schedule_step.using(hardware=plan.hardware, backend=backend, memory_bytes=bound, **recorded))
+        passes.append(schedule_step.using(**machine, **_recorded(plan, costs)))
     return Pipeline(passes, disable=plan.disable)
 
 
@@ -219,6 +222,27 @@ def _recorded(plan: Plan, costs: RecordedCosts | None) -> dict[str, Any]:
     if plan.costs is None and costs is None:
         return {}
     return {"costs": costs or plan.costs, "any_machine": plan.costs_of_any_machine}
+
+
+def _decides_buckets(plan: Plan) -> bool:
+    """Whether buckets are decided by cost: not with offload, since it is not known yet what leaves the device."""
+    return (cuts_by_cost(plan) or regathers(plan) == "auto") and not uses(plan, *WHERE[1:])
+
+
+def _bucketing(plan: Plan, machine: dict[str, Any], *, form: str, gathers: bool) -> list[Pass]:
+    """Which collectives share a launch, and what is not gathered again."""
+    passes: list[Pass] = []
+    decides = _decides_buckets(plan)
+    if decides:
+        keep = gathers and regathers(plan) == "auto"
+        given = None if cuts_by_cost(plan) else bucket_bytes(plan)
+        order = {"by_cost": plan.schedule == "cost", "prefetch": plan.prefetch}
+        passes.append(choose_buckets.using(**order, bucket_bytes=given, form=form, keep=keep, **machine))
+        passes += [keep_gathered] if keep else []
+    cut = None if decides else bucket_bytes(plan)
+    if gathers:
+        passes.append(bucket_all_gathers.using(bucket_bytes=cut, form=form))
+    return [*passes, bucket_reduce_scatters.using(bucket_bytes=cut, form=form)]
 
 
 def _offloading(plan: Plan, decided: Decided) -> list[Pass]:
@@ -231,7 +255,7 @@ def _offloading(plan: Plan, decided: Decided) -> list[Pass]:
     if tiers := state_tiers(plan):
         where = {"placed": decided.placed} if leaves_state_open(plan) else {}
         passes.append(offload_state.using(tiers=tiers, below=plan.offload_below, on_host=plan.update_on_host, **where))
-    return [*passes, place_swaps.using(distance=plan.prefetch, bucket_bytes=plan.bucket_bytes)] if passes else []
+    return [*passes, place_swaps.using(distance=plan.prefetch, bucket_bytes=bucket_bytes(plan))] if passes else []
 
 
 def _recomputed(recompute: str | float | tuple[str, ...]) -> dict[str, Any]:
@@ -242,7 +266,7 @@ def _recomputed(recompute: str | float | tuple[str, ...]) -> dict[str, Any]:
 
 
 def _check_coalescing(plan: Plan, form: str, algorithms: dict[str, str]) -> None:
-    if form == "coalesced" and plan.bucket_bytes and "send_recv" in algorithms.values():
+    if form == "coalesced" and bucket_bytes(plan) and "send_recv" in algorithms.values():
         raise PlanError.of(
             where="bucket_form",
             expected="'separate' where a collective is carried by send_recv",

@@ -59,6 +59,7 @@ def report(
         swap_table(swapped_in_step(steps)),
         _time(steps, hardware or hardware_of(last)),
         "" if decision is None else str(decision),
+        *last.remarks.values(),
         _waiting_lines(last),
         _pass_table(records),
         "compiled in " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),

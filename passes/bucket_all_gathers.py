@@ -11,18 +11,20 @@ from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor, move_launch
-from fxzero.graph.step_graph import first_argument, num_bytes
+from fxzero.graph.step_graph import num_bytes
+from fxzero.schedule.traffic import alike
 
 
 @graph_pass(requires=("parameters-sharded",), provides=("gathers-bucketed",))
-def bucket_all_gathers(step: StepGraph, *, bucket_bytes: int, form: str = "coalesced") -> int:
-    """Launch consecutive gathers of a phase together, up to `bucket_bytes` of gathered tensors.
+def bucket_all_gathers(step: StepGraph, *, bucket_bytes: int | None, form: str = "coalesced") -> int:
+    """Launch gathers of a phase together: consecutive ones up to `bucket_bytes`, or those that were chosen.
 
     Every tensor keeps a buffer and a wait of its own (nothing is packed or copied).
 
     Args:
         step: the graph.
-        bucket_bytes: bytes of gathered tensors, as they travel, in a bucket; 0 leaves each gather alone.
+        bucket_bytes: bytes of gathered tensors, as they travel, in a bucket; 0 leaves each gather alone; None: as
+            `choose_buckets` has numbered them.
         form: "coalesced" (one collective over several tensors) or "separate" (launched back to back, which gloo
             runs faster).
     """
@@ -33,13 +35,18 @@ def bucket_all_gathers(step: StepGraph, *, bucket_bytes: int, form: str = "coale
     return sum(len(bucket) for bucket in buckets)
 
 
-def make_buckets(nodes: list[fx.Node], limit: int, *, size_of: Callable[[fx.Node], int]) -> list[list[fx.Node]]:
-    """Cut collectives, in order, into runs of two or more of one kind, axis, phase and dtype, within `limit` bytes."""
+def make_buckets(nodes: list[fx.Node], limit: int | None, *, size_of: Callable[[fx.Node], int]) -> list[list[fx.Node]]:
+    """Cut collectives, in order, into runs of two or more of one kind, axis, phase and dtype, within `limit` bytes.
+
+    Without a limit, those of one number (`meta["bucket"]`) are together.
+    """
+    if limit is None:
+        return _numbered(nodes)
     buckets: list[list[fx.Node]] = []
     total = 0
     for node in nodes:
         size = size_of(node)
-        if buckets and _alike(buckets[-1][0], node) and total + size <= limit:
+        if buckets and alike(buckets[-1][0]) == alike(node) and total + size <= limit:
             buckets[-1].append(node)
             total += size
         else:
@@ -48,11 +55,13 @@ def make_buckets(nodes: list[fx.Node], limit: int, *, size_of: Callable[[fx.Node
     return [bucket for bucket in buckets if len(bucket) > 1]
 
 
-def _alike(a: fx.Node, b: fx.Node) -> bool:
-    def kind(node: fx.Node) -> tuple[object, ...]:
-        return (node.target, node.args[1:], node.meta["phase"], first_argument(node).meta["val"].dtype)
-
-    return kind(a) == kind(b)
+def _numbered(nodes: list[fx.Node]) -> list[list[fx.Node]]:
+    """Collectives by the number of their bucket; those that have none stay alone."""
+    buckets: dict[object, list[fx.Node]] = {}
+    for node in nodes:
+        if "bucket" in node.meta:
+            buckets.setdefault((node.meta["bucket"], alike(node)), []).append(node)
+    return [bucket for bucket in buckets.values() if len(bucket) > 1]
 
 
 def launch_together(step: StepGraph, bucket: list[fx.Node], *, at: fx.Node, form: str) -> None:

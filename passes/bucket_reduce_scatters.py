@@ -12,12 +12,13 @@ from fxzero.passes.bucket_all_gathers import launch_together, make_buckets
 
 
 @graph_pass(requires=("gradients-reduced",), provides=("reductions-bucketed",))
-def bucket_reduce_scatters(step: StepGraph, *, bucket_bytes: int, form: str = "coalesced") -> int:
+def bucket_reduce_scatters(step: StepGraph, *, bucket_bytes: int | None, form: str = "coalesced") -> int:
     """Launch consecutive reductions (reduce-scatter, all-reduce) of gradients together, at the last gradient.
 
     Args:
         step: the graph.
-        bucket_bytes: bytes of unreduced gradients in a bucket; 0 leaves each reduction alone.
+        bucket_bytes: bytes of unreduced gradients in a bucket; 0 leaves each reduction alone; None: as
+            `choose_buckets` has numbered them.
         form: "coalesced"; with "separate" each reduction stays where its gradient is born, which is earliest.
     """
     if form == "separate":

@@ -24,10 +24,15 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "compat": frozenset({"errors"}),
     "plan_values": frozenset({"errors"}),
+    "plan_buckets": frozenset({"errors"}),
     "plan_compression": frozenset({"errors"}),
     "plan_offload": frozenset({"errors"}),
+    "plan_precision": frozenset({"errors"}),
     "plan_schedule": frozenset({"errors"}),
-    "plan": frozenset({"errors", "compat", "plan_values", "plan_compression", "plan_offload", "plan_schedule"}),
+    "plan": frozenset(
+        {"errors", "compat", "plan_values", "plan_buckets", "plan_compression", "plan_offload", "plan_precision"}
+    )
+    | {"plan_schedule"},
     "arguments": frozenset({"errors"}),
     "graph": BASE,
     "capture": BASE | {"graph"},
@@ -36,8 +41,9 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "schedule": BASE | {"graph", "cost"},
     "passes": BASE | {"graph", "cost", "schedule"},
     "pass_manager": BASE | {"graph"},
-    "recipe": BASE | {"plan_compression", "plan_offload", "graph", "capture", "cost", "passes", "pass_manager"},
-    "decide": BASE | {"plan_offload", "graph", "cost", "passes", "pass_manager", "recipe"},
+    "recipe": BASE
+    | {"plan_buckets", "plan_compression", "plan_offload", "graph", "capture", "cost", "passes", "pass_manager"},
+    "decide": BASE | {"plan_buckets", "plan_offload", "graph", "cost", "passes", "pass_manager", "recipe"},
     "kernels": frozenset(),
     "runtime": BASE | {"plan_offload", "graph", "kernels", "capture"},
     "calibrate": BASE | {"graph", "cost", "runtime"},

@@ -33,7 +33,8 @@ NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,15}", fullmatch=True)
 KEYS = {
     "mesh": MESHES,
     "zero": st.integers(0, 3),
-    "bucket_bytes": st.integers(0, 2**63 - 1),
+    "bucket_bytes": st.none() | st.just("auto") | st.integers(0, 2**63 - 1),
+    "regather": st.sampled_from([None, True, False, "auto"]),
     "persist_below": st.integers(0, 2**63 - 1),
     "prefetch": st.integers(0, 2**63 - 1),
     "cross_step": st.just(False),
@@ -115,6 +116,8 @@ def _compressing_what_can_be(keys: dict[str, Any]) -> dict[str, Any]:
     size = mesh.get("dp", 1)
     if stage != 3 or (size > 1 and (size % (keys.get("node_size") or 1) or keys.get("node_size", 0) >= size)):
         keys.pop("node_size", None)
+    if stage != 3:
+        keys.pop("regather", None)
     gathers, reductions = keys.get("compress_gathers", "none"), keys.get("compress_reductions", "none")
     scaled = keys.get("loss_scale") is not None and reductions in ("powersgd", "topk")
     if (stage < 2 and reductions in ("int8", "fp8")) or mesh.get("dp_replicate", 1) > 1 or scaled:
@@ -153,7 +156,8 @@ def test_defaults() -> None:
     assert Plan().to_dict() == {
         "mesh": None,
         "zero": 3,
-        "bucket_bytes": 4 * 2**20,
+        "bucket_bytes": None,
+        "regather": None,
         "persist_below": 0,
         "prefetch": 1,
         "cross_step": False,
@@ -385,6 +389,10 @@ def test_axes_need_a_mesh() -> None:
         ({"bucket_bytes": "-4 MiB"}, ["got '-4 MiB';"]),
         ({"bucket_bytes": "MiB"}, ["got 'MiB';"]),
         ({"bucket_bytes": ""}, ["got '';"]),
+        ({"bucket_bytes": "Auto"}, ["Plan.bucket_bytes: expected a number of bytes, got 'Auto';"]),
+        ({"regather": "yes"}, ["Plan.regather: expected True, False, 'auto' or None, got 'yes';"]),
+        ({"regather": 1}, ["Plan.regather: expected True, False, 'auto' or None, got 1;"]),
+        ({"regather": False, "zero": 2}, ["Plan.regather: expected zero=3 with it, got zero=2;", "leave regather out"]),
         (
             {"bucket_bytes": "1.5 B"},
             ["expected a whole number of bytes below 2**63, got '1.5 B' = 1.5 bytes;"],
@@ -633,7 +641,8 @@ def test_any_whole_number_of_units_is_that_many_bytes(count: int, unit: str, spa
 @quick
 def test_any_text_as_bytes_is_a_number_or_a_plan_error(text: str) -> None:
     try:
-        assert Plan(bucket_bytes=text).bucket_bytes >= 0  # type: ignore[arg-type]
+        found = Plan(bucket_bytes=text).bucket_bytes
+        assert found == text == "auto" or (isinstance(found, int) and found >= 0)
     except PlanError as error:
         assert "\n" not in str(error)
 
@@ -659,7 +668,6 @@ def test_to_toml_as_people_read_it() -> None:
     plan = Plan(zero=1, mesh={"dp_replicate": 2, "dp": 4}, disable=("bucket_all_gathers",), timeout_s=30)
     assert plan.to_toml() == (
         "zero = 1\n"
-        "bucket_bytes = 4194304\n"
         "persist_below = 0\n"
         "prefetch = 1\n"
         "cross_step = false\n"

@@ -14,6 +14,7 @@ from fxzero.cost.memory import highest_profile
 from fxzero.errors import FxzeroError
 from fxzero.graph import StepGraph
 from fxzero.plan import Plan
+from fxzero.plan_buckets import bucket_bytes, cuts_by_cost
 from fxzero.simulate.prediction import predict
 
 
@@ -37,8 +38,10 @@ class Tried:
 def changes_of(plan: Plan) -> list[dict[str, Any]]:
     """The changes that are worth a try: they need no other capture."""
     found: list[dict[str, Any]] = [{"prefetch": plan.prefetch + 1}]
-    if plan.bucket_bytes:
-        found += [{"bucket_bytes": 4 * plan.bucket_bytes}, {"bucket_bytes": plan.bucket_bytes // 4}]
+    if size := bucket_bytes(plan):
+        found += [{"bucket_bytes": 4 * size}, {"bucket_bytes": size // 4}]
+    if not cuts_by_cost(plan):
+        found.append({"bucket_bytes": "auto"})
     found += [{"zero": stage} for stage in (2, 3) if stage != plan.zero and "dp" in plan.axes]
     found.append({"recompute": "none" if plan.recompute != "none" else "blocks"})
     if plan.offload_activations != "none":

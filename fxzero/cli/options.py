@@ -30,7 +30,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="decides what the plan leaves open")
     group.add_argument("--zero", type=_number, metavar="STAGE", help="0 to 3; default 3")
     group.add_argument("--mesh", metavar="AXIS=N,..", help="ranks per axis, outermost first: dp_replicate=8,dp=8")
-    group.add_argument("--bucket-bytes", type=_number, metavar="BYTES", help="'25 MiB'; 0: no buckets")
+    group.add_argument("--bucket-bytes", type=_number, metavar="BYTES", help="'25 MiB'; 0: no buckets; or auto")
     group.add_argument("--persist-below", type=_number, metavar="N", help="elements below which nothing is sharded")
     group.add_argument("--prefetch", type=_number, metavar="N", help="buckets that a gather goes ahead of its use")
     group.add_argument("--all-gather", metavar="NAME", help="native, send_recv or auto")

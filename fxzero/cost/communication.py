@@ -83,19 +83,29 @@ def collective_seconds(node: fx.Node, mesh: Mapping[str, int], hardware: Hardwar
         hardware: the machine.
     """
     layout = layout_of(c10d.axis_of(node), mesh, hardware.ranks_per_node)
-    algorithm = algorithm_of(node)
+    seconds = message_seconds(algorithm_of(node), message_bytes(node), layout, hardware)
+    return seconds + fresh_seconds(node, hardware)
+
+
+def message_seconds(algorithm: str, size: float, layout: Layout, hardware: Hardware) -> float:
+    """Seconds of one message, or of several that are launched as one coalesced collective.
+
+    Args:
+        algorithm: as `algorithm_of` names it.
+        size: bytes of the whole tensor, or of all of them together.
+        layout: of the ranks.
+        hardware: the machine.
+    """
     rate = hardware.collectives.get(algorithm, _EXACT)
-    size = message_bytes(node)
-    seconds = rate.overhead_s + fresh_seconds(node, hardware)
     if layout.ranks == 1:
-        return seconds
+        return rate.overhead_s
     efficiency = rate.part(size)
     if algorithm in ("all_to_all", "send_recv"):
-        return seconds + _messages_s(size, layout, hardware, efficiency)
+        return rate.overhead_s + _messages_s(size, layout, hardware, efficiency)
     ring = _ring_s(size, layout, hardware, efficiency)
     if algorithm != "all_reduce":
-        return seconds + ring
-    return seconds + min(2 * ring, _tree_s(size, layout, hardware, efficiency))
+        return rate.overhead_s + ring
+    return rate.overhead_s + min(2 * ring, _tree_s(size, layout, hardware, efficiency))
 
 
 def launch_seconds(node: fx.Node, hardware: Hardware) -> float:

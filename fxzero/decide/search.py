@@ -27,6 +27,7 @@ from fxzero.graph.placement import NOTHING_PLACED, Placement
 from fxzero.graph.text import size_text
 from fxzero.pass_manager import Pipeline
 from fxzero.plan import Plan
+from fxzero.plan_buckets import bucket_bytes
 from fxzero.plan_offload import activation_tiers, leaves_state_open, uses
 from fxzero.recipe import Decided, recipe
 
@@ -117,8 +118,10 @@ def decide(
     Raises:
         PlanError: if no decision that was found meets the budgets, naming the smallest peak.
     """
-    # a schedule takes no more memory than the order that it is given
+    # Neither a schedule nor buckets by cost take more memory than these where a budget is given.
+    regather = False if plan.regather is False else None
     plan = plan.replace(schedule="fixed", costs=None, costs_of_any_machine=False)
+    plan = plan.replace(bucket_bytes=bucket_bytes(plan), regather=regather)
     hardware = hardware_of(step, backend=backend)
     base = Decided(placed=placed or NOTHING_PLACED)
     program = recipe(plan, backend=backend, decided=base).run(step, check=False)

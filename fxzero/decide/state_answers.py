@@ -26,6 +26,7 @@ from fxzero.graph.step_graph import num_bytes, yields_tensor
 from fxzero.graph.synchronisation import host_values
 from fxzero.passes.offload_state import update_of
 from fxzero.plan import Plan
+from fxzero.plan_buckets import bucket_bytes
 from fxzero.plan_offload import state_tiers, tiers_to_choose
 
 _NUM_GROUPS = 64
@@ -175,7 +176,7 @@ class StateAnswers:
         total = 0
         for visit in visits:
             size = num_bytes(visit.node.meta["val"])
-            if units and total + size <= self._plan.bucket_bytes:
+            if units and total + size <= bucket_bytes(self._plan):
                 units[-1].append(visit)
                 total += size
             else:

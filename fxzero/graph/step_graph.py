@@ -12,6 +12,8 @@ Everything that a pass needs stands in `node.meta`:
     param      the parameter whose update (or gather, or reduction) this node belongs to
     tier       where the value is, if not on the device: "host" or "nvme"
     algorithm  a collective that is not carried by the backend's own: "send_recv"
+    bucket     a collective: the number of those that share its launch, where that was chosen by cost
+    stays      a gather of backward: it is left out, because what forward gathered stays
     results    output node only: one Result for each returned value
 """
 
@@ -131,12 +133,14 @@ class StepGraph:
             no axis of its own: the sizes of the others multiply to the number of ranks.
         title: what the text form says first.
         facts: what passes have provided.
+        remarks: pass -> what it has decided and why, as people are told it; no part of the text that ranks compare.
     """
 
     graph: fx.Graph
     mesh: dict[str, int] = field(default_factory=dict)
     title: str = "captured"
     facts: frozenset[str] = frozenset()
+    remarks: dict[str, str] = field(default_factory=dict)
 
     def copy(self) -> StepGraph:
         """An independent copy; meta dicts are copied, the fake tensors in them shared."""
@@ -145,7 +149,7 @@ class StepGraph:
         returned = graph.graph_copy(self.graph, mapping)
         output = graph.output(returned)
         output.meta = dict(self.output.meta)
-        return StepGraph(graph, dict(self.mesh), self.title, self.facts)
+        return StepGraph(graph, dict(self.mesh), self.title, self.facts, dict(self.remarks))
 
     @property
     def output(self) -> fx.Node:

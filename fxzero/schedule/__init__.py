@@ -6,6 +6,9 @@
     least_memory    the order that holds least, and the memory with which a partial order can still be finished
     list_schedule   an order made front to back, by priorities, within a bound on memory
     local_search    the best of several such orders, improved where compute still waits
+    traffic         what a step sends beside what it computes, before its messages share launches
+    flow            how long a step takes, about, when they do
+    buckets         which of them share a launch, and which parameters stay gathered
     bound           a time below which no order gets, and why
 
 docs/schedule.md tells how they work together. Nothing here reads a clock or depends on the order of a set: ranks with

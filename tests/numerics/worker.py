@@ -66,6 +66,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"bucket_form": "coalesced", "zero": 0},
     {"reduce_scatter": "native"},
     {"reduce_scatter": "all_to_all", "all_gather": "native"},
+    {"bucket_bytes": "auto", "bucket_form": "coalesced", "regather": "auto", "memory_budget": "1 GiB"},
+    {"regather": False, "schedule": "cost"},
     {"persist_below": 40},
     {"persist_below": 40, "zero": 1},
     {"recompute": ["block"], "zero": 0},

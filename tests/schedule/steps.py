@@ -13,7 +13,7 @@ from fxzero.capture import Inventory, capture_step
 from fxzero.capture.rehearsal import rehearse
 from fxzero.cost.hardware import Hardware
 from fxzero.cost.tasks import Task, step_tasks
-from fxzero.recipe import recipe
+from fxzero.recipe import captured_as, recipe
 from fxzero.schedule.problem import Problem
 
 
@@ -44,10 +44,17 @@ def job(depth: int = 3) -> tuple[nn.Module, torch.optim.Optimizer, tuple[torch.T
     return model, optimizer, (torch.randint(16, (6,)), torch.randint(16, (6,)))
 
 
+def captured(depth: int = 3, *, world: int = 4) -> StepGraph:
+    model, optimizer, batch = job(depth)
+    step = capture_step(rehearse(Inventory.of(model, optimizer))[0], None, batch, {}).step
+    step.mesh = {"dp": world}
+    return step
+
+
 def rewritten(depth: int = 3, *, world: int = 4, backend: str = "nccl", **keys: Any) -> StepGraph:
     model, optimizer, batch = job(depth)
     plan = Plan(**{"bucket_bytes": 1024, **keys}).resolve(world)
-    step = capture_step(rehearse(Inventory.of(model, optimizer))[0], None, batch, {}).step
+    step = capture_step(rehearse(Inventory.of(model, optimizer))[0], None, batch, {}, options=captured_as(plan)).step
     step.mesh = dict(plan.axes)
     return recipe(plan, backend=backend).run(step)
 
