@@ -35,7 +35,7 @@ def schedule_step(
         PlanError: if no order is found that takes so little memory, naming the call at which it does not fit.
     """
     machine = hardware_of(step, backend=backend) if hardware == "auto" else Hardware.load(hardware)
-    problem = Problem.of(step, step_tasks(step, machine))
+    problem = Problem.of(step, step_tasks(step, machine), slowdown=machine.slowdown)
     limit = memory_timeline(step).total.max() if memory_bytes is None else memory_bytes
     allowed = int(limit)
     old = step.calls()
