@@ -195,7 +195,7 @@ def updates_last(problem: Problem, order: Sequence[int]) -> list[int]:
 
 def as_early(problem: Problem, limit: int) -> list[int]:
     way_out, ways = least_memory_order(problem), ways_to_end(problem)
-    policy = Policy(queue_s=float("inf"))
+    policy = Policy(queue_s=float("inf"), in_turn=False)
     order = list_schedule(problem, policy, way_out=way_out, bound_bytes=limit, ways=ways)
     return updates_last(problem, order)
 
