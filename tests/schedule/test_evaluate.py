@@ -13,6 +13,7 @@ from fxzero.cost.memory import memory_timeline
 from fxzero.errors import RewriteError
 from fxzero.graph.edit import reorder
 from fxzero.schedule.evaluate import memory_of, times_of
+from fxzero.schedule.local_search import find_schedule
 from fxzero.schedule.problem import Problem
 from fxzero.simulate.timeline import simulate
 from tests.schedule.orders import random_order
@@ -64,11 +65,13 @@ def test_times_are_those_of_the_simulator(name: str, hardware: str) -> None:
 def test_a_lane_that_slows_compute_down_shows() -> None:
     """The test above can fail: without the factor of the machine, times are others."""
     step = rewritten(zero=3)
-    tasks, slowdown = tasks_of(step, "cpu"), Hardware.load("cpu").slowdown
-    order = list(range(len(step.calls())))
-    alone, beside = (times_of(Problem.of(step, tasks, **keys), order).seconds for keys in ({}, {"slowdown": slowdown}))
-    assert beside == pytest.approx(simulate(step, tasks, slowdown=slowdown).step_seconds, rel=1e-12)
-    assert alone < beside
+    tasks, slowdown = tasks_of(step, "h100_ethernet"), Hardware.load("h100_ethernet").slowdown
+    alone, beside = Problem.of(step, tasks), Problem.of(step, tasks, slowdown=slowdown)
+    order = find_schedule(alone).order
+    reorder(step, [alone.nodes[call] for call in order])
+    simulated = simulate(step, tasks, slowdown=slowdown).step_seconds
+    assert times_of(beside, order).seconds == pytest.approx(simulated, rel=1e-12)
+    assert times_of(alone, order).seconds < simulated
 
 
 def test_a_use_that_is_forgotten_shows() -> None:
