@@ -54,7 +54,7 @@ def schedule_step(
     if isinstance(costs, str):
         costs = RecordedCosts.load(costs, machine=Machine.of(torch.device(device_of(step))), force=any_machine)
     recorded = None if costs is None else _known_costs(step, costs)
-    problem = Problem.of(step, step_tasks(step, machine, recorded=recorded))
+    problem = Problem.of(step, step_tasks(step, machine, recorded=recorded), slowdown=machine.slowdown)
     limit = memory_timeline(step).total.max() if memory_bytes is None else memory_bytes
     allowed = int(limit)
     old = step.calls()

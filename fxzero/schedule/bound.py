@@ -1,12 +1,14 @@
 """A time below which no order of a step's calls gets, and what makes it so.
 
-Three reasons are looked at, and the strongest counts:
+These reasons are looked at, and the strongest counts:
 - the longest chain of calls that wait for each other;
 - for each lane: what it has to do cannot begin before the first of it can be there (head), and something follows
   the last of it (tail), also for any part of its work: Jackson's preemptive schedule yields the strongest such bound
   (Carlier, 1982);
 - the same for what must come before a call: it yields a later head than the longest chain does, where a lane has more
   to do for it than one chain shows;
+- compute beside a lane: what of transfers cannot be hidden under compute, and how much slower compute is beside the
+  rest ([Note: compute beside a lane]);
 - memory: while a call runs, only so many bytes can have been fetched ahead, so that the lane has the rest still to do
   ([Note: memory edges]).
 
@@ -17,8 +19,13 @@ kind. All other fetches for calls that follow it are launched behind it: they ma
 Those that may come early are chosen as favourably as can be, in parts too (most seconds a byte), so the bound holds
 for every order.
 
-It holds for the calls as they are: another cut of buckets has another bound. What lanes do to each other's speed is
-left out, on both sides.
+[Note: compute beside a lane]
+Let compute take C seconds alone, and a lane L seconds, while which compute is slower by a factor f. If compute stands
+still for I seconds, the lane is busy for L - I seconds of the others at least, so the step takes
+C + I + (1 - 1/f) max(0, L - I) or more, which grows with I. Compute stands still before its first call can begin, after
+its last one, and for what cannot be hidden ([Note: exposed transfers] in `exposed.py`): the larger of both is an I.
+
+It holds for the calls as they are: another cut of buckets has another bound.
 """
 
 from __future__ import annotations
@@ -27,7 +34,8 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fxzero.schedule.problem import LAUNCH, ON_HOST, WAIT, Problem
+from fxzero.schedule.exposed import compute_seconds, exposed_seconds
+from fxzero.schedule.problem import LAUNCH, ON_HOST, WAIT, Problem, closure
 
 Job = tuple[float, float, float]  # head, seconds, tail
 
@@ -38,7 +46,7 @@ class LowerBound:
 
     Args:
         seconds: the strongest of all reasons.
-        binds: that reason: "critical path", "load of <lane>" or "memory".
+        binds: that reason: "critical path", "load of <lane>", "compute beside <lane>" or "memory".
         by_reason: reason -> seconds.
     """
 
@@ -71,8 +79,8 @@ def lower_bound(problem: Problem, *, bound_bytes: int | None = None, places: int
     Args:
         problem: what is to be ordered.
         bound_bytes: that the device's tensors may take; None: as many as they like.
-        places: at how many calls, spread over the longest chain, the two stronger statements are tried; each takes
-            time linear in the number of calls.
+        places: at how many calls, spread over the longest chain, and for how many launches of each lane, the stronger
+            statements are tried; each takes time linear in the number of calls.
     """
     reach = reach_of(problem)
     found = {"critical path": max(map(sum, zip(reach.after, reach.tail_issued, strict=True)), default=0.0)}
@@ -85,17 +93,31 @@ def lower_bound(problem: Problem, *, bound_bytes: int | None = None, places: int
             memory = max(memory, _with_memory(problem, reach, call, bound_bytes))
     for lane, name in enumerate(problem.lanes):
         found[f"load of {name}"] = preemptive_makespan(jobs_of(problem, reach, lane))
+        if lane:
+            found[f"compute beside {name}"] = _compute_beside(problem, reach, lane, places)
     if bound_bytes is not None:
         found["memory"] = memory
     binds = max(found, key=lambda reason: found[reason])
     return LowerBound(found[binds], binds, found)
 
 
+def _compute_beside(problem: Problem, reach: Reach, lane: int, num_launches: int) -> float:
+    """See [Note: compute beside a lane]."""
+    jobs = jobs_of(problem, reach, 0)
+    compute = sum(seconds for _, seconds, _ in jobs)
+    busy = sum(s for s, own in zip(problem.seconds, problem.lane, strict=True) if own == lane)
+    still = min((head for head, _, _ in jobs), default=0.0) + min((tail for _, _, tail in jobs), default=0.0)
+    still = max(still, exposed_seconds(problem, lane, num_launches=num_launches))
+    return compute + still + (1 - 1 / problem.slowdown[lane]) * max(0.0, busy - still)
+
+
 def _along_the_chain(problem: Problem, reach: Reach, places: int) -> list[int]:
     """Calls of the longest chain, evenly spread over its time, first to last."""
     if not places or not len(problem):
         return []
-    through = [reach.before[call] + _own(problem, call) + reach.tail_issued[call] for call in range(len(problem))]
+    through = [
+        reach.before[call] + compute_seconds(problem, call) + reach.tail_issued[call] for call in range(len(problem))
+    ]
     most = max(through)
     chain = [
         call
@@ -107,25 +129,9 @@ def _along_the_chain(problem: Problem, reach: Reach, places: int) -> list[int]:
     return [chain[(2 * index + 1) * len(chain) // (2 * count)] for index in range(count)]
 
 
-def _own(problem: Problem, call: int) -> float:
-    """Seconds of the compute lane."""
-    return problem.launch_s[call] if problem.kind[call] == LAUNCH else problem.seconds[call]
-
-
-def _closure(ways: list[list[int]], call: int) -> set[int]:
-    found: set[int] = set()
-    stack = [call]
-    while stack:
-        for other in ways[stack.pop()]:
-            if other not in found:
-                found.add(other)
-                stack.append(other)
-    return found
-
-
 def _head(problem: Problem, reach: Reach, call: int) -> float:
     """The earliest time of a call by what all lanes have to do before it."""
-    earlier = _closure(problem.before, call)
+    earlier = closure(problem.before, call)
     tail = dict.fromkeys(earlier, 0.0)  # from the end of each of them to the beginning of the call
     tail[call] = 0.0
     landed: dict[int, float] = {}  # launch -> from the end of its transfer
@@ -134,7 +140,7 @@ def _head(problem: Problem, reach: Reach, call: int) -> float:
         if kind == WAIT and other != call:
             launch = problem.launch_of[other]
             landed[launch] = max(landed.get(launch, 0.0), tail[other] + problem.seconds[other])
-        own = _own(problem, other) if other != call and kind != ON_HOST else 0.0
+        own = compute_seconds(problem, other) if other != call else 0.0
         behind = tail[other]
         if kind == LAUNCH and other in landed:
             behind = max(behind, landed[other] + problem.seconds[other])
@@ -158,7 +164,7 @@ def _head(problem: Problem, reach: Reach, call: int) -> float:
 
 def _with_memory(problem: Problem, reach: Reach, call: int, bound_bytes: int) -> float:
     """The time of the step by what cannot be fetched before a call."""
-    earlier, later = _closure(problem.before, call), _closure(problem.after, call)
+    earlier, later = closure(problem.before, call), closure(problem.after, call)
     memory = problem.memory
     held = memory.resting_bytes
     fetched: dict[int, int] = {}  # launch -> bytes that it brings for calls behind this one

@@ -1,7 +1,7 @@
 """How long an order of calls takes, and what memory it holds.
 
-Times are those of [Note: how a program runs] in `simulate/timeline.py`, with lanes that do not slow each other down,
-and memory is that of `cost/memory.py`: both on arrays, so that a search can ask thousands of times.
+Times are those of [Note: how a program runs] in `simulate/timeline.py`, memory is that of `cost/memory.py`: both on
+arrays, so that a search can ask thousands of times.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fxzero.schedule.problem import LAUNCH, ON_HOST, WAIT, Problem
+from fxzero.schedule.clock import Clock
+from fxzero.schedule.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -36,41 +37,11 @@ def times_of(problem: Problem, order: Sequence[int]) -> Times:
         problem: what is ordered.
         order: all its calls, in a legal order.
     """
-    kind, lane, seconds, launch_s, launch_of = (
-        problem.kind, problem.lane, problem.seconds, problem.launch_s, problem.launch_of
-    )  # fmt: skip
-    done = [0.0] * len(problem)  # of what other lanes have made, and of what is computed from it
+    clock = Clock(problem)
     start = [0.0] * len(problem)
-    free = [0.0] * len(problem.lanes)
-    follows = ON_HOST in kind
-    now = issued = 0.0
-    stalls: list[tuple[int, float]] = []
     for call in order:
-        what = kind[call]
-        start[call] = now
-        if follows:
-            for source in problem.reads[call]:
-                if done[source] > done[call]:
-                    done[call] = done[source]
-        if what == LAUNCH:
-            if launch_s[call]:
-                now = max(now, issued) + launch_s[call]
-            start[call] = max(now, issued, free[lane[call]], done[call])
-            free[lane[call]] = done[call] = start[call] + seconds[call]
-        elif what == WAIT:
-            until = done[call] = max(done[call], done[launch_of[call]])
-            if until > now:
-                stalls.append((call, until - now))
-                now = until
-            if seconds[call]:
-                now = max(now, issued) + seconds[call]
-        elif what == ON_HOST:
-            start[call] = max(issued, done[call])
-            issued = free[lane[call]] = done[call] = start[call] + seconds[call]
-        elif seconds[call]:
-            start[call] = max(now, issued)
-            now = start[call] + seconds[call]
-    return Times(max([now, issued, *free]), start, stalls)
+        start[call] = clock.issue(call)
+    return Times(clock.end, start, clock.stalls)
 
 
 def memory_of(problem: Problem, order: Sequence[int]) -> np.ndarray:

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxzero.graph import collectives as c10d
 from fxzero.graph import swap_ops
+from fxzero.schedule.clock import Clock
 from fxzero.schedule.least_memory import Reserve
-from fxzero.schedule.problem import LAUNCH, ON_HOST, WAIT, Problem
+from fxzero.schedule.problem import LAUNCH, ON_HOST, RUN, WAIT, Problem
 
 _MOST_TRIED = 64  # calls that do not fit, before a heap is left alone
 
-BY_WAY, BY_PROGRAM, BY_SLACK = "by the way to the end", "by program", "by slack"
+BY_WAY, BY_PROGRAM, BY_PLACE, BY_SLACK = "by the way to the end", "by program", "by the way out", "by slack"
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,20 @@ class Policy:
     """What a list schedule prefers.
 
     Args:
-        compute: the priority of compute: BY_WAY, BY_PROGRAM (updates last), or BY_SLACK: by program, unless a call has
-            a way to the end that is longer than all compute that is left.
+        compute: the priority of compute: BY_WAY, BY_PROGRAM (updates last), BY_PLACE in the way out (updates last), or
+            BY_SLACK: by program, unless a call has a way to the end that is longer than all compute that is left.
         ahead: how many fetches may be launched and unread when another one is launched.
         queue_s: seconds of work that lanes have queued beyond the call that compute is given.
         fetch_first: a lane takes fetches before what gives memory back.
+        in_turn: fetches are launched in the order in which the way out reads them, so that what may come early does not
+            take the memory of what is read before it.
     """
 
     compute: str = BY_PROGRAM
     ahead: float = math.inf
     queue_s: float = 0.0
     fetch_first: bool = True
+    in_turn: bool = True
 
 
 def ways_to_end(problem: Problem) -> list[float]:
@@ -86,18 +91,21 @@ class _Run:
         self.reserve = Reserve(problem, way_out, bound_bytes)
         self.order: list[int] = []
         self.missing = [len(earlier) for earlier in problem.before]
-        self.now = self.issued = 0.0
-        self.done = [0.0] * len(problem)
-        self.free = [0.0] * len(problem.lanes)
+        self.clock = Clock(problem)
         self.at_once: list[tuple[float, int]] = []
         self.compute: list[tuple[float, int]] = []
         self.by_way: list[tuple[float, int]] = []  # the same calls
         self.left = sum(s for s, lane in zip(problem.seconds, problem.lane, strict=True) if lane == 0)
         self.waits: list[tuple[float, int]] = []  # (when done, wait)
         self.launches: dict[tuple[int, bool], list[tuple[float, int]]] = {}  # (lane, is a fetch) -> by priority
-        self.fetches, self.fed_by = _fetches(problem)
+        self.fetches, self.fed_by = fetches_of(problem)
         self.unread: set[int] = set()
-        self.priority = self._priorities()
+        self.turns = {lane: deque[int]() for lane in range(len(problem.lanes))}  # fetches that are not launched yet
+        if policy.in_turn:
+            for call in way_out:
+                if call in self.fetches:
+                    self.turns[problem.lane[call]].append(call)
+        self.priority = self._priorities(way_out)
         self.rank = list(rank) if rank is not None else [-way for way in ways]
         for call in range(len(problem)):
             if not self.missing[call]:
@@ -105,16 +113,19 @@ class _Run:
         while len(self.order) < len(problem):
             self._step()
 
-    def _priorities(self) -> list[float]:
+    def _priorities(self, way_out: Sequence[int]) -> list[float]:
         if self.policy.compute == BY_WAY:
             return [-way for way in self.ways]
-        late = len(self.problem)
-        return [call + (late if node.meta["phase"] == "update" else 0) for call, node in enumerate(self.problem.nodes)]
+        place = [0.0] * len(self.problem)
+        for index, call in enumerate(way_out):
+            is_update = self.problem.nodes[call].meta["phase"] == "update"
+            place[call] = (index if self.policy.compute == BY_PLACE else call) + is_update * len(self.problem)
+        return place
 
     def _ready(self, call: int) -> None:
         kind = self.problem.kind[call]
         if kind == WAIT:
-            heapq.heappush(self.waits, (self.done[self.problem.launch_of[call]], call))
+            heapq.heappush(self.waits, (self.clock.done[self.problem.launch_of[call]], call))
         elif kind == LAUNCH:
             key = (self.problem.lane[call], call in self.fetches)
             heapq.heappush(self.launches.setdefault(key, []), (self.rank[call], call))
@@ -132,13 +143,13 @@ class _Run:
         """One decision."""
         while (call := self._first_that_fits(self.at_once)) is not None:
             self._take(call)
-        if (call := self._first_that_fits(self.waits, until=self.now)) is not None:
+        if (call := self._first_that_fits(self.waits, until=self.clock.now)) is not None:
             self._take(call)
             return
         call = self._first_that_fits(self.by_way, until=-self.left)
         if call is None:
             call = self._first_that_fits(self.compute)
-        until = self.now + (self.problem.seconds[call] if call is not None else 0.0)
+        until = self.clock.now + (self.problem.seconds[call] if call is not None else 0.0)
         if self._launch(until):
             if call is not None:
                 self._wait_for_compute(call)
@@ -168,40 +179,38 @@ class _Run:
 
     def _launch(self, until: float) -> bool:
         """Issue one launch for a lane that would run dry before `until`; whether there was one."""
-        for lane in range(1, len(self.free)):
-            if self.free[lane] > until + self.policy.queue_s:
+        for lane in range(1, len(self.clock.free)):
+            if self.clock.free[lane] > until + self.policy.queue_s:
                 continue
             for fetch in (self.policy.fetch_first, not self.policy.fetch_first):
                 heap = self.launches.get((lane, fetch))
                 while heap and self.reserve.is_taken(heap[0][1]):
                     heapq.heappop(heap)
-                if not heap or (fetch and len(self.unread) > self.policy.ahead) or not self.reserve.fits(heap[0][1]):
+                if not heap or (fetch and len(self.unread) > self.policy.ahead):
                     continue
-                self._take(heapq.heappop(heap)[1])
+                call = heap[0][1] if not fetch or not self.policy.in_turn else self._in_turn(lane)
+                if self.missing[call] or not self.reserve.fits(call):
+                    continue
+                self._take(call)
                 return True
         return False
+
+    def _in_turn(self, lane: int) -> int:
+        """The fetch of a lane that is read first, of those that are not launched; there is one."""
+        turn = self.turns[lane]
+        while self.reserve.is_taken(turn[0]):
+            turn.popleft()
+        return turn[0]
 
     def _take(self, call: int) -> None:
         problem = self.problem
         kind, lane = problem.kind[call], problem.lane[call]
         self.reserve.take(call)
         self.order.append(call)
-        for source in problem.reads[call] if kind != LAUNCH or ON_HOST in problem.kind else ():
-            self.done[call] = max(self.done[call], self.done[source])
-        if kind == LAUNCH:
-            if problem.launch_s[call]:
-                self.now = max(self.now, self.issued) + problem.launch_s[call]
-            start = max(self.now, self.issued, self.free[lane], self.done[call])
-            self.done[call] = self.free[lane] = start + problem.seconds[call]
-            if call in self.fetches:
-                self.unread.add(call)
-        elif kind == WAIT:
-            self.done[call] = max(self.done[call], self.done[problem.launch_of[call]])
-            self.now = max(self.now, self.done[call]) + problem.seconds[call]
-        elif kind == ON_HOST:
-            self.issued = self.done[call] = max(self.issued, self.done[call]) + problem.seconds[call]
-        elif problem.seconds[call]:
-            self.now = max(self.now, self.issued) + problem.seconds[call]
+        self.clock.issue(call)
+        if kind == LAUNCH and call in self.fetches:
+            self.unread.add(call)
+        elif kind == RUN and lane == 0:
             self.left -= problem.seconds[call]
         if self.unread and kind != WAIT and lane >= 0:
             self.unread.difference_update(self.fed_by.get(call, ()))
@@ -211,8 +220,12 @@ class _Run:
                 self._ready(other)
 
 
-def _fetches(problem: Problem) -> tuple[set[int], dict[int, frozenset[int]]]:
-    """The launches that bring what backward or forward reads, and call -> those of them that it reads."""
+def fetches_of(problem: Problem) -> tuple[set[int], dict[int, frozenset[int]]]:
+    """The launches that bring what backward or forward reads, and call -> those of them that it reads.
+
+    Args:
+        problem: what is ordered.
+    """
     fetches: set[int] = set()
     handed: dict[int, frozenset[int]] = {}
     for call, node in enumerate(problem.nodes):
@@ -236,7 +249,7 @@ def waits_at_readers(problem: Problem, order: Sequence[int]) -> list[int]:
 
     Nothing gets slower by it, and where a transfer takes longer than was thought, compute does not stand still early.
     """
-    fetches, handed = _fetches(problem)
+    fetches, handed = fetches_of(problem)
     moved = {
         call
         for call in handed

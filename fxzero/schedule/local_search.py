@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,23 +10,38 @@ import numpy as np
 from fxzero.errors import PlanError
 from fxzero.graph.text import size_text
 from fxzero.schedule.bound import LowerBound, lower_bound
+from fxzero.schedule.delays import delayed_group, delays
 from fxzero.schedule.evaluate import memory_of, times_of
 from fxzero.schedule.least_memory import least_memory_order
-from fxzero.schedule.list_schedule import BY_SLACK, BY_WAY, Policy, list_schedule, waits_at_readers, ways_to_end
-from fxzero.schedule.problem import Problem
+from fxzero.schedule.list_schedule import (
+    BY_PLACE,
+    BY_PROGRAM,
+    BY_SLACK,
+    BY_WAY,
+    Policy,
+    fetches_of,
+    list_schedule,
+    waits_at_readers,
+    ways_to_end,
+)
+from fxzero.schedule.problem import LAUNCH, Problem
 
 POLICIES = (
     Policy(),
     Policy(compute=BY_SLACK),
     Policy(compute=BY_SLACK, fetch_first=False),
     Policy(fetch_first=False),
-    Policy(ahead=1),
+    Policy(in_turn=False),
     Policy(ahead=3, fetch_first=False),
     Policy(compute=BY_WAY),
 )
 ENOUGH = 0.995  # of the lower bound: nothing further is tried
 MOST_ROUNDS, ROUNDS_BY_CALLS = 8, 120_000  # of improvement: at most, and for all calls together
 PARTS_OF_ROOM = (0.75, 0.5, 0.25)  # between the smallest peak and the bound
+MOST_DELAYS, DELAYS_BY_CALLS = 120, 400_000  # list schedules with something delayed: at most, and calls of all of them
+MOST_STALLS, LEAST_STALL = 4, 1e-3  # that are looked at in one round; of the step
+MOST_LAUNCHES = 4  # before a stall
+NO_GAIN = 1e-5  # of the step
 URGE = 4.0  # times the time lost by it, a launch becomes more urgent
 
 
@@ -65,61 +80,132 @@ def find_schedule(problem: Problem, *, bound_bytes: int | None = None) -> Schedu
         PlanError: if even the order that holds least memory holds more.
     """
     program = list(range(len(problem)))
-    program_peak = int(memory_of(problem, program).max())
-    limit = program_peak if bound_bytes is None else bound_bytes
-    way_out = _way_out(problem, limit)
-    bound = lower_bound(problem)
-    best: Schedule | None = None
-
-    def consider(order: list[int], how: str) -> None:
-        nonlocal best
-        peak = int(memory_of(problem, order).max())
-        if peak > limit:
-            return
-        found = Schedule(order, times_of(problem, order).seconds, peak, bound, how)
-        if best is None or (found.seconds, found.peak_bytes) < (best.seconds, best.peak_bytes):
-            best = found
-
-    consider(program, "the order of the program")
-    consider(way_out, "the order that holds least memory")
-    ways = ways_to_end(problem)
-    made: list[tuple[float, int, Policy, list[int]]] = []
-    for index, policy in enumerate(POLICIES):
-        order = list_schedule(problem, policy, way_out=way_out, bound_bytes=limit, ways=ways)
-        made.append((times_of(problem, order).seconds, index, policy, order))
-        consider(order, str(policy))
-        consider(waits_at_readers(problem, order), f"{policy}, waits at readers")
-        if best is not None and best.part_of_bound >= ENOUGH:
-            return best
-    _, _, policy, order = min(made)
-    smallest = int(memory_of(problem, way_out).max())
-    for part in PARTS_OF_ROOM:  # what is fetched early under a wider bound may leave compute less room
-        tighter = smallest + int(part * (limit - smallest))
-        other = list_schedule(problem, policy, way_out=way_out, bound_bytes=tighter, ways=ways)
-        consider(waits_at_readers(problem, other), f"{policy}, {part:.0%} of the room")
-    for number, urged in enumerate(_urged(problem, policy, order, way_out=way_out, limit=limit, ways=ways)):
-        consider(waits_at_readers(problem, urged), f"{policy}, improved {number + 1} times")
-    assert best is not None, "the way out fits"
-    return best
+    limit = int(memory_of(problem, program).max()) if bound_bytes is None else bound_bytes
+    search = _Search(problem, limit, _way_out(problem, limit))
+    search.consider(program, "the order of the program")
+    for policy in POLICIES:
+        search.make(policy, search.way_out)
+        if search.is_enough:
+            return search.best
+    search.in_part_of_the_room()
+    search.urge()
+    search.delay()
+    return search.best
 
 
-def _urged(
-    problem: Problem, policy: Policy, order: list[int], *, way_out: Sequence[int], limit: int, ways: Sequence[float]
-) -> Iterator[list[int]]:
-    """Orders in which launches that compute stood still for come earlier than before.
+class _Search:
+    """What was found so far.
 
-    The time that compute lost is added to the priority of each launch, and the list schedule made again.
-    Source: squeaky wheel optimization (Joslin and Clements, 1999).
+    Args:
+        problem: what is ordered.
+        limit: bytes that the device's tensors may take.
+        way_out: an order that takes no more.
+
+    Attributes:
+        best: the fastest order; of equal ones, the one with the lower peak.
+        policy, way_out, order: what the fastest list schedule was made by, and from; and itself.
     """
-    rank = [-way for way in ways]
-    for _ in range(min(MOST_ROUNDS, max(1, ROUNDS_BY_CALLS // len(problem)))):
-        stalls = times_of(problem, order).stalls
-        if not stalls:
-            return
-        for wait, seconds in stalls:
-            rank[problem.launch_of[wait]] -= URGE * seconds
-        order = list_schedule(problem, policy, way_out=way_out, bound_bytes=limit, ways=ways, rank=rank)
-        yield order
+
+    def __init__(self, problem: Problem, limit: int, way_out: list[int]) -> None:
+        self.problem, self.limit, self.way_out = problem, limit, way_out
+        self.policy, self.order = POLICIES[0], way_out
+        self.ways = ways_to_end(problem)
+        self.bound = lower_bound(problem)
+        self._seconds = math.inf
+        self._made = 0
+        self.best = self._schedule(way_out, "the order that holds least memory")
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether nothing further need be tried."""
+        return self.best.part_of_bound >= ENOUGH
+
+    def _schedule(self, order: list[int], how: str) -> Schedule:
+        peak = int(memory_of(self.problem, order).max())
+        return Schedule(order, times_of(self.problem, order).seconds, peak, self.bound, how)
+
+    def consider(self, order: list[int], how: str) -> None:
+        """Keep an order if it is the best."""
+        found = self._schedule(order, how)
+        better = (found.seconds, found.peak_bytes) < (self.best.seconds, self.best.peak_bytes)
+        if better and found.peak_bytes <= self.limit:
+            self.best = found
+
+    def make(self, policy: Policy, way_out: list[int], *, room: float = 1.0) -> bool:
+        """Consider a list schedule; whether it is the fastest one so far."""
+        problem, limit = self.problem, self.limit
+        if room < 1.0:
+            smallest = int(memory_of(problem, way_out).max())
+            limit = smallest + int(room * (limit - smallest))
+        order = list_schedule(problem, policy, way_out=way_out, bound_bytes=limit, ways=self.ways)
+        self._made += 1
+        how = f"{policy}" + (f", {room:.0%} of the room" if room < 1.0 else "")
+        self.consider(order, how)
+        self.consider(waits_at_readers(problem, order), f"{how}, waits at readers")
+        seconds = times_of(problem, order).seconds
+        faster = seconds < self._seconds * (1 - NO_GAIN)
+        if faster:
+            self._seconds, self.policy, self.way_out, self.order = seconds, policy, way_out, order
+        return faster
+
+    def in_part_of_the_room(self) -> None:
+        """What is fetched early under a wider bound may leave compute less room."""
+        policy = self.policy
+        for part in PARTS_OF_ROOM:
+            self.make(policy, self.way_out, room=part)
+
+    def urge(self) -> None:
+        """Launches that compute stood still for come earlier than before.
+
+        The time that compute lost is added to the priority of each launch, and the list schedule made again.
+        Source: squeaky wheel optimization (Joslin and Clements, 1999).
+        """
+        problem, policy, order = self.problem, self.policy, self.order
+        rank = [-way for way in self.ways]
+        for _ in range(min(MOST_ROUNDS, max(1, ROUNDS_BY_CALLS // len(problem)))):
+            stalls = times_of(problem, order).stalls
+            if not stalls or self.is_enough:
+                return
+            for wait, seconds in stalls:
+                rank[problem.launch_of[wait]] -= URGE * seconds
+            order = list_schedule(
+                problem, policy, way_out=self.way_out, bound_bytes=self.limit, ways=self.ways, rank=rank
+            )
+            self.consider(waits_at_readers(problem, order), f"{policy}, urged")
+
+    def delay(self) -> None:
+        """Reductions before the longest stalls are tried later, one after the other, while that makes the step shorter.
+
+        A way out says in which order things may still be finished, so it is there that a reduction is moved; the list
+        schedules made from it follow ([Note: can it be finished]).
+        """
+        self._made, tried = 0, set[tuple[int, bool, float]]()
+        while not self.is_enough:
+            known = self._seconds
+            stalls = sorted(times_of(self.problem, self.order).stalls, key=lambda stall: (-stall[1], stall[0]))
+            longest = [wait for wait, seconds in stalls[:MOST_STALLS] if seconds > LEAST_STALL * self._seconds]
+            any(self._delay_before(wait, tried) for wait in longest)
+            if self._seconds >= known:
+                return
+
+    def _delay_before(self, wait: int, tried: set[tuple[int, bool, float]]) -> bool:
+        """Try what was launched before a stall later; whether something was faster."""
+        problem, way_out, faster, known = self.problem, self.way_out, False, self._seconds
+        fetches, _ = fetches_of(problem)
+        before = self.order[: self.order.index(wait)]
+        launches = [call for call in before if problem.kind[call] == LAUNCH and call not in fetches]
+        for launch in reversed(launches[-MOST_LAUNCHES:]):
+            for with_work in (True, False):
+                if (launch, with_work, known) in tried:
+                    continue
+                tried.add((launch, with_work, known))
+                group = delayed_group(problem, launch, with_work=with_work)
+                for order in delays(problem, way_out, group, launch=launch, bound_bytes=self.limit):
+                    for compute in (BY_PROGRAM, BY_PLACE):
+                        if self._made >= min(MOST_DELAYS, max(1, DELAYS_BY_CALLS // len(problem))):
+                            return faster
+                        faster |= self.make(Policy(compute=compute), order)
+        return faster
 
 
 def _way_out(problem: Problem, limit: int) -> list[int]:

@@ -6,7 +6,7 @@ these numbers. Position n, behind the last of n calls, is the end of the step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -76,6 +76,7 @@ class Problem:
     Args:
         nodes: call -> node of the graph.
         lanes: names; the first is "compute".
+        slowdown: lane -> the factor by which compute takes longer while it is busy, 1 or more.
         lane: call -> index of its lane; -1 for calls that take no time.
         kind: call -> RUN, LAUNCH (starts what its lane does), WAIT (until its launch is done) or ON_HOST.
         seconds, launch_s: call -> those of its Task.
@@ -87,6 +88,7 @@ class Problem:
 
     nodes: list[fx.Node]
     lanes: list[str]
+    slowdown: list[float]
     lane: list[int]
     kind: list[int]
     seconds: list[float]
@@ -108,12 +110,15 @@ class Problem:
         return len(self.nodes)
 
     @classmethod
-    def of(cls, step: StepGraph, tasks: Mapping[fx.Node, Task]) -> Problem:
+    def of(
+        cls, step: StepGraph, tasks: Mapping[fx.Node, Task], *, slowdown: Callable[[str], float] = lambda lane: 1.0
+    ) -> Problem:
         """The problem of a step that stands in a legal order.
 
         Args:
             step: the graph.
             tasks: what each call occupies (`step_tasks`).
+            slowdown: lane -> the factor by which compute takes longer while it is busy (`Hardware.slowdown`).
 
         Raises:
             RewriteError: if a call has no task.
@@ -137,7 +142,9 @@ class Problem:
             if earlier in number and later in number:
                 first[number[later]].add(number[earlier])
         before = [sorted(calls) for calls in first]
-        return cls(nodes, lanes, lane, kind, seconds, launch_s, launches, reads, before, _memory(step, number))
+        factors = [1.0, *(slowdown(name) for name in lanes[1:])]
+        memory = _memory(step, number)
+        return cls(nodes, lanes, factors, lane, kind, seconds, launch_s, launches, reads, before, memory)
 
     def is_legal(self, order: Sequence[int]) -> bool:
         """Whether an order has all calls once, each after what must come first."""
@@ -145,6 +152,23 @@ class Problem:
         if len(position) != len(self) or len(order) != len(self):
             return False
         return all(position[a] < position[b] for b, earlier in enumerate(self.before) for a in earlier)
+
+
+def closure(ways: list[list[int]], call: int) -> set[int]:
+    """All calls that a call leads to, itself left out.
+
+    Args:
+        ways: `before` or `after` of a problem.
+        call: where it begins.
+    """
+    found: set[int] = set()
+    stack = [call]
+    while stack:
+        for other in ways[stack.pop()]:
+            if other not in found:
+                found.add(other)
+                stack.append(other)
+    return found
 
 
 def _task(node: fx.Node, tasks: Mapping[fx.Node, Task]) -> Task:

@@ -47,7 +47,8 @@ class Prediction:
         """
         if len(self.timeline.steps) != 1 or launched_for_next(self.timeline.steps[0]):
             return None
-        return lower_bound(Problem.of(self.timeline.steps[0], self.tasks)).seconds
+        problem = Problem.of(self.timeline.steps[0], self.tasks, slowdown=self.hardware.slowdown)
+        return lower_bound(problem).seconds
 
     @cached_property
     def gains_s(self) -> dict[str, float]:

@@ -195,13 +195,14 @@ def updates_last(problem: Problem, order: Sequence[int]) -> list[int]:
 
 def as_early(problem: Problem, limit: int) -> list[int]:
     way_out, ways = least_memory_order(problem), ways_to_end(problem)
-    policy = Policy(queue_s=float("inf"))
+    policy = Policy(queue_s=float("inf"), in_turn=False)
     order = list_schedule(problem, policy, way_out=way_out, bound_bytes=limit, ways=ways)
     return updates_last(problem, order)
 
 
 def measure(name: str, layers: int, world: int, hardware: str, step: StepGraph, times_smallest: float | None) -> Row:
-    problem = Problem.of(step, step_tasks(step, Hardware.load(hardware)))
+    machine = Hardware.load(hardware)
+    problem = Problem.of(step, step_tasks(step, machine), slowdown=machine.slowdown)
     program = list(range(len(problem)))
     smallest = peak_of(problem, least_memory_order(problem))
     limit = peak_of(problem, program) if times_smallest is None else int(times_smallest * smallest)

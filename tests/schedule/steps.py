@@ -64,4 +64,4 @@ def tasks_of(step: StepGraph, hardware: str = "h100") -> dict[fx.Node, Task]:
 
 
 def problem_of(step: StepGraph, hardware: str = "h100") -> Problem:
-    return Problem.of(step, tasks_of(step, hardware))
+    return Problem.of(step, tasks_of(step, hardware), slowdown=Hardware.load(hardware).slowdown)

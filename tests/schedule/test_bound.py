@@ -9,10 +9,12 @@ import pytest
 
 from fxzero.schedule.bound import LowerBound, lower_bound, preemptive_makespan, reach_of
 from fxzero.schedule.evaluate import peak_of, times_of
+from fxzero.schedule.exposed import exposed_seconds
 from fxzero.schedule.least_memory import least_memory_order
 from fxzero.schedule.list_schedule import Policy, list_schedule, ways_to_end
-from fxzero.schedule.problem import Problem
+from fxzero.schedule.problem import LAUNCH, RUN, WAIT, Problem
 from tests.schedule.orders import random_order
+from tests.schedule.small import all_orders, small_problem
 from tests.schedule.steps import problem_of, rewritten
 from tests.schedule.test_evaluate import PLANS
 
@@ -36,6 +38,65 @@ def test_no_order_is_below_the_bound(name: str, hardware: str) -> None:
         found = bounds(problem, peak_of(problem, order))
         assert found.seconds <= times_of(problem, order).seconds * (1 + 1e-9)
         assert found.seconds == found.by_reason[found.binds]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_best_of_all_orders_is_not_below_the_bound(seed: int) -> None:
+    """Small problems of which every order is tried, at bounds from the smallest peak on."""
+    rng = random.Random(seed)
+    problem = small_problem(rng, num_launches=rng.choice((2, 3)), num_runs=3)
+    tried = [(peak_of(problem, order), times_of(problem, order).seconds) for order in all_orders(problem)]
+    for limit in sorted({peak for peak, _ in tried}):
+        best = min(seconds for peak, seconds in tried if peak <= limit)
+        assert bounds(problem, limit).seconds <= best * (1 + 1e-9)
+
+
+def test_what_cannot_be_hidden_makes_the_bound_higher() -> None:
+    """Compute, a launch that reads it, compute behind its wait; a planted second reading of the same seconds shows."""
+    problem = one_after_the_other()
+    assert lower_bound(problem, places=1).by_reason["compute beside net:dp"] == 2.0 + 5.0
+    assert exposed_seconds(problem, 1, num_launches=1) == 5.0
+    best = min(times_of(problem, order).seconds for order in all_orders(problem))
+    assert best == 7.0 < 2.0 + 2 * exposed_seconds(problem, 1, num_launches=1)
+
+
+def test_what_runs_beside_a_lane_covers_more_of_it() -> None:
+    """Four seconds of a launch, two of an update beside it, which take three: counted as two, the bound is too high."""
+    problem = one_after_the_other()
+    problem.nodes[3].meta["phase"] = "update"
+    reads: list[list[int]] = [[], [0], [1], [0]]
+    problem = replace(problem, reads=reads, before=reads, seconds=[1.0, 4.0, 0.0, 2.0], slowdown=[1.0, 1.5])
+    best = min(times_of(problem, order).seconds for order in all_orders(problem))
+    assert lower_bound(problem, places=1).seconds == pytest.approx(best) == 5.0
+    assert exposed_seconds(problem, 1, num_launches=1) == 4.0 - 1.5 * 2.0
+    assert exposed_seconds(replace(problem, slowdown=[1.0, 1.0]), 1, num_launches=1) == 4.0 - 2.0
+
+
+def test_compute_is_slower_beside_a_lane() -> None:
+    """Ten seconds of compute beside five of a lane that makes it slower by half: 10 + 5 / 3."""
+    problem = one_after_the_other()
+    beside = replace(problem, reads=[[], [], [1], []], before=[[], [], [1], []], slowdown=[1.0, 1.5])
+    beside = replace(beside, seconds=[9.0, 5.0, 0.0, 1.0])
+    best = min(times_of(beside, order).seconds for order in all_orders(beside))
+    assert lower_bound(beside).seconds == pytest.approx(10 + 5 / 3) == pytest.approx(best)
+
+
+def one_after_the_other() -> Problem:
+    problem = small_problem(random.Random(0), num_launches=1, num_runs=2)
+    for node in problem.nodes:
+        node.meta["phase"] = "backward"
+    reads: list[list[int]] = [[], [0], [1], [2]]
+    return replace(
+        problem,
+        kind=[RUN, LAUNCH, WAIT, RUN],
+        lane=[0, 1, -1, 0],
+        seconds=[1.0, 5.0, 0.0, 1.0],
+        launch_s=[0.0] * 4,
+        launch_of=[-1, -1, 1, -1],
+        slowdown=[1.0, 1.0],
+        reads=reads,
+        before=reads,
+    )
 
 
 def test_a_bound_that_is_too_high_shows() -> None:

@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fxzero.cost.hardware import Hardware
 from fxzero.cost.memory import memory_timeline
 from fxzero.errors import RewriteError
 from fxzero.graph.edit import reorder
 from fxzero.schedule.evaluate import memory_of, times_of
+from fxzero.schedule.local_search import find_schedule
 from fxzero.schedule.problem import Problem
 from fxzero.simulate.timeline import simulate
 from tests.schedule.orders import random_order
@@ -48,16 +50,28 @@ def test_memory_is_that_of_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", PLANS)
 def test_times_are_those_of_the_simulator(name: str, hardware: str) -> None:
     step = rewritten(**PLANS[name])
-    tasks = tasks_of(step, hardware)
-    problem = Problem.of(step, tasks)
+    tasks, slowdown = tasks_of(step, hardware), Hardware.load(hardware).slowdown
+    problem = Problem.of(step, tasks, slowdown=slowdown)
     rng = random.Random(1)
     for index in range(3):
         order = random_order(problem, rng) if index else list(range(len(problem)))
         reorder(step, [problem.nodes[call] for call in order])
-        timeline, times = simulate(step, tasks), times_of(problem, order)
+        timeline, times = simulate(step, tasks, slowdown=slowdown), times_of(problem, order)
         assert times.seconds == pytest.approx(timeline.step_seconds, rel=1e-12)
         waits = {event.node: event.seconds for event in timeline.exposed}
         assert {problem.nodes[call]: s for call, s in times.stalls} == pytest.approx(waits)
+
+
+def test_a_lane_that_slows_compute_down_shows() -> None:
+    """The test above can fail: without the factor of the machine, times are others."""
+    step = rewritten(zero=3)
+    tasks, slowdown = tasks_of(step, "h100_ethernet"), Hardware.load("h100_ethernet").slowdown
+    alone, beside = Problem.of(step, tasks), Problem.of(step, tasks, slowdown=slowdown)
+    order = find_schedule(alone).order
+    reorder(step, [alone.nodes[call] for call in order])
+    simulated = simulate(step, tasks, slowdown=slowdown).step_seconds
+    assert times_of(beside, order).seconds == pytest.approx(simulated, rel=1e-12)
+    assert times_of(alone, order).seconds < simulated
 
 
 def test_a_use_that_is_forgotten_shows() -> None:
@@ -85,5 +99,7 @@ def test_a_wait_holds_compute_until_its_launch_is_done() -> None:
     times = times_of(problem, order)
     assert times.seconds > 0
     assert sum(seconds for _, seconds in times.stalls) > 0
+    problem = replace(problem, slowdown=[1.0] * len(problem.lanes))
+    times = times_of(problem, order)
     slower = replace(problem, seconds=[2 * s for s in problem.seconds], launch_s=[2 * s for s in problem.launch_s])
     assert times_of(slower, order).seconds == pytest.approx(2 * times.seconds)

@@ -80,7 +80,7 @@ def test_a_schedule_is_faster_than_the_program_and_not_below_the_bound() -> None
     problem = problem_of(rewritten(zero=3, depth=6))
     found = find_schedule(problem)
     assert found.seconds <= times_of(problem, range(len(problem))).seconds
-    assert found.seconds >= found.bound.seconds
+    assert found.seconds >= found.bound.seconds * (1 - 1e-9)
     assert found.part_of_bound > 0.9
 
 
