@@ -670,7 +670,7 @@ def test_what_a_budget_decides_is_said_in_dumps_and_reports(printed) -> None:
 
 def test_where_state_rests_is_decided_for_a_budget(printed, call) -> None:
     plan = ("--world", "4", "--quiet", "--offload-optimizer", "auto", "--offload-below", "0", "--accumulate", "3")
-    plan += ("--memory-budget", "1340000", "--bucket-bytes", "0")
+    plan += ("--memory-budget", "1300000", "--bucket-bytes", "0")
     found = json.loads(printed("memory", f"{EXAMPLE}:llama_tiny", *plan, "--json"))
     assert "optimizer state: offloaded to host" in found["decision"] and found["host_bytes"]
     assert "swap_in" in printed("dump", f"{EXAMPLE}:llama_tiny", *plan)
