@@ -16,6 +16,7 @@ what they compute, is the same in both, bit for bit.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -220,6 +221,7 @@ class _Reading:
     def add(self, index: int, run: _Run) -> list[float]:
         """Read one program; when each of its nodes was reached, by position."""
         begins = [self._at(mark) for mark in (*run.marks, run.end)]
+        over = self._over_by(run, begins)
         for node, number in run.index.items():
             begin, end = begins[number], begins[number + 1]
             if node in run.shares:
@@ -227,7 +229,7 @@ class _Reading:
                 begin, end = (begin + (end - begin) * part / count for part in (place, place + 1))
             if is_launch(node):
                 self.events.append(Event(node, index, COMPUTE, LAUNCHES, begin, end))
-                self._flight(index, node, run)
+                self._flight(index, node, run, over[node])
             elif is_wait(node):
                 self._wait(index, node, run, number, begin, end)
             elif self._on_gpu and swap_ops.is_off_device(node):
@@ -241,13 +243,28 @@ class _Reading:
             reached.append(last)
         return reached[::-1]
 
-    def _flight(self, index: int, node: fx.Node, run: _Run) -> None:
+    @staticmethod
+    def _over_by(run: _Run, begins: list[float]) -> dict[fx.Node, float]:
+        """Launch -> when it was over at the latest: the wait for it, or for a later one of its lane, had returned."""
+        waited: dict[fx.Node, float] = {}
+        for node, number in run.index.items():
+            if is_wait(node):
+                waited.setdefault(launch_of(node), begins[number + 1])
+        over: dict[fx.Node, float] = {}
+        latest: dict[str, float] = {}
+        for node in filter(is_launch, reversed(run.index)):
+            lane = lane_of_launch(node)
+            over[node] = latest[lane] = min(latest.get(lane, math.inf), waited.get(node, math.inf))
+        return over
+
+    def _flight(self, index: int, node: fx.Node, run: _Run, over_s: float) -> None:
+        """What a thread saw late, since it was woken late, was over by `over_s`."""
         flight = run.flights[node]
         if flight is None:
             return
         lane = lane_of_launch(node)
         start = max(self._at(run.launched[node]), self._free.get(lane, 0.0))
-        self._free[lane] = max(start, self._at(flight.ended))
+        self._free[lane] = max(start, min(self._at(flight.ended), over_s))
         self.events.append(Event(node, index, lane, RUNS, start, self._free[lane]))
 
     def _wait(self, index: int, node: fx.Node, run: _Run, number: int, begin: float, end: float) -> None:

@@ -514,7 +514,7 @@ def main(path: str) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("compression") / "results.json"
-    launch("tests.numerics.test_compression", str(path), ranks=2, timeout_s=300)
+    launch("tests.numerics.test_compression", str(path), ranks=2, timeout_s=480)
     return json.loads(path.read_text())
 
 

@@ -203,7 +203,7 @@ def by_file(path: Path, rank: int, **keys: Any) -> fxzero.TrainStep:
     """A step that has run, ordered by this path; each rank's file is in a folder of its own, under the same name."""
     torch.manual_seed(0)
     model = Words()
-    plan = fxzero.Plan(schedule="cost", hardware="cpu", costs=path, timeout_s=10, **keys)
+    plan = fxzero.Plan(schedule="cost", hardware="cpu", costs=path, timeout_s=60, **keys)
     step = fxzero.compile(model, torch.optim.SGD(model.parameters(), lr=0.1), plan)
     before = Path.cwd()
     os.chdir(path_of(rank))

@@ -243,7 +243,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Found]]:
     out = {}
     for ranks in JOBS:
         path = folder / f"{ranks}.json"
-        launch("tests.numerics.test_memory", str(path), str(library), ranks=ranks, timeout_s=240)
+        launch("tests.numerics.test_memory", str(path), str(library), ranks=ranks, timeout_s=480)
         out |= {name: [Found(**f) for f in found] for name, found in json.loads(path.read_text()).items()}
     rows = [
         [name, f"{f.predicted / MIB:.2f}", f"{f.measured / MIB:.2f}", f"{f.error:+.2%}", f"{f.setup / MIB:.2f}"]
