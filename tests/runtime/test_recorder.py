@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import threading
+import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,15 @@ from torch import nn
 
 import fxzero
 from fxzero.errors import CaptureError
+from fxzero.profile import timeline_of
 from fxzero.runtime.flights import Flight, Watcher
+from fxzero.runtime.recorder import _Reading
 from fxzero.runtime.recording import Recording
+from fxzero.simulate.trace import trace_of
 from tests.numerics.worker import launch
 from tests.runtime.recorded_faults import faults, sample_faults
 from tests.runtime.recorded_ranks import FAULTY, PLANS
+from tests.simulate.trace_format import trace_faults
 
 TIMEOUT_S = 300
 
@@ -105,6 +112,29 @@ def test_a_flight_that_fails_is_not_lost_and_lets_go_of_its_tensors() -> None:
     assert all(flight.done.is_set() and flight.kept is None and flight.ended for flight in flights)
     assert "connection closed" in str(flights[0].error) and flights[1].error is None
     assert flights[0].finish is not fail
+
+
+def late_flights(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is wrong in the trace of a step whose swaps are seen to end long after their waits have returned."""
+    see = Flight.see
+
+    def late(flight: Flight) -> None:
+        see(flight)
+        time.sleep(0.002)
+
+    monkeypatch.setattr(Flight, "see", late)
+    recording = compiled(offload_optimizer="host", offload_activations="host", offload_below=0).record(batch(), steps=1)
+    return list(trace_faults(trace_of({"measured": timeline_of(recording.typical)})))
+
+
+def test_a_swap_that_is_seen_late_was_over_when_its_wait_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert late_flights(monkeypatch) == []
+
+
+def test_a_swap_that_ends_behind_its_wait_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: a flight ends when its thread says so."""
+    monkeypatch.setattr(_Reading, "_over_by", lambda *_: defaultdict(lambda: math.inf))
+    assert any("do not belong together" in fault for fault in late_flights(monkeypatch))
 
 
 def test_faults_in_a_recording_are_seen() -> None:
