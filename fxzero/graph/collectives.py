@@ -20,6 +20,7 @@ from fxzero.graph.step_graph import LAUNCHED, StepGraph, is_getitem, num_bytes
 _C10D = torch.ops._c10d_functional
 
 all_gather = _C10D.all_gather_into_tensor.default
+all_gather_into = _C10D.all_gather_into_tensor_out.default  # in no graph: programs over gloo launch it
 all_gather_coalesced = _C10D.all_gather_into_tensor_coalesced.default
 reduce_scatter = _C10D.reduce_scatter_tensor.default
 reduce_scatter_coalesced = _C10D.reduce_scatter_tensor_coalesced.default

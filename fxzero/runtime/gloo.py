@@ -41,7 +41,7 @@ def backend_of(group: Any, device: str) -> str:
     return named.get(device) or str(dist.get_backend(group))
 
 
-def launch_of(target: Any) -> Callable[..., Any]:
+def launcher_of(target: Any) -> Callable[..., Any]:
     """What launches a collective over gloo, with the op's own arguments ([Note: gathers over gloo])."""
     return _LAUNCHES.get(target, target)
 
@@ -58,7 +58,7 @@ def _rest() -> None:
 
 def _all_gather(shard: torch.Tensor, size: int, group_name: str) -> torch.Tensor:
     out = shard.new_empty((shard.shape[0] * size, *shard.shape[1:]))
-    return torch.ops._c10d_functional.all_gather_into_tensor_out(shard, size, group_name, out=out)
+    return c10d.all_gather_into(shard, size, group_name, out=out)  # type: ignore[no-any-return]
 
 
 def _all_gather_coalesced(shards: list[torch.Tensor], size: int, group_name: str) -> list[torch.Tensor]:

@@ -229,7 +229,7 @@ class Emitter:
         group = self.groups[c10d.axis_of(node)]
         if not runs_by_messages(node):
             args[position] = repr(str(group.group_name))
-            return gloo.launch_of(node.target) if gloo.carries(group, self.device) else node.target, args
+            return gloo.launcher_of(node.target) if gloo.carries(group, self.device) else node.target, args
         self.messages += 1
         args[position] = self._bind(f"group_{c10d.axis_of(node)}", group)
         if node in self.ahead:

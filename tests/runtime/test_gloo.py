@@ -70,7 +70,9 @@ def test_a_group_made_without_a_name_is_carried_by_gloo_on_the_cpu(tmp_path: Pat
 def test_gathers_yield_what_the_op_yields(alone: None) -> None:
     name = dist.group.WORLD.group_name
     for shard in (torch.arange(6.0).view(3, 2), torch.ones(5, dtype=torch.int8)):
-        (ours,) = gloo.launch_of(torch.ops._c10d_functional.all_gather_into_tensor_coalesced.default)([shard], 1, name)
+        (ours,) = gloo.launcher_of(torch.ops._c10d_functional.all_gather_into_tensor_coalesced.default)(
+            [shard], 1, name
+        )
         theirs = torch.ops._c10d_functional.all_gather_into_tensor(shard, 1, name)
         ours, theirs = (torch.ops._c10d_functional.wait_tensor(value) for value in (ours, theirs))
         assert torch.equal(ours, theirs) and ours.shape == theirs.shape
