@@ -5,9 +5,7 @@ It is that of [Note: how a program runs] in `simulate/timeline.py`, on arrays.
 
 from __future__ import annotations
 
-import math
-from collections import deque
-
+from fxzero.cost.contention import BusyLanes
 from fxzero.schedule.problem import LAUNCH, ON_HOST, WAIT, Problem
 
 
@@ -32,9 +30,7 @@ class Clock:
         self.stalls: list[tuple[int, float]] = []
         self._problem = problem
         self._follows = ON_HOST in problem.kind
-        self._busy: dict[int, deque[tuple[float, float]]] = {
-            lane: deque() for lane, factor in enumerate(problem.slowdown) if factor != 1.0
-        }
+        self._busy = BusyLanes()
 
     @property
     def end(self) -> float:
@@ -55,7 +51,7 @@ class Clock:
                     done[call] = done[source]
         if kind == LAUNCH:
             if problem.launch_s[call]:
-                self.now = self._computed(max(self.now, self.issued), problem.launch_s[call])
+                self.now = self._busy.end_of(max(self.now, self.issued), problem.launch_s[call])
             start = max(self.now, self.issued, self.free[problem.lane[call]], done[call])
             return self._occupied(call, start)
         if kind == ON_HOST:
@@ -70,35 +66,14 @@ class Clock:
                 self.stalls.append((call, until - start))
                 self.now = until
             if seconds:
-                self.now = self._computed(max(self.now, self.issued), seconds)
+                self.now = self._busy.end_of(max(self.now, self.issued), seconds)
         elif seconds:
             start = max(start, self.issued)
-            self.now = self._computed(start, seconds)
+            self.now = self._busy.end_of(start, seconds)
         return start
 
     def _occupied(self, call: int, start: float) -> float:
         lane = self._problem.lane[call]
         end = self.done[call] = self.free[lane] = start + self._problem.seconds[call]
-        if lane in self._busy:
-            self._busy[lane].append((start, end))
+        self._busy.add(lane, self._problem.slowdown[lane], start, end)
         return start
-
-    def _computed(self, start: float, seconds: float) -> float:
-        """When compute that takes `seconds` alone ends: all that lanes will do until then is known already."""
-        at, left = start, seconds
-        while True:
-            factor, until = 1.0, math.inf
-            for lane, intervals in self._busy.items():
-                while intervals and intervals[0][1] <= at:
-                    intervals.popleft()
-                if not intervals:
-                    continue
-                begin, end = intervals[0]
-                if begin <= at:
-                    factor, until = factor * self._problem.slowdown[lane], min(until, end)
-                else:
-                    until = min(until, begin)
-            if at + left * factor <= until:
-                return at + left * factor
-            left -= (until - at) / factor
-            at = until

@@ -19,7 +19,7 @@ of the step, and the rest of it, which is the step before's, at the start. Steps
 from __future__ import annotations
 
 import math
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +27,7 @@ from functools import cached_property
 import numpy as np
 from torch import fx
 
+from fxzero.cost.contention import BusyLanes
 from fxzero.cost.tasks import Task
 from fxzero.errors import FxzeroError
 from fxzero.graph import StepGraph
@@ -156,7 +157,7 @@ class _Run:
         self._factor_of = slowdown
         self._free: dict[str, float] = defaultdict(float)
         self._factors: dict[str, float] = {}
-        self._intervals: dict[str, deque[tuple[float, float]]] = {}  # of lanes that slow compute down
+        self._busy = BusyLanes()
 
     @property
     def end_s(self) -> float:
@@ -178,9 +179,7 @@ class _Run:
         ]
         self.ahead = {name: max(done - start, 0.0) for name, done in self.ahead.items()}
         self._free = defaultdict(float, {lane: max(free - start, 0.0) for lane, free in self._free.items()})
-        for lane, intervals in self._intervals.items():
-            moved = [(begin - start, end - start) for begin, end in intervals if end > start]
-            self._intervals[lane] = deque(moved)
+        self._busy = self._busy.since(start)
 
     def program(self, index: int, step: StepGraph, tasks: Mapping[fx.Node, Task]) -> np.ndarray:
         """Run one program; when each of its nodes is reached."""
@@ -231,7 +230,7 @@ class _Run:
 
     def _compute(self, index: int, node: fx.Node, seconds: float, kind: str) -> None:
         start = max(self.now, self.issued)
-        self.now = self._slowed(start, seconds)
+        self.now = self._busy.end_of(start, seconds)
         if seconds:
             self.events.append(Event(node, index, COMPUTE, kind, start, self.now))
 
@@ -240,28 +239,7 @@ class _Run:
         self.events.append(Event(node, index, lane, RUNS, start, end))
         if lane not in self._factors:
             self._factors[lane] = _checked_factor(lane, self._factor_of(lane))
-        if self._factors[lane] != 1.0:
-            self._intervals.setdefault(lane, deque()).append((start, end))
-
-    def _slowed(self, start: float, seconds: float) -> float:
-        """When compute that takes `seconds` alone ends: all that lanes will do until then is known already."""
-        at, left = start, seconds
-        while True:
-            factor, until = 1.0, math.inf
-            for lane, intervals in self._intervals.items():
-                while intervals and intervals[0][1] <= at:
-                    intervals.popleft()
-                if not intervals:
-                    continue
-                begin, end = intervals[0]
-                if begin <= at:
-                    factor, until = factor * self._factors[lane], min(until, end)
-                else:
-                    until = min(until, begin)
-            if at + left * factor <= until:
-                return at + left * factor
-            left -= (until - at) / factor
-            at = until
+        self._busy.add(lane, self._factors[lane], start, end)
 
 
 def _latest(node: fx.Node, done: Mapping[fx.Node, float]) -> float:
