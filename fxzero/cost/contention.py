@@ -17,7 +17,7 @@ class BusyLanes:
         self._lanes: dict[Hashable, tuple[float, deque[tuple[float, float]]]] = {}
 
     def add(self, lane: Hashable, factor: float, start: float, end: float) -> None:
-        """A lane is busy from `start` to `end`: compute then takes `factor` times as long, and so for each busy lane."""
+        """A lane is busy from `start` to `end`: compute then takes `factor` times as long, per busy lane."""
         if factor == 1.0:
             return
         if lane not in self._lanes:
