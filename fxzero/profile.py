@@ -129,7 +129,7 @@ def timeline_of(sample: Sample) -> Timeline:
 
 
 def recorded_tasks(recording: Recording) -> dict[fx.Node, Task]:
-    """What each call occupied, as it was measured: medians, with all that other lanes did to it at the time."""
+    """What each call occupied, as it was measured: means, with all that other lanes did to it at the time."""
     lanes = {event.node: event.lane for event in recording.typical.events if event.kind == RUNS}
     tasks: dict[fx.Node, Task] = {}
     for step in {id(step): step for step in recording.steps}.values():
@@ -149,7 +149,7 @@ def costs_of(recording: Recording, device: torch.device) -> RecordedCosts:
     """What was recorded, by signature of the calls, for this machine."""
     found = RecordedCosts.here(device)
     for step in {id(step): step for step in recording.steps}.values():
-        found = found.adding(costs_from(step, recording.seconds_of(step)))
+        found = found.adding(costs_from(step, recording.seconds_of(step), launch_s=recording.launch_s))
     return found
 
 

@@ -53,8 +53,11 @@ def schedule_step(
     machine = hardware_of(step, backend=backend) if hardware == "auto" else Hardware.load(hardware)
     if isinstance(costs, str):
         costs = RecordedCosts.load(costs, machine=Machine.of(torch.device(device_of(step))), force=any_machine)
-    recorded = None if costs is None else _known_costs(step, costs)
-    problem = Problem.of(step, step_tasks(step, machine, recorded=recorded), slowdown=machine.slowdown)
+    recorded = None
+    if costs is not None:
+        recorded, machine = _known_costs(step, costs), machine.undisturbed()
+    tasks = step_tasks(step, machine, recorded=recorded)
+    problem = Problem.of(step, tasks, slowdown=machine.slowdown, hindrance=machine.hindrance)
     limit = memory_timeline(step).total.max() if memory_bytes is None else memory_bytes
     allowed = int(limit)
     old = step.calls()

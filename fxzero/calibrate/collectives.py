@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from scipy.optimize import nnls
 
+from fxzero.calibrate.beside_compute import BesideCompute, Start, beside_compute, line, streams_of
 from fxzero.calibrate.timing import Measured
 from fxzero.cost.hardware import CollectiveRate, Link
 from fxzero.errors import HardwareError
@@ -34,6 +34,7 @@ from fxzero.runtime import send_recv
 SIZES = (2**14, 2**18, 2**20, 2**22, 2**24)  # bytes of the whole tensor
 FAST_SIZES = (2**14, 2**18)
 SAMPLES = 21
+BURST = 4  # collectives that gloo is given at once
 CONTENTION_BYTES = 2**25
 TIMEOUT_S = 300
 LAUNCH, TOTAL = "launch", "total"
@@ -45,16 +46,14 @@ class Collectives:
 
     Args:
         link: between the ranks of this machine.
-        launch_s: that a launch holds the thread.
         rates: kind of collective -> how near it comes to the link.
-        slowdown: by what factor compute takes longer while a collective is under way.
+        beside: what collectives and compute do to each other, and what launches take.
         rows: what these are made of.
     """
 
     link: Link
-    launch_s: float
     rates: dict[str, CollectiveRate]
-    slowdown: float
+    beside: BesideCompute
     rows: list[Measured]
 
 
@@ -103,7 +102,7 @@ def collective_rates(found: Mapping[str, Any]) -> Collectives:
     fits: dict[str, tuple[float, float]] = {}
     for kind, seconds in medians.items():
         sizes = np.array([steps_and_bytes(kind, size, ranks)[1] for size in seconds])
-        fits[kind] = _line(sizes, np.array(list(seconds.values())))
+        fits[kind] = line(sizes, np.array(list(seconds.values())))
     latency_s = min(constant / steps_and_bytes(kind, 0, ranks)[0] for kind, (constant, _) in fits.items())
     reached = {kind: _reached(kind, seconds, fits[kind], ranks) for kind, seconds in medians.items()}
     rate = max(max(by_size.values()) for by_size in reached.values())
@@ -116,8 +115,12 @@ def collective_rates(found: Mapping[str, Any]) -> Collectives:
             moved_s = steps_and_bytes(kind, float(size), ranks)[1] / (rate * rates[kind].part(float(size)))
             predicted = rates[kind].overhead_s + steps * latency_s + moved_s
             rows.append(Measured(f"collectives.{kind}", f"{int(size):,} bytes over {ranks}", times[TOTAL], predicted))
-    launch_s = statistics.median(min(t[LAUNCH] for t in by_size.values()) for by_size in found["seconds"].values())
-    return Collectives(Link(latency_s, rate), launch_s, rates, max(1.0, float(found["slowdown"])), rows)
+    if found["streams"]:
+        beside = beside_compute(found["streams"])
+    else:
+        launch_s = statistics.median(min(t[LAUNCH] for t in by_size.values()) for by_size in found["seconds"].values())
+        beside = BesideCompute(launch_s, 0.0, max(1.0, float(found["slowdown"])), 1.0)
+    return Collectives(Link(latency_s, rate), rates, beside, rows)
 
 
 def _not_falling(by_size: Mapping[str, Mapping[str, float]]) -> dict[float, float]:
@@ -141,13 +144,6 @@ def _reached(kind: str, by_size: Mapping[float, float], fit: tuple[float, float]
     return found
 
 
-def _line(sizes: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
-    """(seconds of no bytes, bytes a second); where time does not grow with bytes, at least the rate of the largest."""
-    matrix = np.stack([np.ones(len(sizes)), sizes], axis=1) / seconds[:, None]
-    (constant, slope), _ = nnls(matrix, np.ones(len(seconds)))
-    return float(constant), 1 / float(slope) if slope > 0 else float(sizes[-1] / seconds[-1])
-
-
 # ---- one rank
 
 
@@ -159,26 +155,30 @@ def _rank(out: Path, *, fast: bool) -> None:
     dist.init_process_group("nccl" if cuda else "gloo")
     ranks = dist.get_world_size()
     kinds = _kinds(ranks, device, messages=not cuda)
-    found: dict[str, Any] = {"ranks": ranks, "seconds": {}}
+    found: dict[str, Any] = {"ranks": ranks, "seconds": {}, "streams": [], "slowdown": 1.0}
     for kind, start in kinds.items():
         found["seconds"][kind] = {}
         for size in FAST_SIZES if fast else SIZES:
-            found["seconds"][kind][size] = _median_of(start, torch.ones(size // 4, device=device), fast=fast)
+            found["seconds"][kind][size] = _median_of(
+                start, torch.ones(size // 4, device=device), burst=1 if cuda else BURST, fast=fast
+            )
     if cuda:  # nccl has no such messages here: one peer at a time is an all_to_all
         found["seconds"]["send_recv"] = found["seconds"]["all_to_all"]
-    found["slowdown"] = 1.0 if fast else _slowdown(kinds["all_gather" if cuda else "send_recv"], device)
+        found["slowdown"] = 1.0 if fast else _slowdown(kinds["all_gather"], device)
+    else:
+        found["streams"] = streams_of([kinds["send_recv"], kinds["all_reduce"]], device, fast=fast)
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _kinds(ranks: int, device: torch.device, *, messages: bool) -> dict[str, Callable[[torch.Tensor], Any]]:
+def _kinds(ranks: int, device: torch.device, *, messages: bool) -> dict[str, Start]:
     """Kind -> what launches it on a whole tensor and returns what waits for it."""
     group = dist.group.WORLD
     name = str(group.group_name)  # type: ignore[union-attr]
 
-    def native(launch: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], Any]:
+    def native(launch: Callable[[torch.Tensor], torch.Tensor]) -> Start:
         def start(whole: torch.Tensor) -> Callable[[], object]:
             launched = launch(whole)
             return lambda: c10d.wait(launched)
@@ -204,23 +204,25 @@ def _kinds(ranks: int, device: torch.device, *, messages: bool) -> dict[str, Cal
     return {**kinds, "send_recv": by_messages} if messages else kinds
 
 
-def _median_of(start: Callable[[torch.Tensor], Any], whole: torch.Tensor, *, fast: bool) -> dict[str, float]:
+def _median_of(start: Start, whole: torch.Tensor, *, burst: int, fast: bool) -> dict[str, float]:
+    """Of one collective; over gloo, of several at once, as buckets launch them: its threads carry them together."""
     launched, total = [], []
     for number in range(-2, 3 if fast else SAMPLES):
         dist.barrier()
         _settle(whole)
         began = time.perf_counter()
-        wait = start(whole)
+        waits = [start(whole) for _ in range(burst)]
         held = time.perf_counter() - began
-        wait()
+        for wait in waits:
+            wait()
         _settle(whole)
         if number >= 0:
-            launched.append(held)
-            total.append(time.perf_counter() - began)
+            launched.append(held / burst)
+            total.append((time.perf_counter() - began) / burst)
     return {LAUNCH: statistics.median(launched), TOTAL: statistics.median(total)}
 
 
-def _slowdown(start: Callable[[torch.Tensor], Any], device: torch.device) -> float:
+def _slowdown(start: Start, device: torch.device) -> float:
     """By what factor compute takes longer while a collective is under way; all ranks compute, as in a step."""
     whole = torch.ones(CONTENTION_BYTES // 4, device=device)
     x = torch.randn(256, 256, device=device)
@@ -240,7 +242,7 @@ def _slowdown(start: Callable[[torch.Tensor], Any], device: torch.device) -> flo
     chunks(5)
     dist.barrier()
     one = statistics.median(chunks(5) / 5 for _ in range(5))
-    under_way = statistics.median(_median_of(start, whole, fast=True)[TOTAL] for _ in range(2))
+    under_way = statistics.median(_median_of(start, whole, burst=1, fast=True)[TOTAL] for _ in range(2))
     number = max(1, int(0.5 * under_way / one))  # ends before the collective does
     alone, beside = [], []
     for _ in range(9):  # in turns, so that what else the machine does falls on both

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fxzero.calibrate.beside_compute import BesideCompute
 from fxzero.calibrate.collectives import Collectives, measure
 from fxzero.calibrate.copies import copy_rate
 from fxzero.calibrate.matrix_ops import matrix_rates
@@ -20,7 +21,9 @@ from fxzero.cost.hardware import CollectiveRate, Hardware, Link
 from fxzero.cost.hardware_file import COLLECTIVES
 from fxzero.cost.machine_name import device_name, load_average, num_devices
 
-ALONE = Collectives(Link(1e-6, math.inf), 0.0, {}, 1.0, [])  # what one rank has: nothing to send
+NOTHING_TO_SEND = Collectives(
+    Link(1e-6, math.inf), {}, BesideCompute(0.0, 0.0, 1.0, 1.0), []
+)  # what one rank has: nothing to send
 
 
 @dataclass
@@ -76,7 +79,9 @@ class Calibration:
     def measure_collectives(self) -> None:
         """The link between ranks of this machine."""
         alone = self.world == 1
-        self.found["collectives"] = ALONE if alone else measure(self.world, threads=self.threads, fast=self.fast)
+        self.found["collectives"] = (
+            NOTHING_TO_SEND if alone else measure(self.world, threads=self.threads, fast=self.fast)
+        )
         self.rows += self.found["collectives"].rows
 
     def measure_copies(self) -> None:
@@ -122,9 +127,11 @@ class Calibration:
             ranks_per_node=max(self.world, num_devices(self.device)),
             node_link=link,
             network_link=link,
-            launch_s=network.launch_s,
+            launch_s=network.beside.launch_s,
+            launch_bytes_s=network.beside.launch_bytes_s,
             collectives=collectives,
-            contention={"net": network.slowdown},
+            contention={"net": network.beside.slowdown},
+            beside_compute={"net": network.beside.hindrance} if network.beside.hindrance > 1 else {},
             origin=self.origin(),
         )
 

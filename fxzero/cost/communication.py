@@ -109,7 +109,12 @@ def message_seconds(algorithm: str, size: float, layout: Layout, hardware: Hardw
 
 
 def launch_seconds(node: fx.Node, hardware: Hardware) -> float:
-    """Seconds for which launching a collective holds the compute lane: point-to-point gathers copy their own rows."""
+    """Seconds for which launching a collective holds the compute lane.
+
+    Where a machine does not say what handing over a message takes, point-to-point gathers copy their own rows.
+    """
+    if hardware.launch_bytes_s:
+        return hardware.launch_s + message_bytes(node) / hardware.launch_bytes_s
     seconds = hardware.launch_s
     if node.meta.get("algorithm") == "send_recv" and node.target is c10d.all_gather:
         seconds += _copy_s(2 * num_bytes([source.meta["val"] for source in c10d.sent(node)]), hardware)

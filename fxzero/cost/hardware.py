@@ -10,7 +10,7 @@ import functools
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -126,10 +126,13 @@ class Hardware:
         node_link: between ranks of a node.
         network_link: between ranks of different nodes, a rank's part of it.
         launch_s: seconds of the launching thread (on a GPU: of the stream of compute) for a collective or a copy.
+        launch_bytes_s: bytes a second of its whole tensor at which a launched collective is handed over, beside that;
+            0: at once.
         ops: class of ops -> rate; classes are those of `op_classes`.
         matrix_rates: class of products -> part of the peak that they reach.
         collectives: name of a collective, or "send_recv" -> rate.
         contention: kind of lane ("net", "d2h", ..) -> by what factor compute takes longer while it is busy.
+        beside_compute: kind of lane -> by what factor what it does takes longer while compute runs.
         origin: where the figures are from: date, device, torch and threads of a calibration.
     """
 
@@ -153,10 +156,12 @@ class Hardware:
     node_link: Link = Link(0.0, math.inf)
     network_link: Link = Link(0.0, math.inf)
     launch_s: float = 0.0
+    launch_bytes_s: float = 0.0
     ops: Mapping[str, OpRate] = field(default_factory=dict)
     matrix_rates: Mapping[str, MatrixRate] = field(default_factory=dict)
     collectives: Mapping[str, CollectiveRate] = field(default_factory=dict)
     contention: Mapping[str, float] = field(default_factory=dict)
+    beside_compute: Mapping[str, float] = field(default_factory=dict)
     origin: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -187,6 +192,14 @@ class Hardware:
     def slowdown(self, resource: str) -> float:
         """By what factor compute takes longer while a lane of this name ("net:dp", "d2h") is busy; 1.0: it does not."""
         return self.contention.get(resource.partition(":")[0], 1.0)
+
+    def hindrance(self, resource: str) -> float:
+        """By what factor what a lane of this name does takes longer while compute runs; 1.0: it does not."""
+        return self.beside_compute.get(resource.partition(":")[0], 1.0)
+
+    def undisturbed(self) -> Hardware:
+        """The same machine, but lanes and compute do not slow each other down: for costs that have this in them."""
+        return replace(self, contention={}, beside_compute={})
 
     def fresh_seconds(self, output_bytes: float) -> float:
         """Seconds until memory for an output of this size is usable."""

@@ -31,7 +31,7 @@ BYTES, BYTES_S, FLOPS_S, SECONDS, PART = (
 )
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv")
 DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2", "int8")
-LANES = ("net", "d2h", "h2d", "nvme", "host")
+LANES = ("net", "d2h", "h2d", "nvme", "host")  # the host: its thread is held, so nothing hinders it
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,11 @@ KEYS = (
     Key("network.latency_s", "network_link.latency_s", SECONDS, zero=True),
     Key("network.bytes_s", "network_link.bytes_s", BYTES_S),
     Key("launch.seconds", "launch_s", SECONDS, zero=True),
+    Key("launch.bytes_s", "launch_bytes_s", BYTES_S, optional=True),
 )
 WHOLE = ("host.copy_engines", "node.ranks")
-TABLES = ("matrix.flops_s", "matrix.classes", "ops", "collectives", "contention", "origin")
+FACTORS = ("contention", "beside_compute")  # of lanes; they may be left out
+TABLES = ("matrix.flops_s", "matrix.classes", "ops", "collectives", *FACTORS, "origin")
 SECTIONS = ("name", "device", *dict.fromkeys(key.path.split(".")[0] for key in KEYS), "matrix", *TABLES[2:])
 HINT = "`fxzero calibrate -o machine.toml` writes a whole one, docs/hardware.md lists all keys"
 
@@ -144,6 +146,7 @@ class _Reader:
             ops=self._rates("ops", MEMORY_CLASSES, self._op_rate),
             collectives=self._rates("collectives", COLLECTIVES, self._collective_rate),
             contention=self._rates("contention", LANES, self._slowdown),
+            beside_compute=self._rates("beside_compute", LANES[:-1], self._hindrance),
             origin={key: str(value) for key, value in self._table("origin", optional=True).items()},
             **fields,
         )
@@ -203,14 +206,14 @@ class _Reader:
         return {getattr(torch, k): self._positive(f"matrix.flops_s.{k}", v, FLOPS_S) for k, v in table.items()}
 
     def _rates(self, path: str, names: Sequence[str], read: Callable[[str, Any], Any]) -> dict[str, Any]:
-        table = self._table(path, optional=path == "contention")
+        table = self._table(path, optional=path in FACTORS)
         self._check_names(f"{path}.", table, names)
-        if path != "contention":
+        if path not in FACTORS:
             for name in {"matrix.classes": ("matmul",), "ops": ("pointwise",), "collectives": COLLECTIVES}[path]:
                 if name not in table:
                     raise self._error(f"{path}.{name}", expected="this table", got="none", fix=HINT)
         for name, value in table.items():
-            if path != "contention" and not isinstance(value, dict):
+            if path not in FACTORS and not isinstance(value, dict):
                 fix = f"write it as [{path}.{name}]"
                 raise self._error(f"{path}.{name}", expected="a table", got=repr(value), fix=fix)
         return {name: read(f"{path}.{name}", value) for name, value in table.items()}
@@ -253,9 +256,15 @@ class _Reader:
         return first, second
 
     def _slowdown(self, path: str, value: Any) -> float:
-        number = self._positive(path, value, "times the duration of compute alone")
+        return self._factor(path, value, "compute alone", "compute takes while this lane is busy")
+
+    def _hindrance(self, path: str, value: Any) -> float:
+        return self._factor(path, value, "a transfer alone", "what this lane does takes while compute runs")
+
+    def _factor(self, path: str, value: Any, alone: str, meaning: str) -> float:
+        number = self._positive(path, value, f"times the duration of {alone}")
         if number < 1:
-            fix = "write how many times as long compute takes while this lane is busy"
+            fix = f"write how many times as long {meaning}"
             raise self._error(path, expected="a factor of at least 1", got=repr(value), fix=fix)
         return number
 
@@ -308,7 +317,8 @@ def to_toml(hardware: Hardware) -> str:
     for path, table in tables.items():
         for name, rate in table.items():
             lines += ["", f"[{path}.{name}]", *(f"{key} = {_written(value)}" for key, value in vars(rate).items())]
-    for path, pairs in (("contention", hardware.contention), ("origin", hardware.origin)):
+    for path in (*FACTORS, "origin"):
+        pairs = getattr(hardware, path)
         if pairs:
             lines += ["", f"[{path}]", *(f"{key} = {_written(value)}" for key, value in pairs.items())]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Costs that were measured in runs: signature of a call -> median seconds, kept in a file and shared across runs.
+"""Costs that were measured in runs: signature of a call -> mean seconds, kept in a file and shared across runs.
 
     costs = RecordedCosts.here(device).adding(costs_from(step.graph, recording.seconds))
     costs.merged_into("costs.json")                               # later runs add to it
@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from fxzero.cost.machine_name import device_name
-from fxzero.cost.signature import signature
+from fxzero.cost.signature import launch_key, signature
 from fxzero.errors import HardwareError
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
@@ -70,7 +70,7 @@ class RecordedCosts:
 
     Args:
         machine: that they were measured on.
-        runs: signature -> medians of runs, oldest first.
+        runs: signature -> means of runs, oldest first.
     """
 
     machine: Machine
@@ -181,12 +181,15 @@ class RecordedCosts:
         return cls(found.machine, runs)
 
 
-def costs_from(step: StepGraph, seconds: Mapping[Any, float]) -> dict[str, float]:
-    """Signature -> median seconds, of one program's recorded calls.
+def costs_from(
+    step: StepGraph, seconds: Mapping[Any, float], *, launch_s: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Signature -> mean seconds, of one program's recorded calls; of launches also `launch_key` -> seconds.
 
     Args:
         step: the program that was recorded.
         seconds: node, or its name, -> seconds: of a launch on its lane, of a wait without the time that it stood still.
+        launch_s: name of a launch -> seconds for which it held the compute lane.
 
     Raises:
         HardwareError: a name that is no call of this program.
@@ -203,7 +206,9 @@ def costs_from(step: StepGraph, seconds: Mapping[Any, float]) -> dict[str, float
             text = signature(node, step.mesh, form=forms.get(node))
             _check_seconds(text, value)
             found.setdefault(text, []).append(value)
-    return {key: statistics.median(values) for key, values in found.items()}
+            if launch_s is not None and node.name in launch_s:
+                found.setdefault(launch_key(text), []).append(launch_s[node.name])
+    return {key: statistics.fmean(values) for key, values in found.items()}
 
 
 def is_timed(call: fx.Node) -> bool:

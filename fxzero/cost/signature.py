@@ -75,3 +75,8 @@ def _of_val(val: Any) -> str:
     if isinstance(val, (list, tuple)):
         return f"[{', '.join(map(_of_val, val))}]"
     return "number"
+
+
+def launch_key(signature_text: str) -> str:
+    """Under which the seconds are kept for which launching such a call holds the compute lane."""
+    return f"launch {signature_text}"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from fxzero.cost.communication import collective_seconds, launch_seconds, wait_seconds
 from fxzero.cost.compute import compute_seconds, computes, fresh_seconds, host_seconds
 from fxzero.cost.hardware import Hardware
-from fxzero.cost.signature import signature
+from fxzero.cost.signature import launch_key, signature
 from fxzero.graph import StepGraph, swap_ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph.blocked_runs import blocked_runs
@@ -47,6 +47,7 @@ def step_tasks(
         step: the program.
         hardware: the machine that it is for.
         recorded: signature of an op (`cost/signature.py`) -> seconds that were measured; replaces the estimate of it.
+            Of launches also `launch_key` -> those for which they hold the compute lane.
     """
     in_place = InPlace(step)
     forms = in_place.forms
@@ -63,9 +64,12 @@ def step_tasks(
         key = (text, _lane(node, hardware), blocks.get(node, 1))
         if key not in known:
             seconds = None if recorded is None else recorded.get(text)
-            known[key] = _task(
+            task = _task(
                 node, step.mesh, hardware, lane=key[1], in_place=form is not None, blocks=key[2], seconds=seconds
             )
+            if recorded is not None and (launch_s := recorded.get(launch_key(text))) is not None:
+                task = replace(task, launch_s=launch_s)
+            known[key] = task
         tasks[node] = known[key]
     return tasks
 

@@ -1,4 +1,8 @@
-"""What was seen of some steps: when each call ran, and medians of what it took."""
+"""What was seen of some steps: when each call ran, and what it took.
+
+Of each call the mean of the steps counts: means add up to the step, where medians leave out what happens rarely to each
+call, but in each step to some.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import median
+from statistics import fmean, median
 
 from fxzero.graph import StepGraph
 from fxzero.graph.lanes import LAUNCHES, RUNS, WAITS, Event
@@ -63,7 +67,7 @@ class Recording:
 
     @cached_property
     def seconds(self) -> dict[str, float]:
-        """Name of a node -> median seconds: of a collective or swap on its lane, of a wait without standing still.
+        """Name of a node -> mean seconds: of a collective or swap on its lane, of a wait without standing still.
 
         Programs of one step give most of their calls the same names; where they do, the last one's are meant.
         """
@@ -75,16 +79,16 @@ class Recording:
 
     @cached_property
     def launch_s(self) -> dict[str, float]:
-        """Name of a launch -> median seconds for which it held the compute lane."""
-        return _medians((e.node.name, e.seconds) for s in self.samples for e in s.events if e.kind == LAUNCHES)
+        """Name of a launch -> mean seconds for which it held the compute lane."""
+        return _means((e.node.name, e.seconds) for s in self.samples for e in s.events if e.kind == LAUNCHES)
 
     @cached_property
     def waited_s(self) -> dict[str, float]:
-        """Name of a wait -> median seconds for which compute stood still at it."""
-        return _medians((e.node.name, e.seconds) for s in self.samples for e in s.events if e.kind == WAITS)
+        """Name of a wait -> mean seconds for which compute stood still at it."""
+        return _means((e.node.name, e.seconds) for s in self.samples for e in s.events if e.kind == WAITS)
 
     def _of(self, step: int) -> dict[str, float]:
-        return _medians(
+        return _means(
             (event.node.name, event.seconds)
             for sample in self.samples
             for event in sample.events
@@ -99,8 +103,8 @@ class Recording:
         return "\n".join(lines)
 
 
-def _medians(found: Iterable[tuple[str, float]]) -> dict[str, float]:
+def _means(found: Iterable[tuple[str, float]]) -> dict[str, float]:
     values: dict[str, list[float]] = defaultdict(list)
     for name, seconds in found:
         values[name].append(seconds)
-    return {name: median(each) for name, each in values.items()}
+    return {name: fmean(each) for name, each in values.items()}

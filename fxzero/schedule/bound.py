@@ -25,6 +25,9 @@ still for I seconds, the lane is busy for L - I seconds of the others at least, 
 C + I + (1 - 1/f) max(0, L - I) or more, which grows with I. Compute stands still before its first call can begin, after
 its last one, and for what cannot be hidden ([Note: exposed transfers] in `exposed.py`): the larger of both is an I.
 
+While compute runs, for C seconds or more, the lane is slower by its own factor h and does C / h of its work at most; so
+the step also takes L + (1 - 1/h) C or more.
+
 It holds for the calls as they are: another cut of buckets has another bound.
 """
 
@@ -108,7 +111,8 @@ def _compute_beside(problem: Problem, reach: Reach, lane: int, num_launches: int
     busy = sum(s for s, own in zip(problem.seconds, problem.lane, strict=True) if own == lane)
     still = min((head for head, _, _ in jobs), default=0.0) + min((tail for _, _, tail in jobs), default=0.0)
     still = max(still, exposed_seconds(problem, lane, num_launches=num_launches))
-    return compute + still + (1 - 1 / problem.slowdown[lane]) * max(0.0, busy - still)
+    slower = compute + still + (1 - 1 / problem.slowdown[lane]) * max(0.0, busy - still)
+    return max(slower, busy + (1 - 1 / problem.hindrance[lane]) * compute)
 
 
 def _along_the_chain(problem: Problem, reach: Reach, places: int) -> list[int]:

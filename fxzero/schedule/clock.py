@@ -5,7 +5,7 @@ It is that of [Note: how a program runs] in `simulate/timeline.py`, on arrays.
 
 from __future__ import annotations
 
-from fxzero.cost.contention import BusyLanes
+from fxzero.cost.contention import Lanes
 from fxzero.schedule.problem import LAUNCH, ON_HOST, WAIT, Problem
 
 
@@ -18,62 +18,71 @@ class Clock:
     Attributes:
         now: second at which compute is through with what it was given.
         issued: second at which the thread that issues is free.
-        free: lane -> second at which it is through with what it was given; of compute, 0.
-        done: call -> second at which other lanes have made what it stands for; 0 where none has a part in it.
         stalls: (wait, seconds for which compute stands still), in order.
     """
 
     def __init__(self, problem: Problem) -> None:
         self.now = self.issued = 0.0
-        self.free = [0.0] * len(problem.lanes)
-        self.done = [0.0] * len(problem)
         self.stalls: list[tuple[int, float]] = []
         self._problem = problem
         self._follows = ON_HOST in problem.kind
-        self._busy = BusyLanes()
+        self._lanes = Lanes(problem.slowdown.__getitem__, problem.hindrance.__getitem__)
+        self._done = [0.0] * len(problem)  # of a launch in its lane's own time
 
     @property
     def end(self) -> float:
         """Second at which all lanes are through."""
-        return max(self.now, self.issued, *self.free)
+        return max(self.now, self.issued, self._lanes.end(max(self.now, self.issued)))
+
+    def free(self, lane: int) -> float:
+        """Second at which a lane is through with what it was given, if compute runs on."""
+        return self._lanes.free(lane)
+
+    def done(self, call: int) -> float:
+        """Second at which other lanes have made what a call stands for, if compute runs on; 0 where none takes part."""
+        if self._problem.kind[call] == LAUNCH:
+            return self._lanes.on_the_clock(self._problem.lane[call], self._done[call])
+        return self._done[call]
 
     def issue(self, call: int) -> float:
-        """The second at which a call begins on its lane; of a wait, at which compute comes to it.
+        """The second at which a call begins on its lane, if compute runs on; of a wait, at which compute comes to it.
 
         Args:
             call: the next one of the order.
         """
-        problem = self._problem
-        kind, seconds, done = problem.kind[call], problem.seconds[call], self.done
-        if self._follows:
-            for source in problem.reads[call]:
-                if done[source] > done[call]:
-                    done[call] = done[source]
+        problem, done = self._problem, self._done
+        kind, seconds, lane = problem.kind[call], problem.seconds[call], problem.lane[call]
+        ready = max(map(self.done, problem.reads[call]), default=0.0) if self._follows else 0.0
         if kind == LAUNCH:
             if problem.launch_s[call]:
-                self.now = self._busy.end_of(max(self.now, self.issued), problem.launch_s[call])
-            start = max(self.now, self.issued, self.free[problem.lane[call]], done[call])
-            return self._occupied(call, start)
+                self._compute(problem.launch_s[call])
+            start, done[call] = self._lanes.occupy(lane, max(self.now, self.issued, ready), seconds)
+            return self._lanes.on_the_clock(lane, start)
         if kind == ON_HOST:
-            start = max(self.issued, done[call])
-            self._occupied(call, start)
+            start, done[call] = self._lanes.occupy(lane, max(self.issued, ready), seconds)
             self.issued = done[call]
             return start
         start = self.now
         if kind == WAIT:
-            until = done[call] = max(done[call], done[problem.launch_of[call]])
+            launch = problem.launch_of[call]
+            until = done[call] = max(ready, self._lanes.arrival(problem.lane[launch], done[launch], start))
             if until > start:
                 self.stalls.append((call, until - start))
-                self.now = until
+                self._stand_still(until)
             if seconds:
-                self.now = self._busy.end_of(max(self.now, self.issued), seconds)
-        elif seconds:
-            start = max(start, self.issued)
-            self.now = self._busy.end_of(start, seconds)
+                self._compute(seconds)
+            return start
+        done[call] = ready
+        return self._compute(seconds) if seconds else start
+
+    def _compute(self, seconds: float) -> float:
+        """Compute runs for a while; when it begins."""
+        if self.issued > self.now:
+            self._stand_still(self.issued)
+        start = self.now
+        self.now = self._lanes.end_of(start, seconds)
         return start
 
-    def _occupied(self, call: int, start: float) -> float:
-        lane = self._problem.lane[call]
-        end = self.done[call] = self.free[lane] = start + self._problem.seconds[call]
-        self._busy.add(lane, self._problem.slowdown[lane], start, end)
-        return start
+    def _stand_still(self, until: float) -> None:
+        self._lanes.stand_still(self.now, until)
+        self.now = until

@@ -67,7 +67,8 @@ class _Run:
     """The lanes as the marks are gone through.
 
     Attributes:
-        now: when the compute lane is free.
+        now: when the compute lane is free, in the lanes' own time ([Note: a lane's own time] in `cost/contention.py`).
+        ahead: seconds by which that is ahead of the clock.
         held: bytes of gathered tensors and of gradients, on top of what the marks say.
     """
 
@@ -81,7 +82,10 @@ class _Run:
         }
         self.kept = kept
         self.stays = {messages[index].param for index in kept}  # from forward to backward
-        self.seconds = {b: traffic.seconds(b, form=rules.form) for b in (*self.gathers, *self.reductions)}
+        self.hindrance = traffic.hardware.hindrance("net")
+        self.seconds = {
+            b: self.hindrance * traffic.seconds(b, form=rules.form) for b in (*self.gathers, *self.reductions)
+        }
         self.launch_s = {
             b: traffic.launch_s(b, form=rules.form) + sum(messages[i].prepare_s for i in b) for b in self.seconds
         }
@@ -90,7 +94,7 @@ class _Run:
         self.slowdown = traffic.hardware.slowdown("net")
         self.limit = float("inf") if rules.limit_bytes is None else rules.limit_bytes
         self.free: dict[str, float] = {}
-        self.now = 0.0
+        self.now = self.ahead = 0.0
         self.held = self.peak = 0
         self.next_gather = 0
         self.next_reduction = 0
@@ -115,7 +119,8 @@ class _Run:
             self._make_room(here)
             self._compute(seconds)
         self._finish()
-        return Flow(max([self.now, *self.free.values()]), self.peak)
+        self._stand_still(max(self.free.values(), default=0.0))
+        return Flow(self.now - self.ahead, self.peak)
 
     # ---- what happens at a mark
 
@@ -127,7 +132,7 @@ class _Run:
         self._fill(self.done[bucket])
         if self.rules.by_cost:
             self._update_until(self.done[bucket])
-        self.now = max(self.now, self.done[bucket])
+        self._stand_still(self.done[bucket])
         self.peak = max(self.peak, self.held + self.traffic.marks[self.at][3])
         self.held -= self.transport.pop(self.gathers[bucket], 0)
 
@@ -161,7 +166,8 @@ class _Run:
         """The fixed order: what was launched before is waited for, and its update runs."""
         while self.travelling:
             done, size, update_s = self.travelling.popleft()
-            self.now = max(self.now, done) + update_s
+            self._stand_still(done)
+            self.now += update_s
             self.held -= size
 
     # ---- launches
@@ -214,7 +220,7 @@ class _Run:
         bucket = self.reductions[self.next_reduction]
         done = self._launch(bucket)
         for lane, seconds in self.traffic.later_seconds(bucket):
-            done = self.free[lane] = max(done, self.free.get(lane, 0.0)) + seconds
+            done = self.free[lane] = max(done, self.free.get(lane, 0.0)) + self.hindrance * seconds
         tail_s = sum(self.traffic.messages[index].tail_s for index in bucket)
         self.held += self.transport[bucket]
         self.travelling.append((done, self.bytes_of[bucket], tail_s))
@@ -237,6 +243,12 @@ class _Run:
         self.now += seconds + (self.slowdown - 1.0) * busy
         self.clock += seconds
 
+    def _stand_still(self, until: float) -> None:
+        """Compute waits for a lane, whose own time passes faster meanwhile."""
+        if until > self.now:
+            self.ahead += (until - self.now) * (1 - 1 / self.hindrance)
+            self.now = until
+
     def _settle(self) -> None:
         """Reductions that have arrived hold no gradient any more; their updates may run."""
         while self.rules.by_cost and self.travelling and self.travelling[0][0] <= self.now:
@@ -251,7 +263,7 @@ class _Run:
             if self.reduced:
                 self.now += self.reduced.popleft()[1]
             elif self.travelling and self.travelling[0][0] < until:
-                self.now = max(self.now, self.travelling[0][0])
+                self._stand_still(self.travelling[0][0])
             else:
                 return
 
@@ -261,7 +273,7 @@ class _Run:
             if self.next_reduction < self.born:
                 self._reduce()
             elif self.travelling:
-                self.now = max(self.now, self.travelling[0][0])
+                self._stand_still(self.travelling[0][0])
                 self._settle()
             else:
                 break
@@ -276,5 +288,6 @@ class _Run:
         loose_s = self.traffic.loose_s
         self.now += loose_s if self.rules.by_cost else 0.0  # the fixed order has it with its readers
         for done, _, update_s in self.travelling:
-            self.now = max(self.now, done) + update_s
+            self._stand_still(done)
+            self.now += update_s
         self.now += 0.0 if self.rules.by_cost else loose_s

@@ -125,7 +125,7 @@ class _Run:
     def _ready(self, call: int) -> None:
         kind = self.problem.kind[call]
         if kind == WAIT:
-            heapq.heappush(self.waits, (self.clock.done[self.problem.launch_of[call]], call))
+            heapq.heappush(self.waits, (self.clock.done(self.problem.launch_of[call]), call))
         elif kind == LAUNCH:
             key = (self.problem.lane[call], call in self.fetches)
             heapq.heappush(self.launches.setdefault(key, []), (self.rank[call], call))
@@ -179,8 +179,8 @@ class _Run:
 
     def _launch(self, until: float) -> bool:
         """Issue one launch for a lane that would run dry before `until`; whether there was one."""
-        for lane in range(1, len(self.clock.free)):
-            if self.clock.free[lane] > until + self.policy.queue_s:
+        for lane in range(1, len(self.problem.lanes)):
+            if self.clock.free(lane) > until + self.policy.queue_s:
                 continue
             for fetch in (self.policy.fetch_first, not self.policy.fetch_first):
                 heap = self.launches.get((lane, fetch))

@@ -77,6 +77,7 @@ class Problem:
         nodes: call -> node of the graph.
         lanes: names; the first is "compute".
         slowdown: lane -> the factor by which compute takes longer while it is busy, 1 or more.
+        hindrance: lane -> the factor by which its calls take longer while compute runs, 1 or more.
         lane: call -> index of its lane; -1 for calls that take no time.
         kind: call -> RUN, LAUNCH (starts what its lane does), WAIT (until its launch is done) or ON_HOST.
         seconds, launch_s: call -> those of its Task.
@@ -89,6 +90,7 @@ class Problem:
     nodes: list[fx.Node]
     lanes: list[str]
     slowdown: list[float]
+    hindrance: list[float]
     lane: list[int]
     kind: list[int]
     seconds: list[float]
@@ -111,7 +113,12 @@ class Problem:
 
     @classmethod
     def of(
-        cls, step: StepGraph, tasks: Mapping[fx.Node, Task], *, slowdown: Callable[[str], float] = lambda lane: 1.0
+        cls,
+        step: StepGraph,
+        tasks: Mapping[fx.Node, Task],
+        *,
+        slowdown: Callable[[str], float] = lambda lane: 1.0,
+        hindrance: Callable[[str], float] = lambda lane: 1.0,
     ) -> Problem:
         """The problem of a step that stands in a legal order.
 
@@ -119,6 +126,7 @@ class Problem:
             step: the graph.
             tasks: what each call occupies (`step_tasks`).
             slowdown: lane -> the factor by which compute takes longer while it is busy (`Hardware.slowdown`).
+            hindrance: lane -> the factor by which its calls take longer while compute runs (`Hardware.hindrance`).
 
         Raises:
             RewriteError: if a call has no task.
@@ -142,9 +150,9 @@ class Problem:
             if earlier in number and later in number:
                 first[number[later]].add(number[earlier])
         before = [sorted(calls) for calls in first]
-        factors = [1.0, *(slowdown(name) for name in lanes[1:])]
+        slower, hindered = ([1.0, *(factor(name) for name in lanes[1:])] for factor in (slowdown, hindrance))
         memory = _memory(step, number)
-        return cls(nodes, lanes, factors, lane, kind, seconds, launch_s, launches, reads, before, memory)
+        return cls(nodes, lanes, slower, hindered, lane, kind, seconds, launch_s, launches, reads, before, memory)
 
     def is_legal(self, order: Sequence[int]) -> bool:
         """Whether an order has all calls once, each after what must come first."""

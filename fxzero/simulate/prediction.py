@@ -47,7 +47,8 @@ class Prediction:
         """
         if len(self.timeline.steps) != 1 or launched_for_next(self.timeline.steps[0]):
             return None
-        problem = Problem.of(self.timeline.steps[0], self.tasks, slowdown=self.hardware.slowdown)
+        step, machine = self.timeline.steps[0], self.hardware
+        problem = Problem.of(step, self.tasks, slowdown=machine.slowdown, hindrance=machine.hindrance)
         return lower_bound(problem).seconds
 
     @cached_property
@@ -72,7 +73,7 @@ class Prediction:
             if task not in known:
                 known[task] = faster(task)
             tasks[node] = known[task]
-        return simulate(self.timeline.steps, tasks, slowdown=self.hardware.slowdown).step_seconds
+        return _simulated(self.timeline.steps, tasks, self.hardware).step_seconds
 
 
 def predict(
@@ -92,7 +93,12 @@ def predict(
     for step in {id(step): step for step in steps}.values():
         _check_shapes(step)
         tasks |= step_tasks(step, hardware, recorded=recorded)
-    return Prediction(hardware, tasks, simulate(steps, tasks, slowdown=hardware.slowdown))
+    machine = hardware if recorded is None else hardware.undisturbed()
+    return Prediction(machine, tasks, _simulated(steps, tasks, machine))
+
+
+def _simulated(steps: Sequence[StepGraph], tasks: Mapping[fx.Node, Task], hardware: Hardware) -> Timeline:
+    return simulate(steps, tasks, slowdown=hardware.slowdown, hindrance=hardware.hindrance)
 
 
 def _check_shapes(step: StepGraph) -> None:

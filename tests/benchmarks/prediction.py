@@ -65,7 +65,7 @@ def measure(plan, args, size, hardware):
     found = side_by_side(recording, hardware)
     costs = {}
     for program in recording.steps:
-        costs |= costs_from(program, recording.seconds_of(program))
+        costs |= costs_from(program, recording.seconds_of(program), launch_s=recording.launch_s)
     return {
         "plain_s": statistics.median(plain) - (recording.call_s - recording.step_seconds),
         "recorded_s": recording.step_seconds,
@@ -92,7 +92,7 @@ def table(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hardware", default="cpu", help="a name or a file, such as fxzero calibrate writes")
-    parser.add_argument("--job", choices=JOBS, default="demo", help="of tests/benchmarks/job.py")
+    parser.add_argument("--job", choices=JOBS, default="llama", help="of tests/benchmarks/job.py")
     parser.add_argument("--steps", type=int, default=10, help="measured with and without recording, each")
     parser.add_argument("--plans", type=int, default=len(PLANS), help="only the first so many")
     parser.add_argument("--out", type=Path, help="a JSON file")

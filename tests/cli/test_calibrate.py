@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fxzero.calibrate import collectives, matrix_ops, memory_ops
+from fxzero.calibrate.beside_compute import BesideCompute, beside_compute
 from fxzero.calibrate.collectives import collective_rates, steps_and_bytes
 from fxzero.calibrate.matrix_ops import Case
 from fxzero.calibrate.timing import Clock, Measured
@@ -43,6 +44,8 @@ def test_this_machine_is_described(tmp_path: Path) -> None:
     assert set(hardware.matrix_rates) == set(MATRIX_CLASSES) - {"convolution"}
     assert set(hardware.collectives) == set(COLLECTIVES)
     assert {torch.float32, torch.bfloat16, torch.float16} == set(hardware.matrix_flops)
+    assert hardware.launch_s or hardware.launch_bytes_s
+    assert hardware.slowdown("net:dp") >= 1 and hardware.hindrance("net:dp") >= 1
     assert hardware.origin["torch"] == torch.__version__ and hardware.origin["world"] == "2"
     assert {"date", "device", "threads", "load"} <= set(hardware.origin)
     for words in ("ops.pointwise", "matrix.classes.attention_backward", "collectives.send_recv", "nvme in", "residual"):
@@ -107,18 +110,46 @@ def timed(latency_s: float, rate: float, kinds: dict[str, tuple[float, float]], 
             steps, moved = steps_and_bytes(kind, size, ranks)
             total = overhead_s + steps * latency_s + moved / rate / efficiency
             seconds[kind][str(size)] = {"total": total, "launch": 1e-5}
-    return {"ranks": ranks, "seconds": seconds, "slowdown": 1.25}
+    return {"ranks": ranks, "seconds": seconds, "streams": [], "slowdown": 1.25}
 
 
 def test_figures_of_collectives_are_found_again() -> None:
     kinds = {"all_gather": (5e-5, 0.5), "all_reduce": (1e-4, 0.8), "send_recv": (0.0, 1.0)}
     found = collective_rates(json.loads(json.dumps(timed(1e-4, 2e9, kinds, 4))))
     assert found.link.latency_s == pytest.approx(1e-4) and found.link.bytes_s == pytest.approx(2e9)
-    assert found.launch_s == 1e-5 and found.slowdown == 1.25
+    assert found.beside == BesideCompute(1e-5, 0.0, 1.25, 1.0)
     for kind, (overhead_s, efficiency) in kinds.items():
         assert found.rates[kind].efficiency == pytest.approx([efficiency] * 3)
         assert found.rates[kind].overhead_s == pytest.approx(overhead_s, abs=1e-9)
     assert all(abs(row.residual) < 1e-6 for row in found.rows)
+
+
+def stream(size: float, pace: float, *, launch_s: float, slowdown: float, hindrance: float) -> dict[str, float]:
+    """One message of a stream as it would be on a machine of these figures: 10 ms for each MB, alone."""
+    alone_s = size / 1e8
+    compute_s = pace * alone_s * slowdown
+    left_s = max(0.0, alone_s - (launch_s + compute_s) / hindrance)
+    found = {"bytes": size, "pace": pace, "alone_s": alone_s, "launch_s": launch_s, "left_s": left_s}
+    return found | {"compute_s": compute_s, "compute_alone_s": pace * alone_s}
+
+
+def test_figures_of_streams_beside_compute_are_found_again() -> None:
+    def streams(hindrance: float) -> list[dict[str, float]]:
+        figures = {"slowdown": 1.25, "hindrance": hindrance}
+        cases = [(size, pace) for size in (1e5, 1e6) for pace in (1.0, 2.0)]
+        return [stream(size, pace, launch_s=1e-4 + size / 1e9, **figures) for size, pace in cases]
+
+    found = beside_compute(json.loads(json.dumps(streams(5.0))))
+    assert vars(found) == pytest.approx(vars(BesideCompute(1e-4, 1e9, 1.25, 5.0)))
+    dry = [one | {"pace": 8.0, "compute_s": one["compute_alone_s"]} for one in streams(5.0)]
+    assert vars(beside_compute(streams(5.0) + dry)) == pytest.approx(
+        vars(found)
+    )  # of messages that were through nothing is known
+    stuck = [one | {"left_s": one["alone_s"]} for one in streams(5.0)[:1]]
+    assert beside_compute(streams(5.0) + stuck).hindrance == pytest.approx(5.0)  # where nothing moved, others count
+    assert beside_compute(streams(9.0)).hindrance == pytest.approx(9.0)  # the twin
+    alike = [one | {"launch_s": 1e-4} for one in streams(5.0)]
+    assert beside_compute(alike).launch_bytes_s == 0.0
 
 
 def test_a_size_of_its_own_rate_has_it() -> None:

@@ -54,6 +54,10 @@ def test_figures_are_those_of_the_file() -> None:
     assert hardware.matrix_rate(torch.bfloat16) == 989e12
     assert hardware.ranks_per_node == 8 and hardware.network_link.bytes_s == 5e10
     assert hardware.slowdown("net:dp") == 1.05 and hardware.slowdown("host") == hardware.slowdown("") == 1.0
+    beside = parse(H100 + "\n[beside_compute]\nnet = 2.5\n", file="mine.toml")
+    assert beside.hindrance("net:dp") == 2.5 and beside.hindrance("d2h") == hardware.hindrance("net:dp") == 1.0
+    assert parse(beside.to_toml(), file="mine.toml") == beside
+    assert beside.undisturbed().hindrance("net:dp") == beside.undisturbed().slowdown("net:dp") == 1.0
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if not key.optional], ids=lambda key: key.path)
@@ -88,6 +92,8 @@ def test_a_figure_that_is_missing_is_named_with_its_unit(key: Any) -> None:
         ("efficiency = [0.8]", "efficiency = 0.8", "collectives.all_gather.efficiency", "a list of numbers"),
         ("[collectives.all_reduce]", "[collectives.allreduce]", "collectives.allreduce", "did you mean 'all_reduce'"),
         ("net = 1.05", "net = 0.9", "contention.net", "at least 1"),
+        ("[contention]", "[beside_compute]\nnet = 0.9\n\n[contention]", "beside_compute.net", "while compute runs"),
+        ("[contention]", "[beside_compute]\nhost = 2\n\n[contention]", "beside_compute.host", "choose from: net, d2h"),
         ("net = 1.05", "nett = 1.05", "contention.nett", "did you mean 'net'"),
         ('device = "cuda"', 'device = "tpu"', "device", '"cuda" or "cpu"'),
         ('name = "H100"', "", "name", "a text"),

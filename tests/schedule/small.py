@@ -40,6 +40,7 @@ def small_problem(rng: random.Random, *, num_launches: int = 3, num_runs: int = 
         nodes=nodes,
         lanes=["compute", "net:dp"],
         slowdown=[1.0, rng.choice((1.0, 1.0, 1.5))],
+        hindrance=[1.0, rng.choice((1.0, 1.0, 2.5))],
         lane=[0 if what == RUN else 1 if what == LAUNCH else -1 for what in kind],
         kind=kind,
         seconds=[0.0 if what == WAIT else float(rng.randint(0, 5)) for what in kind],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,30 +47,39 @@ def test_memory_is_that_of_the_model(name: str) -> None:
         assert np.array_equal(model, counted) if not index else model.max() <= counted.max()
 
 
+def factors_of(hardware: str) -> dict[str, Any]:
+    """How lanes and compute slow each other down there; on the CPU, also lanes down."""
+    machine = Hardware.load(hardware)
+    if hardware == "cpu":
+        machine = replace(machine, beside_compute={"net": 3.0, "d2h": 1.5})
+    return {"slowdown": machine.slowdown, "hindrance": machine.hindrance}
+
+
 @pytest.mark.parametrize("hardware", ["h100", "h100_ethernet", "cpu"])
 @pytest.mark.parametrize("name", PLANS)
 def test_times_are_those_of_the_simulator(name: str, hardware: str) -> None:
     step = rewritten(**PLANS[name])
-    tasks, slowdown = tasks_of(step, hardware), Hardware.load(hardware).slowdown
-    problem = Problem.of(step, tasks, slowdown=slowdown)
+    tasks, factors = tasks_of(step, hardware), factors_of(hardware)
+    problem = Problem.of(step, tasks, **factors)
     rng = random.Random(1)
     for index in range(3):
         order = random_order(problem, rng) if index else list(range(len(problem)))
         reorder(step, [problem.nodes[call] for call in order])
-        timeline, times = simulate(step, tasks, slowdown=slowdown), times_of(problem, order)
+        timeline, times = simulate(step, tasks, **factors), times_of(problem, order)
         assert times.seconds == pytest.approx(timeline.step_seconds, rel=1e-12)
         waits = {event.node: event.seconds for event in timeline.exposed}
         assert {problem.nodes[call]: s for call, s in times.stalls} == pytest.approx(waits)
 
 
-def test_a_lane_that_slows_compute_down_shows() -> None:
+@pytest.mark.parametrize(("hardware", "factor"), [("h100_ethernet", "slowdown"), ("cpu", "hindrance")])
+def test_a_factor_of_a_lane_shows(hardware: str, factor: str) -> None:
     """The test above can fail: without the factor of the machine, times are others."""
     step = rewritten(zero=3)
-    tasks, slowdown = tasks_of(step, "h100_ethernet"), Hardware.load("h100_ethernet").slowdown
-    alone, beside = Problem.of(step, tasks), Problem.of(step, tasks, slowdown=slowdown)
+    tasks, factors = tasks_of(step, hardware), factors_of(hardware)
+    alone, beside = (Problem.of(step, tasks, **(factors | other)) for other in ({factor: lambda lane: 1.0}, {}))
     order = find_schedule(alone).order
     reorder(step, [alone.nodes[call] for call in order])
-    simulated = simulate(step, tasks, slowdown=slowdown).step_seconds
+    simulated = simulate(step, tasks, **factors).step_seconds
     assert times_of(beside, order).seconds == pytest.approx(simulated, rel=1e-12)
     assert times_of(alone, order).seconds < simulated
 
@@ -99,7 +109,7 @@ def test_a_wait_holds_compute_until_its_launch_is_done() -> None:
     times = times_of(problem, order)
     assert times.seconds > 0
     assert sum(seconds for _, seconds in times.stalls) > 0
-    problem = replace(problem, slowdown=[1.0] * len(problem.lanes))
+    problem = replace(problem, slowdown=[1.0] * len(problem.lanes), hindrance=[1.0] * len(problem.lanes))
     times = times_of(problem, order)
     slower = replace(problem, seconds=[2 * s for s in problem.seconds], launch_s=[2 * s for s in problem.launch_s])
     assert times_of(slower, order).seconds == pytest.approx(2 * times.seconds)

@@ -107,6 +107,50 @@ def test_compute_is_slower_exactly_while_lanes_are_busy() -> None:
     assert found.step_seconds == pytest.approx(1 + 2 + 2 + 1.6 + 1)
 
 
+def test_lanes_are_slower_exactly_while_compute_runs() -> None:
+    made = Made()
+    made.compute(1.0)
+    first, second = made.gather(2.0), made.gather(1.0)
+    made.compute(4.0)
+    made.wait(first)
+    made.compute(2.0)
+    made.wait(second)
+    found = made.run(hindrance=lambda lane: 4.0 if lane == NET else 1.0)
+    # beside 4 s of compute 1 s of the first is done, 1 s is left; beside 2 s half of the second, then the rest of it
+    assert spans(found) == [
+        (COMPUTE, RUNS, 0, 1),
+        (NET, RUNS, 1, 6),
+        (NET, RUNS, 6, 8.5),
+        (COMPUTE, RUNS, 1, 5),
+        (COMPUTE, WAITS, 5, 6),
+        (COMPUTE, RUNS, 6, 8),
+        (COMPUTE, WAITS, 8, 8.5),
+    ]
+    assert found.step_seconds == pytest.approx(8.5) and found.busy_s[NET] == pytest.approx(7.5)
+
+
+def test_what_a_slower_lane_does_within_one_stall_is_seen_there() -> None:
+    made = Made()
+    gathers = [made.gather(1.0) for _ in range(3)]
+    made.compute(2.0)
+    made.wait(gathers[-1])
+    made.gather(3.0)
+    found = made.run(hindrance=lambda lane: 4.0)
+    on_net = [(begin, end) for lane, _, begin, end in spans(found) if lane == NET]
+    assert on_net == [(0, 2.5), (2.5, 3.5), (3.5, 4.5), (4.5, 7.5)]  # behind the last call compute stands still, too
+
+
+def test_compute_and_a_lane_slow_each_other_down() -> None:
+    made = Made()
+    gather = made.gather(1.0)
+    made.compute(4.0)
+    made.wait(gather)
+    made.compute(1.0)
+    found = made.run(slowdown=lambda lane: 1.5, hindrance=lambda lane: 3.0)
+    # the gather takes 3 s beside compute, which does 2 of its 4 s meanwhile
+    assert found.step_seconds == pytest.approx(3 + 2 + 1) and not found.exposed
+
+
 def test_updates_on_the_host_hold_what_is_issued_later_but_not_what_was_issued_before() -> None:
     made = Made()
     out = made.call(swap_ops.swap_out, made.x, "host", task=Task("d2h", 1.0))
@@ -197,6 +241,8 @@ def test_an_unknown_lane_and_a_factor_below_one_are_refused() -> None:
     made.gather(1.0)
     with pytest.raises(SimulationError, match=r"slowdown of net:dp: expected a factor of 1 or more, got 0\.5"):
         made.run(slowdown=lambda lane: 0.5)
+    with pytest.raises(SimulationError, match=r"hindrance of net:dp: expected a factor of 1 or more, got inf"):
+        made.run(hindrance=lambda lane: float("inf"))
 
 
 # ---- captured programs
