@@ -143,6 +143,27 @@ def test_signatures_tell_apart_what_takes_other_times() -> None:
     assert signature(product, step.mesh, form=aten.mm.out) != text
 
 
+def test_recorded_launches_hold_compute_as_long_as_they_did() -> None:
+    step = program(zero=3)
+    launches = [node for node in step.calls() if node.target is c10d.all_gather]
+    found = costs_from(step, dict.fromkeys(launches, 2.0), launch_s={launches[0].name: 0.5, "mm": 1.0})
+    tasks = step_tasks(step, H100, recorded=found)
+    form = signature(launches[0], step.mesh)
+    for node in launches:
+        alike = signature(node, step.mesh) == form
+        assert tasks[node] == Task("net:dp", 2.0, 0.5 if alike else step_tasks(step, H100)[node].launch_s)
+    assert step_tasks(step, H100, recorded=costs_from(step, dict.fromkeys(launches, 2.0)))[launches[0]].launch_s != 0.5
+
+
+def test_what_a_launch_hands_over_holds_compute() -> None:
+    step = program(zero=3)
+    launch = next(node for node in step.calls() if node.target is c10d.all_gather)
+    by_bytes = replace(H100, launch_s=1e-3, launch_bytes_s=1e6)
+    size = launch.meta["val"].numel() * launch.meta["val"].element_size()
+    assert step_tasks(step, by_bytes)[launch].launch_s == pytest.approx(1e-3 + size / 1e6)
+    assert step_tasks(step, replace(by_bytes, launch_bytes_s=0.0))[launch].launch_s < 1e-3 + size / 1e6  # the twin
+
+
 def test_recorded_times_come_first() -> None:
     step = program(zero=3)
     plain = step_tasks(step, H100)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,9 @@ def test_recorded_costs_are_kept_and_predicted_with(step: Any, tmp_path: Path) -
     (product,) = (node for node in step.graph.calls() if node.name == "addmm")
     assert found.tasks[product].seconds == pytest.approx(recording.seconds["addmm"])
     assert predict(step.graphs, hardware).tasks[product].seconds != found.tasks[product].seconds
+    contended = replace(hardware, contention={"h2d": 3.0}, beside_compute={"h2d": 3.0})
+    undisturbed = predict(step.graphs, contended, recorded=known.seconds)  # what was measured has factors in it
+    assert undisturbed.seconds == found.seconds and undisturbed.hardware.slowdown("h2d") == 1.0
     step.record(x, steps=1, costs=file)
     again = RecordedCosts.load(file, machine=Machine.of(torch.device("cpu")))
     assert {len(runs) for runs in again.runs.values()} == {2}
