@@ -13,6 +13,7 @@ import torch
 
 from fxzero.capture import Inventory, capture_step
 from fxzero.graph import StepGraph
+from tests.numerics import rank_servers
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -25,6 +26,11 @@ def _no_group_left() -> Iterator[None]:
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def pytest_sessionfinish() -> None:
+    """Processes that ranks were forked from end with the tests."""
+    rank_servers.close(GOLDEN.parents[1])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -105,30 +105,30 @@ def answer(call: Call) -> Callable[..., Any]:
 
 
 def direct_peak(text: str, plan: Plan, **keywords: Any) -> int:
-    """The peak by a capture of the whole model, verified after each pass."""
+    """The peak by a capture of the whole model, verified after each pass where it is the target as it is."""
     target = load_target(text, **keywords)
     inventory, fresh = rehearse(Inventory.of(target.model, target.optimizer))
     how: Any = {"fresh": fresh, "options": captured_as(plan)}
     step = capture_step(inventory, target.loss, target.args, target.kwargs, **how).step
     step.mesh = dict(plan.axes)
-    return memory_profile(recipe(plan, backend="nccl").run(step)).peak_bytes
+    return memory_profile(recipe(plan, backend="nccl").run(step, check=not keywords)).peak_bytes
 
 
 def test_every_answer_is_that_of_a_direct_capture(answer, targets) -> None:
     keys: dict[str, Any] = {"recompute": "blocks", "bucket_bytes": 0}
     text = f"{targets}:step"
     plan = Plan(zero=3, **keys).resolve(4)
-    limit = direct_peak(text, plan) + 100_000
+    limit = direct_peak(text, plan, layers=6) + 100_000
     options = [f"--{key.replace('_', '-')}={value}" for key, value in keys.items()]
-    found = answer(text, "--world", "4", "--device-memory", str(limit), *options)
+    found = answer(text, "--world", "4", "--set", "layers=6", "--device-memory", str(limit), *options)
     assert found["fits"] and found["notes"] == []
     assert found["peak_bytes"] == limit - 100_000
-    assert found["setting"] == {"layers": 12, "batch": 4, "sequence": 16}
+    assert found["setting"] == {"layers": 6, "batch": 4, "sequence": 16}
     assert sum(found["peak_bytes_by_kind"].values()) == found["peak_bytes"]
     for keyword in ("batch", "layers"):
         best = found["largest"][keyword]
-        assert best["peak_bytes"] == direct_peak(text, plan, **{keyword: best["value"]}) <= limit
-        assert best["next_peak_bytes"] == direct_peak(text, plan, **{keyword: best["value"] + 1}) > limit
+        assert best["peak_bytes"] == direct_peak(text, plan, **{"layers": 6, keyword: best["value"]}) <= limit
+        assert best["next_peak_bytes"] == direct_peak(text, plan, **{"layers": 6, keyword: best["value"] + 1}) > limit
 
 
 def test_a_step_that_does_not_fit_is_an_answer_with_advice(call, answer, targets) -> None:
@@ -262,9 +262,9 @@ SAME_COURSE: list[dict[str, Any]] = [
 def test_the_drawn_course_is_that_of_a_direct_capture(keys, targets) -> None:
     plan = Plan(**keys).resolve(4)
     text = f"{targets}:step"
-    drawn = WhatIf(text, {}, plan, "nccl", Progress(None), "layers", 12)
+    drawn = WhatIf(text, {}, plan, "nccl", Progress(None), "layers", 6)
     found, answer = drawn.course(), drawn.predict()
-    direct = WhatIf(text, {"layers": 12}, plan, "nccl", Progress(None), None, None).course()
+    direct = WhatIf(text, {"layers": 6}, plan, "nccl", Progress(None), None, None).course()
     assert drawn.notes == [] and found.places == direct.places
     for kind, line in direct.by_kind.items():
         assert (found.by_kind[kind] == line).all(), kind
@@ -298,12 +298,12 @@ def captured(text: str, plan: Plan, **keywords: Any) -> StepGraph:
 
 def peak_by_answer(text: str, plan: Plan, answer: int, **keywords: Any) -> int:
     step = captured(text, plan, **keywords)
-    names = UniformAnswers(step, plan, backend="nccl").names(answer)
-    return memory_profile(recipe(plan, backend="nccl", decided=Decided(recomputed=names)).run(step)).peak_bytes
+    decided = Decided(recomputed=UniformAnswers(step, plan, backend="nccl").names(answer))
+    return memory_profile(recipe(plan, backend="nccl", decided=decided).run(step, check=False)).peak_bytes
 
 
-@pytest.mark.parametrize("layers", [5, 8])
-def test_what_auto_recomputes_is_decided_for_the_whole_depth(answer, call, targets, layers) -> None:
+def test_what_auto_recomputes_is_decided_for_the_whole_depth(answer, call, targets) -> None:
+    layers = 5
     text = f"{targets}:step"
     keys = {"bucket_bytes": 0, "recompute": "auto"}
     anything = Plan(**keys, memory_budget=1).resolve(4)
@@ -320,7 +320,7 @@ def test_what_auto_recomputes_is_decided_for_the_whole_depth(answer, call, targe
     assert decide(step, plan=plan, backend="nccl").peak_bytes <= limit, "what fits is not refused by a compile"
     assert f"recomputed in {layers} of {layers} blocks" in found["decision"]
     assert f"predicted peak {size_text(found['peak_bytes'])}, {size_text(peaks[0])} with" in found["decision"]
-    for key in ("batch", "layers") if layers == 8 else ():
+    for key in ("batch", "layers"):
         best = found["largest"][key]
         for value, fits in ((best["value"], True), (best["value"] + 1, False)):
             least = peak_by_answer(text, plan, count - 1, **{"layers": layers, key: value})

@@ -69,10 +69,12 @@ def decided(step: StepGraph, setting: str, budget: int) -> Decision:
     return decide(step, plan=plan_of(setting, recompute="auto", memory_budget=budget), backend="gloo")
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_budgets_are_met_and_time_falls_as_they_grow(setting: str, steps: dict[str, StepGraph]) -> None:
+@pytest.mark.parametrize(("setting", "parts"), zip(SETTINGS, [(0.1, 0.4, 0.8), (0.1, 0.4), (0.1, 0.4)], strict=True))
+def test_budgets_are_met_and_time_falls_as_they_grow(
+    setting: str, parts: tuple[float, ...], steps: dict[str, StepGraph]
+) -> None:
     step = steps[setting]
-    budgets = [between(setting, part) for part in (0.1, 0.4, 0.8)]
+    budgets = [between(setting, part) for part in parts]
     found = [decided(step, setting, budget) for budget in budgets]
     for budget, decision in zip(budgets, found, strict=True):
         plan = plan_of(setting, recompute="auto", memory_budget=budget)
@@ -146,7 +148,7 @@ def test_the_report_says_what_was_decided_and_why(steps: dict[str, StepGraph]) -
     assert re.search(r"[\d.]+ MiB with everything kept; so everything is$", str(nothing))
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", ["zero 3, four ranks", "bf16"])
 def test_activations_wait_on_a_tier_where_that_is_cheaper(setting: str, steps: dict[str, StepGraph]) -> None:
     """With a link of almost no cost, what is in the way leaves; with one that is dear, nothing does."""
     budget = between(setting, 0.6)

@@ -13,6 +13,7 @@ from fxzero.errors import CaptureError
 from tests.hf.models import CASES
 from tests.hf.worker import FAULT, build
 from tests.numerics.reference import num_programs
+from tests.numerics.sparing import verifying_less
 from tests.numerics.worker import launch
 
 TOLERANCE = 1e-5
@@ -32,7 +33,8 @@ def test_first_loss_in_one_process_is_that_of_the_plain_loop(name: str) -> None:
     expected = case.train(model, batch).detach()
     step = fxzero.compile(model, optimizer, fxzero.Plan(), loss=case.loss)
     torch.manual_seed(100)
-    assert torch.equal(step(**batch), expected)
+    with verifying_less({"zero": 0}):
+        assert torch.equal(step(**batch), expected)
     assert num_programs(step) == 1
 
 

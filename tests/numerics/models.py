@@ -340,7 +340,7 @@ class Case:
     loss: Callable[..., Any] | None = None
     scheduler: Callable[[Optimizer], lr_scheduler.LRScheduler] | None = None
     prepare: Callable[[nn.Module, int], None] | None = None
-    steps: int = 20
+    steps: int = 12
     captures: int = 1
     clip: dict[str, float] = field(default_factory=dict)
 

@@ -33,7 +33,7 @@ from tests.numerics.side_by_side import Values, check, first_difference, paramet
 from tests.numerics.sparing import sharing_first_capture, verifying_less
 from tests.numerics.test_precision import WIDTH, WORDS, adamw, momentum
 
-K, ROWS, STEPS = 4, 2, 8  # 4 x 2 rows a rank are one batch of 8
+K, ROWS, STEPS = 4, 2, 5  # 4 x 2 rows a rank are one batch of 8
 
 
 class Words(nn.Module):
@@ -184,7 +184,7 @@ def jobs(ranks: int) -> list[Job]:
             Job({"zero": 2, **unsharded}),
             Job({"zero": 3, **hybrid, "loss_scale": "dynamic"}, weighted=True),
         ]
-    found = [Job({"zero": zero}) for zero in range(4)]
+    found = [Job({"zero": zero}) for zero in (0, 3)]
     found += [
         Job({"zero": 1, **unsharded}),
         Job({"zero": 3, **unsharded}),

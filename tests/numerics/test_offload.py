@@ -13,6 +13,7 @@ from fxzero.errors import OffloadError
 from fxzero.graph.swap_ops import swapped_bytes
 from fxzero.runtime.swap import Swapper
 from tests.numerics.side_by_side import Values, first_difference, parameters
+from tests.numerics.sparing import sharing_first_capture
 from tests.passes import test_recompute_blocks as model_of
 from tests.passes.test_recompute_blocks import batch
 
@@ -48,11 +49,15 @@ def make(plan: dict[str, Any], seed: int = 0) -> tuple[Reader, torch.optim.Optim
     return model, optimizer, fxzero.compile(model, optimizer, fxzero.Plan(**plan))
 
 
+_captures: dict[str, Any] = {}
+
+
 def train(plan: dict[str, Any], *, steps: int = 20) -> tuple[Values, fxzero.TrainStep]:
     """Losses, and parameters and state after the last step."""
     model, optimizer, step = make(plan)
     torch.manual_seed(1)
-    losses = {f"loss {i}": step(batch(i)) for i in range(steps)}
+    with sharing_first_capture(_captures, ""):
+        losses = {f"loss {i}": step(batch(i)) for i in range(steps)}
     return losses | states(model, optimizer), step
 
 

@@ -29,7 +29,7 @@ from fxzero.recipe import recipe
 from tests.numerics.side_by_side import Values, check, first_difference, parameters, results_of, run_jobs
 from tests.numerics.sparing import sharing_first_capture, verifying_less
 
-STEPS, WORDS, WIDTH = 50, 51, 16
+STEPS, WORDS, WIDTH = 20, 51, 16
 
 
 class Reader(nn.Module):
@@ -114,7 +114,7 @@ def keeps_inputs(self: Precision, model: nn.Module, args: Any, kwargs: Any) -> A
 def jobs() -> list[Job]:
     low = {"precision": "bf16"}
     found = [Job({"zero": zero, **low}) for zero in range(4)]
-    found += [Job({"zero": zero, **low, "reduce_dtype": "bf16"}, torch.bfloat16) for zero in range(4)]
+    found += [Job({"zero": zero, **low, "reduce_dtype": "bf16"}, torch.bfloat16) for zero in (0, 3)]
     found += [
         Job({"zero": 3, **low, "bucket_bytes": 2**20, "bucket_form": "coalesced"}),
         Job({"zero": 3, **low, "prefetch": 2, "bucket_bytes": 0}),

@@ -24,6 +24,7 @@ from fxzero.graph.step_graph import ancestors
 from fxzero.passes.recompute_blocks import recompute_blocks
 from fxzero.recipe import captured_as, recipe
 from tests.numerics.side_by_side import Values, first_difference, parameters
+from tests.numerics.sparing import sharing_first_capture
 
 WIDTH, LAYERS, WORDS = 32, 4, 64
 
@@ -68,13 +69,17 @@ def batch(step: int) -> torch.Tensor:
     return torch.randint(WORDS, (4, 32), generator=torch.Generator().manual_seed(step))
 
 
+_captures: dict[str, Any] = {}
+
+
 def train(plan: dict[str, Any], *, steps: int = 20, checkpointed: bool = False) -> tuple[Values, fxzero.TrainStep]:
     torch.manual_seed(0)
     model = Reader(checkpointed=checkpointed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
     step = fxzero.compile(model, optimizer, fxzero.Plan(**plan))
     torch.manual_seed(1)
-    losses = {f"loss {i}": step(batch(i)) for i in range(steps)}
+    with sharing_first_capture(_captures, f"{checkpointed}"):
+        losses = {f"loss {i}": step(batch(i)) for i in range(steps)}
     return losses | parameters(model), step
 
 

@@ -51,7 +51,18 @@ def captured(depth: int = 3, *, world: int = 4) -> StepGraph:
     return step
 
 
-def rewritten(depth: int = 3, *, world: int = 4, backend: str = "nccl", **keys: Any) -> StepGraph:
+def rewritten(depth: int = 3, **keys: Any) -> StepGraph:
+    """A copy of a program, verified after each pass when it was first asked for; keys as of `rewritten_anew`."""
+    name = f"{depth} {sorted(keys.items())}"
+    if name not in _rewritten:
+        _rewritten[name] = rewritten_anew(depth, **keys)
+    return _rewritten[name].copy()
+
+
+_rewritten: dict[str, StepGraph] = {}
+
+
+def rewritten_anew(depth: int = 3, *, world: int = 4, backend: str = "nccl", **keys: Any) -> StepGraph:
     model, optimizer, batch = job(depth)
     plan = Plan(**{"bucket_bytes": 1024, **keys}).resolve(world)
     step = capture_step(rehearse(Inventory.of(model, optimizer))[0], None, batch, {}, options=captured_as(plan)).step

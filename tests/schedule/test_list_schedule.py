@@ -28,7 +28,7 @@ from fxzero.schedule.local_search import POLICIES, find_schedule
 from fxzero.schedule.problem import Problem
 from tests.numerics.local_ranks import run_ranks
 from tests.schedule.orders import random_order, with_turned
-from tests.schedule.steps import job, problem_of, rewritten
+from tests.schedule.steps import job, problem_of, rewritten, rewritten_anew
 from tests.schedule.test_evaluate import PLANS
 
 NUM_RANKS = 2
@@ -85,7 +85,7 @@ def test_a_schedule_is_faster_than_the_program_and_not_below_the_bound() -> None
 
 
 def test_schedules_do_not_depend_on_anything_but_the_graph() -> None:
-    orders = [find_schedule(problem_of(rewritten(zero=3))).order for _ in range(2)]
+    orders = [find_schedule(problem_of(rewritten_anew(zero=3))).order for _ in range(2)]
     assert orders[0] == orders[1]
 
 

@@ -16,6 +16,9 @@ from fxzero.recipe import recipe
 Rewritten = Callable[..., StepGraph]
 
 
+_programs: dict[str, StepGraph] = {}
+
+
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -41,6 +44,12 @@ def rewritten(capture: Any) -> Rewritten:
     """`rewritten(depth, **plan)` is the program of a rank of four."""
 
     def run(depth: int, **keys: Any) -> StepGraph:
+        name = f"{depth} {sorted(keys.items())}"
+        if name not in _programs:
+            _programs[name] = made(depth, keys)
+        return _programs[name].copy()
+
+    def made(depth: int, keys: dict[str, Any]) -> StepGraph:
         plan = Plan(**keys).resolve(4)
         model = Blocks(depth)
         step = capture(model, torch.optim.AdamW(model.parameters()), torch.randn(8, 32))
