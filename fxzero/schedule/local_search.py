@@ -28,11 +28,15 @@ from fxzero.schedule.problem import LAUNCH, Problem
 
 POLICIES = (
     Policy(),
+    Policy(ahead=1),
+    Policy(ahead=0),
+    Policy(ahead=2),
+    Policy(fetch_first=False),
+    Policy(ahead=1, fetch_first=False),
+    Policy(ahead=0, fetch_first=False),
     Policy(compute=BY_SLACK),
     Policy(compute=BY_SLACK, fetch_first=False),
-    Policy(fetch_first=False),
     Policy(in_turn=False),
-    Policy(ahead=3, fetch_first=False),
     Policy(compute=BY_WAY),
 )
 ENOUGH = 0.995  # of the lower bound: nothing further is tried
@@ -204,7 +208,7 @@ class _Search:
                     for compute in (BY_PROGRAM, BY_PLACE):
                         if self._made >= min(MOST_DELAYS, max(1, DELAYS_BY_CALLS // len(problem))):
                             return faster
-                        faster |= self.make(Policy(compute=compute), order)
+                        faster |= self.make(Policy(compute=compute, ahead=self.policy.ahead), order)
         return faster
 
 
