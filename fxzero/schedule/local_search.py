@@ -39,6 +39,7 @@ POLICIES = (
     Policy(in_turn=False),
     Policy(compute=BY_WAY),
 )
+LEAST_POLICIES, POLICIES_BY_CALLS = 4, 300_000  # that are tried: at least, and for all calls together
 ENOUGH = 0.995  # of the lower bound: nothing further is tried
 MOST_ROUNDS, ROUNDS_BY_CALLS = 8, 120_000  # of improvement: at most, and for all calls together
 PARTS_OF_ROOM = (0.75, 0.5, 0.25)  # between the smallest peak and the bound
@@ -87,7 +88,7 @@ def find_schedule(problem: Problem, *, bound_bytes: int | None = None) -> Schedu
     limit = int(memory_of(problem, program).max()) if bound_bytes is None else bound_bytes
     search = _Search(problem, limit, _way_out(problem, limit))
     search.consider(program, "the order of the program")
-    for policy in POLICIES:
+    for policy in POLICIES[: max(LEAST_POLICIES, POLICIES_BY_CALLS // max(1, len(problem)))]:
         search.make(policy, search.way_out)
         if search.is_enough:
             return search.best
