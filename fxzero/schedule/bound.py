@@ -97,20 +97,20 @@ def lower_bound(problem: Problem, *, bound_bytes: int | None = None, places: int
     for lane, name in enumerate(problem.lanes):
         found[f"load of {name}"] = preemptive_makespan(jobs_of(problem, reach, lane))
         if lane:
-            found[f"compute beside {name}"] = _compute_beside(problem, reach, lane, places)
+            found[f"compute beside {name}"] = _compute_beside(problem, reach, lane, places, bound_bytes)
     if bound_bytes is not None:
         found["memory"] = memory
     binds = max(found, key=lambda reason: found[reason])
     return LowerBound(found[binds], binds, found)
 
 
-def _compute_beside(problem: Problem, reach: Reach, lane: int, num_launches: int) -> float:
+def _compute_beside(problem: Problem, reach: Reach, lane: int, num_launches: int, bound_bytes: int | None) -> float:
     """See [Note: compute beside a lane]."""
     jobs = jobs_of(problem, reach, 0)
     compute = sum(seconds for _, seconds, _ in jobs)
     busy = sum(s for s, own in zip(problem.seconds, problem.lane, strict=True) if own == lane)
     still = min((head for head, _, _ in jobs), default=0.0) + min((tail for _, _, tail in jobs), default=0.0)
-    still = max(still, exposed_seconds(problem, lane, num_launches=num_launches))
+    still = max(still, exposed_seconds(problem, lane, num_launches=num_launches, bound_bytes=bound_bytes))
     slower = compute + still + (1 - 1 / problem.slowdown[lane]) * max(0.0, busy - still)
     return max(slower, busy + (1 - 1 / problem.hindrance[lane]) * compute)
 

@@ -212,7 +212,7 @@ class _Run:
             self.unread.add(call)
         elif kind == RUN and lane == 0:
             self.left -= problem.seconds[call]
-        if self.unread and kind != WAIT and lane >= 0:
+        if self.unread and kind == RUN and lane >= 0:
             self.unread.difference_update(self.fed_by.get(call, ()))
         for other in problem.after[call]:
             self.missing[other] -= 1

@@ -28,13 +28,18 @@ from fxzero.schedule.problem import LAUNCH, Problem
 
 POLICIES = (
     Policy(),
+    Policy(ahead=1),
+    Policy(ahead=0),
+    Policy(ahead=2),
+    Policy(fetch_first=False),
+    Policy(ahead=1, fetch_first=False),
+    Policy(ahead=0, fetch_first=False),
     Policy(compute=BY_SLACK),
     Policy(compute=BY_SLACK, fetch_first=False),
-    Policy(fetch_first=False),
     Policy(in_turn=False),
-    Policy(ahead=3, fetch_first=False),
     Policy(compute=BY_WAY),
 )
+LEAST_POLICIES, POLICIES_BY_CALLS = 4, 300_000  # that are tried: at least, and for all calls together
 ENOUGH = 0.995  # of the lower bound: nothing further is tried
 MOST_ROUNDS, ROUNDS_BY_CALLS = 8, 120_000  # of improvement: at most, and for all calls together
 PARTS_OF_ROOM = (0.75, 0.5, 0.25)  # between the smallest peak and the bound
@@ -83,7 +88,7 @@ def find_schedule(problem: Problem, *, bound_bytes: int | None = None) -> Schedu
     limit = int(memory_of(problem, program).max()) if bound_bytes is None else bound_bytes
     search = _Search(problem, limit, _way_out(problem, limit))
     search.consider(program, "the order of the program")
-    for policy in POLICIES:
+    for policy in POLICIES[: max(LEAST_POLICIES, POLICIES_BY_CALLS // max(1, len(problem)))]:
         search.make(policy, search.way_out)
         if search.is_enough:
             return search.best
@@ -204,7 +209,7 @@ class _Search:
                     for compute in (BY_PROGRAM, BY_PLACE):
                         if self._made >= min(MOST_DELAYS, max(1, DELAYS_BY_CALLS // len(problem))):
                             return faster
-                        faster |= self.make(Policy(compute=compute), order)
+                        faster |= self.make(Policy(compute=compute, ahead=self.policy.ahead), order)
         return faster
 
 

@@ -3,6 +3,8 @@
     python -m tests.benchmarks.schedule_bound --json out/schedule_bound.json
     python -m tests.benchmarks.schedule_bound --models llama_8b --worlds 64 --layers 8
 
+Each row is written to the file as it is done; with --resume, rows that it has already are not measured again.
+
 One process, no GPU, no process group: models live on the meta device, times are those of the cost model. All policies
 order the same program (same buckets), and may take as much memory as prefetching one bucket ahead does, or, with
 --times-smallest, a multiple of the least (which prefetching one bucket ahead does not heed):
@@ -22,8 +24,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -173,6 +176,11 @@ class Row:
     by_cost_peak_bytes: int
     smallest_peak_bytes: int
     schedule_seconds: float
+    times_smallest: float | None
+
+    @property
+    def key(self) -> tuple:
+        return self.model, self.layers, self.world, self.hardware, self.times_smallest
 
     @property
     def part_of_bound(self) -> float:
@@ -230,6 +238,7 @@ def measure(name: str, layers: int, world: int, hardware: str, step: StepGraph, 
         by_cost_peak_bytes=found.peak_bytes,
         smallest_peak_bytes=smallest,
         schedule_seconds=seconds,
+        times_smallest=times_smallest,
     )
 
 
@@ -241,8 +250,8 @@ def table(rows: Sequence[Row]) -> str:
             f"{row.model} ({row.layers} layers)",
             row.world,
             row.hardware,
-            *(f"{s * 1e3:,.0f} ms" for s in (row.no_overlap_s, row.prefetch_one_s, row.as_early_s, row.by_cost_s)),
-            f"{row.bound_s * 1e3:,.0f} ms",
+            *(f"{s * 1e3:,.0f} ms" for s in (row.no_overlap_s, row.prefetch_one_s, row.as_early_s)),
+            *(f"{s * 1e3:,.1f} ms" for s in (row.by_cost_s, row.bound_s)),
             f"{100 * row.part_of_bound:.1f}",
             row.binds,
             f"{row.by_cost_peak_bytes / GIB:.1f} / {row.memory_bound_bytes / GIB:.1f}",
@@ -260,25 +269,38 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of every model, instead of its own")
     parser.add_argument("--times-smallest", type=float, help="memory, as a multiple of the smallest peak")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the file of --json has")
     args = parser.parse_args()
-    rows = []
+    rows: list[Row] = []
+    if args.resume and args.json and args.json.exists():
+        rows = [Row(**row) for row in json.loads(args.json.read_text())]
+    known = {row.key for row in rows}
     for name in args.models:
+        layers = args.layers or MODELS[name].layers
+        keys = [(name, layers, *place, args.times_smallest) for place in product(args.worlds, args.hardware)]
+        for row in measured([key for key in keys if key not in known]):
+            rows.append(row)
+            print(table([row]).splitlines()[-1], file=sys.stderr)
+            if args.json:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    print(table(rows))
+
+
+def measured(keys: Sequence[tuple]) -> Iterator[Row]:
+    """The rows of one model, world after world: captured once, all passes run once for each world."""
+    step, program, last = None, None, None
+    for name, layers, world, hardware, times_smallest in keys:
         model = MODELS[name]
-        layers = args.layers or model.layers
         plan = Plan(zero=3, precision="bf16", recompute="blocks", bucket_bytes=model.bucket_bytes)
-        step = captured(model, layers, plan)
-        print(f"{name}: {len(step.graph.nodes):,} nodes captured", file=sys.stderr)
-        for world in args.worlds:
-            resolved = plan.resolve(world)
+        if step is None:
+            step = captured(model, layers, plan)
+            print(f"{name}: {len(step.graph.nodes):,} nodes captured", file=sys.stderr)
+        if world != last:
+            resolved, last = plan.resolve(world), world
             step.mesh = dict(resolved.axes)
             program = recipe(resolved, backend="nccl").run(step, check=False)
-            for hardware in args.hardware:
-                rows.append(measure(name, layers, world, hardware, program, args.times_smallest))
-                print(table(rows[-1:]).splitlines()[-1], file=sys.stderr)
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    print(table(rows))
+        yield measure(name, layers, world, hardware, program, times_smallest)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""No more fetches are launched ahead than a policy says."""
+
+from __future__ import annotations
+
+import math
+
+from fxzero.schedule.least_memory import least_memory_order
+from fxzero.schedule.list_schedule import Policy, fetches_of, list_schedule, ways_to_end
+from fxzero.schedule.problem import RUN, Problem
+from tests.schedule.steps import problem_of, rewritten
+
+
+def most_unread(problem: Problem, ahead: float) -> int:
+    """The most fetches that were launched and not read yet when another one was launched, with ample memory."""
+    order = list_schedule(
+        problem,
+        Policy(ahead=ahead, queue_s=1.0),
+        way_out=least_memory_order(problem),
+        bound_bytes=10**9,
+        ways=ways_to_end(problem),
+    )
+    fetches, fed_by = fetches_of(problem)
+    unread: set[int] = set()
+    most = 0
+    for call in order:
+        if call in fetches:
+            most = max(most, len(unread))
+            unread.add(call)
+        elif problem.kind[call] == RUN and problem.lane[call] == 0:
+            unread.difference_update(fed_by.get(call, ()))
+    return most
+
+
+def test_fetches_ahead_are_as_many_as_the_policy_says() -> None:
+    """Without a limit there are more: the first three lines can fail."""
+    problem = problem_of(rewritten(zero=3, depth=5))
+    for ahead in (1, 2, 3):
+        assert most_unread(problem, ahead) == ahead
+    assert most_unread(problem, math.inf) > 3
