@@ -10,7 +10,7 @@ import torch
 
 from fxzero.cost.hardware import Hardware, hardware_of
 from fxzero.cost.memory import memory_timeline
-from fxzero.cost.recorded import Machine, RecordedCosts, is_timed
+from fxzero.cost.recorded import Machine, RecordedCosts, is_timed, knows
 from fxzero.cost.signature import signature
 from fxzero.cost.tasks import step_tasks
 from fxzero.errors import HardwareError, RewriteError
@@ -19,7 +19,6 @@ from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import reorder
 from fxzero.graph.step_graph import device_of
-from fxzero.graph.storage import InPlace
 from fxzero.schedule.local_search import find_schedule
 from fxzero.schedule.problem import Problem
 
@@ -81,15 +80,13 @@ def schedule_step(
 
 def _known_costs(step: StepGraph, costs: RecordedCosts) -> dict[str, float]:
     """Signature of a call -> recorded seconds, if any call of the step is among them."""
-    forms = InPlace(step).forms
-    calls = [signature(node, step.mesh, form=forms.get(node)) for node in filter(is_timed, step.calls())]
     found = costs.seconds
-    if not any(call in found for call in calls):
-        others = f"{len(found)} others, such as {min(found)!r}" if found else "none"
+    if not knows(found, step):
+        own = next((signature(node, step.mesh) for node in filter(is_timed, step.calls())), None)
         raise HardwareError.of(
             f"{costs!r}",
-            expected=f"costs of calls of this step, such as {calls[0]!r}" if calls else "costs",
-            got=others,
+            expected=f"costs of calls of this step, such as {own!r}" if own else "costs",
+            got=f"{len(found)} others, such as {min(found)!r}" if found else "none",
             fix="record this step: step.record(*batch, costs=FILE)",
         )
     return found

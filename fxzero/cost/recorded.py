@@ -211,6 +211,17 @@ def costs_from(
     return {key: statistics.fmean(values) for key, values in found.items()}
 
 
+def knows(recorded: Mapping[str, float], step: StepGraph) -> bool:
+    """Whether any call of a program is among recorded costs.
+
+    Args:
+        recorded: signature -> seconds.
+        step: the program.
+    """
+    forms = InPlace(step).forms
+    return any(signature(node, step.mesh, form=forms.get(node)) in recorded for node in filter(is_timed, step.calls()))
+
+
 def is_timed(call: fx.Node) -> bool:
     """Whether a call has a cost of its own."""
     return not is_getitem(call) and not c10d.is_release(call)

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxzero.cost.hardware import Hardware
+from fxzero.cost.recorded import knows
 from fxzero.cost.tasks import Task, step_tasks
 from fxzero.graph import StepGraph
 from fxzero.graph.collectives import launched_for_next
@@ -84,16 +85,19 @@ def predict(
     Args:
         steps: its programs, one a microbatch; equal ones are the same object.
         hardware: the machine.
-        recorded: signature of an op -> measured seconds (`step_tasks`).
+        recorded: signature of an op -> measured seconds (`step_tasks`). Where it knows the step, what lanes and compute
+            do to each other is in it, and is not counted again.
 
     Raises:
         SimulationError: if a cost makes no sense, or there is none because a shape is known only when the step runs.
     """
     tasks: dict[fx.Node, Task] = {}
-    for step in {id(step): step for step in steps}.values():
+    programs = {id(step): step for step in steps}.values()
+    for step in programs:
         _check_shapes(step)
         tasks |= step_tasks(step, hardware, recorded=recorded)
-    machine = hardware if recorded is None else hardware.undisturbed()
+    measured = recorded is not None and any(knows(recorded, step) for step in programs)
+    machine = hardware.undisturbed() if measured else hardware
     return Prediction(machine, tasks, _simulated(steps, tasks, machine))
 
 
