@@ -210,7 +210,7 @@ def become_rank(request: dict[str, Any]) -> None:
     written = os.open(request["output"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(written, 1)
     os.dup2(written, 2)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.stdout.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
     sys.argv = [request["module"], *request["args"]]
     runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
     sys.stdout.flush()
