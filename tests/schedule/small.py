@@ -26,25 +26,52 @@ def small_problem(rng: random.Random, *, num_launches: int = 3, num_runs: int = 
             reads.append([len(kind) - 1])
             launch_of.append(len(kind) - 1)
             kind.append(WAIT)
-    count = len(kind)
+    phases = [rng.choice(("forward", "backward", "update")) for _ in kind]
+    slowdown, hindrance = rng.choice((1.0, 1.0, 1.5)), rng.choice((1.0, 1.0, 2.5))
+    return drawn_problem(
+        rng, kind, reads, launch_of, phases, slowdown=slowdown, hindrance=hindrance, least_s=0, launch_s=0.5
+    )
+
+
+def drawn_problem(
+    rng: random.Random,
+    kind: list[int],
+    reads: list[list[int]],
+    launch_of: list[int],
+    phases: list[str],
+    *,
+    slowdown: float,
+    hindrance: float,
+    least_s: int,
+    launch_s: float,
+) -> Problem:
+    """Calls of compute and of one lane beside it, with seconds and bytes that are drawn.
+
+    Args:
+        kind, reads, launch_of: as those of a Problem.
+        phases: call -> that of its node.
+        slowdown, hindrance: of the lane.
+        least_s: seconds of a call, at least; 5 at most.
+        launch_s: for which some launches hold compute.
+    """
     graph = fx.Graph()
-    nodes = [graph.placeholder(f"call_{call}") for call in range(count)]
-    for node in nodes:
-        node.meta.update(phase=rng.choice(("forward", "backward", "update")), module="")
-    readers: list[list[int]] = [[other for other in range(count) if call in reads[other]] for call in range(count)]
-    stored = [call for call in range(count) if kind[call] != WAIT]
+    nodes = [graph.placeholder(f"call_{call}") for call in range(len(kind))]
+    for node, phase in zip(nodes, phases, strict=True):
+        node.meta.update(phase=phase, module="")
+    readers = [[other for other, read in enumerate(reads) if call in read] for call in range(len(kind))]
+    stored = [call for call, what in enumerate(kind) if what != WAIT]
     for call in stored:  # what a launch brings is read through its wait; what it sends stays until then
         readers[call] += [other for wait in readers[call] if kind[wait] == WAIT for other in readers[wait]]
         readers[call] += [launch_of.index(other) for other in readers[call] if kind[other] == LAUNCH]
     return Problem(
         nodes=nodes,
         lanes=["compute", "net:dp"],
-        slowdown=[1.0, rng.choice((1.0, 1.0, 1.5))],
-        hindrance=[1.0, rng.choice((1.0, 1.0, 2.5))],
+        slowdown=[1.0, slowdown],
+        hindrance=[1.0, hindrance],
         lane=[0 if what == RUN else 1 if what == LAUNCH else -1 for what in kind],
         kind=kind,
-        seconds=[0.0 if what == WAIT else float(rng.randint(0, 5)) for what in kind],
-        launch_s=[rng.choice((0.0, 0.5)) if what == LAUNCH else 0.0 for what in kind],
+        seconds=[0.0 if what == WAIT else float(rng.randint(least_s, 5)) for what in kind],
+        launch_s=[rng.choice((0.0, launch_s)) if what == LAUNCH else 0.0 for what in kind],
         launch_of=launch_of,
         reads=reads,
         before=reads,
