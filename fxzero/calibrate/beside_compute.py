@@ -87,7 +87,7 @@ def streams_of(kinds: Sequence[Start], device: torch.device, *, fast: bool) -> l
         device: of the tensors.
         fast: shows that it works, its figures are of no use.
     """
-    compute = _Compute(device)
+    compute = Compute(device)
     found = []
     for start in kinds:
         for size in FAST_SIZES if fast else SIZES:
@@ -102,7 +102,7 @@ def streams_of(kinds: Sequence[Start], device: torch.device, *, fast: bool) -> l
     return found
 
 
-def _stream(start: Start, whole: torch.Tensor, compute: _Compute, chunks: int) -> dict[str, float]:
+def _stream(start: Start, whole: torch.Tensor, compute: Compute, chunks: int) -> dict[str, float]:
     dist.barrier()
     alone_s = compute.run(chunks * MESSAGES)
     dist.barrier()
@@ -133,8 +133,12 @@ def _waited(waits: Sequence[Callable[[], object]]) -> float:
     return time.perf_counter() - began
 
 
-class _Compute:
-    """Compute in small chunks: a product and a sum, as in a step."""
+class Compute:
+    """Compute in small chunks: a product and a sum, as in a step.
+
+    Attributes:
+        chunk_s: seconds of one, alone; as rank 0 has measured it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._matrix = torch.randn(256, 256, device=device)
@@ -148,6 +152,8 @@ class _Compute:
         for _ in range(chunks):
             torch.mm(self._matrix, self._matrix)
             torch.add(self._vector, self._vector)
+        if self._matrix.is_cuda:
+            torch.cuda.synchronize(self._matrix.device)
         return time.perf_counter() - began
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fxzero.calibrate.beside_compute import BesideCompute, Start, beside_compute, line, streams_of
+from fxzero.calibrate.beside_compute import BesideCompute, Compute, Start, beside_compute, line, streams_of
 from fxzero.calibrate.timing import Measured
 from fxzero.cost.hardware import CollectiveRate, Link
 from fxzero.errors import HardwareError
@@ -225,32 +225,17 @@ def _median_of(start: Start, whole: torch.Tensor, *, burst: int, fast: bool) -> 
 def _slowdown(start: Start, device: torch.device) -> float:
     """By what factor compute takes longer while a collective is under way; all ranks compute, as in a step."""
     whole = torch.ones(CONTENTION_BYTES // 4, device=device)
-    x = torch.randn(256, 256, device=device)
-    y = torch.randn(2**18, device=device)
-
-    def chunk() -> None:
-        torch.mm(x, x)
-        torch.add(y, y)
-
-    def chunks(number: int) -> float:
-        began = time.perf_counter()
-        for _ in range(number):
-            chunk()
-        _settle(whole)
-        return time.perf_counter() - began
-
-    chunks(5)
+    compute = Compute(device)
     dist.barrier()
-    one = statistics.median(chunks(5) / 5 for _ in range(5))
     under_way = statistics.median(_median_of(start, whole, burst=1, fast=True)[TOTAL] for _ in range(2))
-    number = max(1, int(0.5 * under_way / one))  # ends before the collective does
+    number = max(1, int(0.5 * under_way / compute.chunk_s))  # ends before the collective does
     alone, beside = [], []
     for _ in range(9):  # in turns, so that what else the machine does falls on both
         dist.barrier()
-        alone.append(chunks(number))
+        alone.append(compute.run(number))
         dist.barrier()
         wait = start(whole)
-        beside.append(chunks(number))
+        beside.append(compute.run(number))
         wait()
     return statistics.median(beside) / statistics.median(alone)
 

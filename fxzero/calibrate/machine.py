@@ -21,9 +21,7 @@ from fxzero.cost.hardware import CollectiveRate, Hardware, Link
 from fxzero.cost.hardware_file import COLLECTIVES
 from fxzero.cost.machine_name import device_name, load_average, num_devices
 
-NOTHING_TO_SEND = Collectives(
-    Link(1e-6, math.inf), {}, BesideCompute(0.0, 0.0, 1.0, 1.0), []
-)  # what one rank has: nothing to send
+NOTHING_TO_SEND = Collectives(Link(1e-6, math.inf), {}, BesideCompute(0.0, 0.0, 1.0, 1.0), [])  # of one rank
 
 
 @dataclass
@@ -78,11 +76,11 @@ class Calibration:
 
     def measure_collectives(self) -> None:
         """The link between ranks of this machine."""
-        alone = self.world == 1
-        self.found["collectives"] = (
-            NOTHING_TO_SEND if alone else measure(self.world, threads=self.threads, fast=self.fast)
-        )
-        self.rows += self.found["collectives"].rows
+        found = NOTHING_TO_SEND
+        if self.world > 1:
+            found = measure(self.world, threads=self.threads, fast=self.fast)
+        self.found["collectives"] = found
+        self.rows += found.rows
 
     def measure_copies(self) -> None:
         """Tiers of offload."""
