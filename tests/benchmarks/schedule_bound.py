@@ -210,7 +210,7 @@ def as_early(problem: Problem, limit: int) -> list[int]:
 
 def measure(name: str, layers: int, world: int, hardware: str, step: StepGraph, times_smallest: float | None) -> Row:
     machine = Hardware.load(hardware)
-    problem = Problem.of(step, step_tasks(step, machine), slowdown=machine.slowdown)
+    problem = Problem.of(step, step_tasks(step, machine), slowdown=machine.slowdown, hindrance=machine.hindrance)
     program = list(range(len(problem)))
     smallest = peak_of(problem, least_memory_order(problem))
     limit = peak_of(problem, program) if times_smallest is None else int(times_smallest * smallest)

@@ -75,4 +75,5 @@ def tasks_of(step: StepGraph, hardware: str = "h100") -> dict[fx.Node, Task]:
 
 
 def problem_of(step: StepGraph, hardware: str = "h100") -> Problem:
-    return Problem.of(step, tasks_of(step, hardware), slowdown=Hardware.load(hardware).slowdown)
+    machine = Hardware.load(hardware)
+    return Problem.of(step, tasks_of(step, hardware), slowdown=machine.slowdown, hindrance=machine.hindrance)

@@ -84,6 +84,25 @@ def test_an_estimate_of_the_fixed_order_is_near_what_the_simulator_plays(
     assert found.peak_bytes == pytest.approx(peak(program), rel=0.15)
 
 
+@pytest.mark.parametrize("latency_s", [1e-6, H100.network_link.latency_s])
+@pytest.mark.parametrize("size", [0, 4096])
+def test_an_estimate_knows_that_lanes_are_slower_beside_compute(
+    step: StepGraph, traffic: Traffic, size: int, latency_s: float
+) -> None:
+    """It is as near to the simulator as where they are not; with that left out it is far from it."""
+    alone = replace(H100, network_link=Link(latency_s, H100.network_link.bytes_s))
+    beside = replace(alone, beside_compute={"net": 4.0})
+    program = run(step, bucket_bytes=size)
+
+    def ratio(machine: Hardware, estimated_for: Hardware) -> float:
+        own = Traffic(traffic.messages, traffic.marks, traffic.mesh, estimated_for)
+        found = flow_of(own, buckets_of(traffic, even(size)), Rules(by_cost=False))
+        return found.seconds / predict([program], machine).seconds
+
+    assert ratio(beside, beside) == pytest.approx(ratio(alone, alone), abs=0.03)
+    assert ratio(beside, alone) < ratio(alone, alone) - 0.05
+
+
 def test_an_estimate_without_latency_is_far_from_it(step: StepGraph, traffic: Traffic) -> None:
     free = Traffic(traffic.messages, traffic.marks, traffic.mesh, replace(H100, network_link=Link(0.0, 1e12)))
     found = flow_of(free, buckets_of(free, even(0)), Rules(by_cost=False))
