@@ -393,3 +393,8 @@ def dtensor_over(local: torch.Tensor, mesh: Any, placements: Any, *, shape: Any,
 
     meta = TensorMeta(torch.Size(shape), tuple(stride), local.dtype)
     return DTensor(local, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
+
+
+def is_profiled() -> bool:
+    """Whether torch's profiler records this thread."""
+    return torch.autograd._profiler_enabled()

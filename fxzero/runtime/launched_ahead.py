@@ -15,6 +15,11 @@ Memory in which messages arrive must stay until they have arrived, else gloo's c
 comes later. So a step that is dropped while the process goes on waits for what it has launched. At exit nothing waits:
 other ranks may be gone. The gathers that a last step launches are then for a step that never comes; where another rank
 has left before they are launched, that is no error of this step ([Note: launches that fail] in `send_recv.py`).
+
+[Note: under torch's profiler]
+A profile that ends while a collective over gloo is under way is damaged: torch 2.13 ends the process when the profile
+is deleted (plain `all_gather_into_tensor(async_op=True)` shows it). So a step that is profiled waits for what it has
+launched.
 """
 
 from __future__ import annotations
@@ -136,6 +141,8 @@ class LaunchedAhead:
         results = step.results
         for name, value in launched.items():
             self._kept[name] = _UnderWay.of(value, _form(results[(LAUNCHED, name)]), *rows(name))
+        if compat.is_profiled():  # [Note: under torch's profiler]
+            _drain(self._kept)
 
     def _launching(self, step: StepGraph, names: tuple[str, ...]) -> Program:
         key = (id(step), names)

@@ -104,6 +104,7 @@ def wait(pending: Pending) -> torch.Tensor:
     """Wait for a collective and return what it yields; sums in the order of ranks."""
     for work in pending.works:
         work.wait()
+    pending.works = []  # a message can be waited for once
     if pending.out is not None:
         return pending.out
     first, second, *rest = pending.parts

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxzero
+from fxzero import compat
 from fxzero.cost.recorded import RecordedCosts, costs_from
 from fxzero.errors import FxzeroError, RankMismatchError
 from fxzero.runtime import launched_ahead
@@ -182,7 +183,7 @@ def run(job: Job, rank: int) -> str:
 
 @dataclass(frozen=True)
 class CostJob:
-    """Ranks with other files of recorded costs; what they say of it is compared with what is expected."""
+    """What both ranks do; they say what went wrong, if anything."""
 
     name: str
     run: Callable[[int], str]
@@ -274,6 +275,34 @@ def recorded_now(rank: int) -> str:
 COST_JOBS = [CostJob(run.__name__, run) for run in (other_files, own_files, no_file, recorded_now)]
 
 
+# ---- under torch's profiler
+
+
+def profiled(rank: int, *, known: bool = True) -> str:
+    """Nothing is under way when a profile ends, and the next step is the same as without it."""
+    losses = []
+    for number in range(2):
+        torch.manual_seed(0)
+        model = Words()
+        plan = fxzero.Plan(cross_step=True, **MESSAGES)
+        step = fxzero.compile(model, torch.optim.SGD(model.parameters(), lr=0.1), plan)
+        with mock.patch.object(compat, "is_profiled", mock.Mock(return_value=known and number == 1)):
+            step(batch(0, rank))
+        under_way = any(gather.value.works for gather in step._ahead._kept.values())
+        if under_way == (number == 1):
+            return f"under way: {under_way}, profiled: {number == 1}"
+        losses.append(step(batch(1, rank)))
+    return "" if torch.equal(*losses) else "another loss"
+
+
+def profiled_unseen(rank: int) -> str:
+    """The planted fault: nobody asks for the profiler."""
+    return profiled(rank, known=False)
+
+
+PROFILE_JOBS = [CostJob(run.__name__, run) for run in (profiled, profiled_unseen)]
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return results_of("tests.numerics.test_cross_step", tmp_path_factory.mktemp("cross_step"), ranks=2)
@@ -291,6 +320,12 @@ def test_all_ranks_are_ordered_by_the_costs_of_rank_0(job: CostJob, results: lis
     check(job, results, differs=False)
 
 
+@pytest.mark.multirank
+@pytest.mark.parametrize("job", PROFILE_JOBS, ids=lambda job: job.name)
+def test_a_profile_ends_with_nothing_under_way(job: CostJob, results: list[dict[str, str]]) -> None:
+    check(job, results, differs=job.run is profiled_unseen)
+
+
 def run_either(job: Job | CostJob, rank: int) -> str:
     if isinstance(job, Job):
         return run(job, rank)
@@ -300,4 +335,4 @@ def run_either(job: Job | CostJob, rank: int) -> str:
 
 if __name__ == "__main__":
     here = importlib.import_module("tests.numerics.test_cross_step")
-    run_jobs(sys.argv[1], [*here.JOBS, *here.COST_JOBS], here.run_either)
+    run_jobs(sys.argv[1], [*here.JOBS, *here.COST_JOBS, *here.PROFILE_JOBS], here.run_either)
