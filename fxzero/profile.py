@@ -17,6 +17,7 @@ from fxzero.cost.recorded import RecordedCosts, costs_from
 from fxzero.cost.tasks import FREE, Task
 from fxzero.errors import CaptureError
 from fxzero.graph.lanes import COMPUTE, RUNS, is_launch
+from fxzero.plan import Plan
 from fxzero.runtime.recorder import Recorder
 from fxzero.runtime.recording import Recording, Sample
 from fxzero.simulate.prediction import predict
@@ -27,6 +28,7 @@ from fxzero.simulate.timeline import Timeline, simulate
 class Profiled:
     """The part of a TrainStep that measures it."""
 
+    plan: Plan
     _device: torch.device
     _last: list[Any]
 
@@ -94,8 +96,8 @@ class Profiled:
             path: of a trace for ui.perfetto.dev with the predicted and the measured step, written by rank 0; with
                 "{rank}" in it, each rank writes its own. None: no file.
             steps: how many to record.
-            hardware: that times are predicted for: a description, its name ("h100") or its file; default: that of the
-                step's device.
+            hardware: that times are predicted for: a description, its name ("h100") or its file; default: the
+                plan's.
 
         Raises:
             CaptureError: as `record`, or where the folder of `path` does not exist.
@@ -105,7 +107,7 @@ class Profiled:
         if isinstance(hardware, (str, Path)):
             hardware = Hardware.load(hardware)
         recording = self.record(*args, steps=steps, **kwargs)
-        found = side_by_side(recording, hardware or hardware_of(recording.steps[-1]))
+        found = side_by_side(recording, hardware or hardware_of(recording.steps[-1], named=self.plan.hardware))
         if file is not None:
             found.write(file)
         return found

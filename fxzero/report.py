@@ -45,7 +45,7 @@ def report(
         records, seconds: what the passes did, and how long each phase of compilation took.
         allocator: whose rules the peak follows; default: that of the graph's device.
         decision: what was decided for the last one.
-        hardware: the machine that times are predicted for; default: that of the graph's device.
+        hardware: the machine that times are predicted for; default: the plan's.
     """
     last = steps[-1]
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.axes.items())
@@ -57,7 +57,7 @@ def report(
         _ahead_line(last),
         memory_tables(highest_profile(steps, allocator=allocator)[1]),
         swap_table(swapped_in_step(steps)),
-        _time(steps, hardware or hardware_of(last)),
+        _time(steps, hardware or hardware_of(last, named=plan.hardware)),
         "" if decision is None else str(decision),
         *last.remarks.values(),
         _waiting_lines(last),

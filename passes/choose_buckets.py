@@ -6,7 +6,7 @@ Nothing moves here: each launch learns the number of its bucket (`meta["bucket"]
 
 from __future__ import annotations
 
-from fxzero.cost.hardware import Hardware, hardware_of
+from fxzero.cost.hardware import hardware_of
 from fxzero.cost.memory import memory_timeline
 from fxzero.cost.tasks import step_tasks
 from fxzero.graph import StepGraph
@@ -54,7 +54,7 @@ def choose_buckets(
         bucket_bytes: of each bucket, where that is given and only what stays gathered is decided.
         keep: parameters may stay gathered from forward to backward, where that pays.
     """
-    machine = hardware_of(step, backend=backend) if hardware == "auto" else Hardware.load(hardware)
+    machine = hardware_of(step, backend=backend, named=hardware)
     traffic = traffic_of(step, machine)
     if not traffic.messages:
         return 0

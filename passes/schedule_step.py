@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fxzero.cost.hardware import Hardware, hardware_of
+from fxzero.cost.hardware import hardware_of
 from fxzero.cost.memory import memory_timeline
 from fxzero.cost.recorded import Machine, RecordedCosts, is_timed, knows
 from fxzero.cost.signature import signature
@@ -49,7 +49,7 @@ def schedule_step(
         HardwareError: if there is no such file, or it is another machine's, or knows no call of this step.
         PlanError: if no order is found that takes so little memory, naming the call at which it does not fit.
     """
-    machine = hardware_of(step, backend=backend) if hardware == "auto" else Hardware.load(hardware)
+    machine = hardware_of(step, backend=backend, named=hardware)
     if isinstance(costs, str):
         costs = RecordedCosts.load(costs, machine=Machine.of(torch.device(device_of(step))), force=any_machine)
     recorded = None

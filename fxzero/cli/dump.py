@@ -98,7 +98,7 @@ def _render(
         return to_dot(step)
     if args.format == "report":
         rules = allocator_of(args)
-        hardware = hardware_of(step, backend=args.backend)
+        hardware = hardware_of(step, backend=args.backend, named=plan.hardware)
         shown = report([step], plan, pipeline.records, seconds, allocator=rules, decision=decision, hardware=hardware)
         return shown + "\n"
     header, _, rest = to_text(step, phases=args.phase, color=wants_color(args.out)).partition("\n")

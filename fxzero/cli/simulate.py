@@ -70,7 +70,7 @@ def add_command(commands: Any) -> None:
     about = "predict how long a step takes, and what it waits for"
     parser = commands.add_parser("simulate", help=about, description=DESCRIPTION)
     add_target_options(parser)
-    about = "h100, h200, a100, h100_ethernet, cpu, or a TOML file; default: what --backend stands for"
+    about = "h100, h200, a100, h100_ethernet, cpu, or a TOML file; default: the plan's, or what --backend stands for"
     parser.add_argument("--hardware", metavar="NAME|FILE", help=about)
     about = "costs that step.record(..., costs=FILE) measured, by op, instead of estimates"
     parser.add_argument("--recorded", metavar="FILE", help=about)
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     progress = progress_of(args)
     captured = capture_microbatches(args.target, plan, progress)
     if hardware is None:
-        hardware = hardware_of(captured[-1], backend=args.backend)
+        hardware = hardware_of(captured[-1], backend=args.backend, named=plan.hardware)
     steps = run_decided(captured, plan, progress, backend=args.backend, check=not args.no_verify)
     with progress.stage("simulate", f"simulate {sum(len(step.graph.nodes) for step in steps):,} nodes"):
         prediction = predict(steps, hardware, recorded=recorded)

@@ -214,15 +214,21 @@ def known_hardware(name: str) -> Hardware:
     return Hardware.load(name)
 
 
-def hardware_of(step: StepGraph, *, backend: str = "") -> Hardware:
-    """The description for the device that a graph's tensors lie on.
+def hardware_of(step: StepGraph, *, backend: str = "", named: str = "auto") -> Hardware:
+    """The description for the device that a graph's tensors lie on, or the one that a plan names.
 
     A GPU is known by its name; one of another name, or of a machine that is not this one, counts as an H100.
 
     Args:
         step: the graph.
         backend: what carries collectives; "nccl" stands for GPUs, though a meta model is traced on the CPU.
+        named: name or path of the description; "auto": by the device.
+
+    Raises:
+        HardwareError: if there is no such description, or it cannot be.
     """
+    if named != "auto":
+        return Hardware.load(named)
     kinds = {val.device.type for node in step.placeholders if isinstance(val := node.meta.get("val"), torch.Tensor)}
     if "cuda" not in kinds and backend != "nccl":
         return known_hardware("cpu")

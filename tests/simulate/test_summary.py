@@ -84,6 +84,17 @@ def test_a_profile_compares_every_call(step: Any, tmp_path: Path) -> None:
     assert names == {"predicted", "measured"}
 
 
+def test_times_are_predicted_for_the_machine_that_the_plan_names(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(replace(known_hardware("cpu"), name="mine").to_toml())
+    model = nn.Linear(64, 64)
+    plan = fxzero.Plan(hardware=str(file))
+    step = fxzero.compile(model, torch.optim.SGD(model.parameters()), plan, loss=lambda model, x: model(x).mean())
+    found = step.profile(torch.randn(32, 64), path=None, steps=1)
+    assert found.prediction.hardware.name == "mine" and " on mine" in step.report()
+    assert step.profile(torch.randn(32, 64), path=None, steps=1, hardware="cpu").prediction.hardware.name == "cpu"
+
+
 def test_a_call_that_took_twice_as_long_is_seen_in_its_class(step: Any) -> None:
     found = step.profile(torch.randn(32, 64), path=None, steps=1)
     (timeline,) = found.measured
