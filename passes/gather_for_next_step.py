@@ -6,8 +6,12 @@ the program launches them for the next one: what it returns for the parameter is
 and an input of that kind stands for it in the next program, which waits for it where it first reads the parameter. In
 between lie the rest of the updates, the loader of data, and what the ranks have to agree on. The launch stands in the
 program of the step that it follows, the wait in the program that needs it: so each is where time is won or lost.
-Only what a step launches before its first wait is carried: as many gathers as are on their way then in any case, which
-`prefetch` says. A parameter that is not trained is gathered from its rows as they are.
+A parameter that is not trained is gathered from its rows as they are.
+
+What is carried: in the fixed order, what a step launches before its first wait, as many gathers as are on their way
+then in any case, which `prefetch` says. Where costs decide: what forward would wait for. If its lane gathers one
+parameter after the other from the step's beginning on, a gather that is not there when compute comes to its reader is
+carried, and the lane goes on with the next one.
 """
 
 from __future__ import annotations
@@ -17,17 +21,22 @@ from typing import Any
 
 from torch import fx
 
+from fxzero.cost.hardware import Hardware, hardware_of
 from fxzero.cost.memory import memory_timeline
+from fxzero.cost.tasks import step_tasks
 from fxzero.graph import StateEntry, StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor
+from fxzero.graph.lanes import COMPUTE
 from fxzero.graph.step_graph import CARRIED_KINDS, LAUNCHED, first_argument, identifier, is_getitem
 
 
 @graph_pass(requires=("updates-placed", "parameters-sharded"), provides=("gathers-carried",))
-def gather_for_next_step(step: StepGraph, *, memory_bytes: int | None = None) -> int:
-    """Launch the gathers with which forward begins in the step before; [Note: carried over the end of a step].
+def gather_for_next_step(
+    step: StepGraph, *, memory_bytes: int | None = None, hardware: str | None = None, backend: str = ""
+) -> int:
+    """Launch gathers that forward begins with in the step before; [Note: carried over the end of a step].
 
     Of several microbatches the first one's program waits for what the last one's has launched.
 
@@ -35,18 +44,52 @@ def gather_for_next_step(step: StepGraph, *, memory_bytes: int | None = None) ->
         step: the graph.
         memory_bytes: that tensors of the device may take, state included: as many of these gathers are carried, from
             the first on, as the peak allows. None: all.
+        hardware: name or path of the machine whose costs say what is carried, "auto": the device's; None: no costs.
+        backend: what carries collectives, for "auto".
     """
-    launches = _first_launches(step)
-    while launches and memory_bytes is not None and not _fits(step, len(launches), memory_bytes):
-        launches.pop()
-    return _carry(step, launches)
+    if hardware is None:
+        launches = _first_launches(step)
+    else:
+        launches = _late_launches(step, hardware_of(step, backend=backend, named=hardware))
+    names = [launch.name for launch in launches]
+    if memory_bytes is not None:
+        names = _that_fit(step, names, memory_bytes)
+    return _carry(step, [launch for launch in launches if launch.name in names])
 
 
-def _fits(step: StepGraph, count: int, memory_bytes: int) -> bool:
-    """Whether the peak with so many launches carried is within a bound, or no higher than without."""
-    tried = step.copy()
-    _carry(tried, _first_launches(tried)[:count])
-    return int(memory_timeline(tried).total.max()) <= max(memory_bytes, int(memory_timeline(step).total.max()))
+def _that_fit(step: StepGraph, names: list[str], memory_bytes: int) -> list[str]:
+    """As many launches, from the first on, as keep the peak within a bound, or no higher than it is."""
+    most = max(memory_bytes, int(memory_timeline(step).total.max()))
+    fitting, too_many = 0, len(names) + 1
+    while too_many - fitting > 1:
+        count = (fitting + too_many) // 2
+        tried = step.copy()
+        _carry(tried, [node for node in tried.calls() if node.name in names[:count]])
+        if int(memory_timeline(tried).total.max()) <= most:
+            fitting = count
+        else:
+            too_many = count
+    return names[:fitting]
+
+
+def _late_launches(step: StepGraph, machine: Hardware) -> list[fx.Node]:
+    """The gathers of forward that would not be there in time if each were launched in this step."""
+    tasks = step_tasks(step, machine)
+    clock = 0.0
+    free: dict[str, float] = {}  # lane -> when it is through with what is gathered in this step
+    found: dict[fx.Node, bool] = {}  # launch -> whether it would be late
+    for node in step.calls():
+        if node.meta["phase"] != "forward":
+            continue
+        if c10d.is_wait(node) and c10d.gathers_parameters(launch := c10d.launched_by(node)) and launch not in found:
+            lane, seconds = tasks[launch].resource, tasks[launch].seconds
+            found[launch] = free.get(lane, 0.0) + seconds > clock
+            if not found[launch]:
+                free[lane] = free.get(lane, 0.0) + seconds
+        if tasks[node].resource == COMPUTE:
+            clock += tasks[node].seconds
+        clock += tasks[node].launch_s
+    return [launch for launch, late in found.items() if late]
 
 
 def _first_launches(step: StepGraph) -> list[fx.Node]:

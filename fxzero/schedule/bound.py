@@ -28,7 +28,8 @@ its last one, and for what cannot be hidden ([Note: exposed transfers] in `expos
 While compute runs, for C seconds or more, the lane is slower by its own factor h and does C / h of its work at most; so
 the step also takes L + (1 - 1/h) C or more.
 
-It holds for the calls as they are: another cut of buckets has another bound.
+It holds for the calls as they are: another cut of buckets has another bound. For a step that carries something to the
+next one other reasons count ([Note: what a chain cannot hide] in `chain.py`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fxzero.schedule.chain import reasons_in_a_chain
 from fxzero.schedule.exposed import compute_seconds, exposed_seconds
 from fxzero.schedule.problem import LAUNCH, ON_HOST, WAIT, Problem, closure
 
@@ -85,6 +87,8 @@ def lower_bound(problem: Problem, *, bound_bytes: int | None = None, places: int
         places: at how many calls, spread over the longest chain, and for how many launches of each lane, the stronger
             statements are tried; each takes time linear in the number of calls.
     """
+    if problem.leads:
+        return _strongest(reasons_in_a_chain(problem))
     reach = reach_of(problem)
     found = {"critical path": max(map(sum, zip(reach.after, reach.tail_issued, strict=True)), default=0.0)}
     memory = 0.0
@@ -100,6 +104,10 @@ def lower_bound(problem: Problem, *, bound_bytes: int | None = None, places: int
             found[f"compute beside {name}"] = _compute_beside(problem, reach, lane, places, bound_bytes)
     if bound_bytes is not None:
         found["memory"] = memory
+    return _strongest(found)
+
+
+def _strongest(found: dict[str, float]) -> LowerBound:
     binds = max(found, key=lambda reason: found[reason])
     return LowerBound(found[binds], binds, found)
 

@@ -23,25 +23,31 @@ class Times:
         seconds: of the step.
         start: call -> when its lane begins with it; of a wait, when compute comes to it.
         stalls: (wait, seconds for which compute stands still), in order.
+        clock: where all lanes stand then.
     """
 
     seconds: float
     start: list[float]
     stalls: list[tuple[int, float]]
+    clock: Clock
 
 
 def times_of(problem: Problem, order: Sequence[int]) -> Times:
-    """When each call runs.
+    """When each call runs; in a chain, in the second of two such steps ([Note: a step that follows itself]).
 
     Args:
         problem: what is ordered.
         order: all its calls, in a legal order.
     """
-    clock = Clock(problem)
+    found = _times(problem, order, Clock(problem))
+    return _times(problem, order, Clock(problem, before=found.clock)) if problem.leads else found
+
+
+def _times(problem: Problem, order: Sequence[int], clock: Clock) -> Times:
     start = [0.0] * len(problem)
     for call in order:
         start[call] = clock.issue(call)
-    return Times(clock.end, start, clock.stalls)
+    return Times(clock.end, start, clock.stalls, clock)
 
 
 def memory_of(problem: Problem, order: Sequence[int]) -> np.ndarray:

@@ -91,7 +91,7 @@ def _fetched(problem: Problem) -> set[int]:
     fetched: set[int] = set()
     for call, node in enumerate(nodes):
         brings = c10d.gathers_parameters(node) or (problem.kind[call] == LAUNCH and node.target is swap_ops.swap_in)
-        hands_on = problem.lane[call] < 0 and any(other in fetched for other in problem.reads[call])
+        hands_on = problem.hands_on[call] and any(other in fetched for other in problem.reads[call])
         if brings or (hands_on and not c10d.is_release(node)):
             fetched.add(call)
     for call in reversed(range(len(nodes))):
@@ -105,20 +105,28 @@ def _fetched(problem: Problem) -> set[int]:
 
 def _long_lived(problem: Problem, call: int) -> bool:
     """Whether a call follows from compute: it then stands where the program has it."""
-    return any(problem.lane[other] >= 0 or problem.kind[other] == WAIT for other in problem.reads[call])
+    return any(not problem.hands_on[other] or problem.kind[other] == WAIT for other in problem.reads[call])
 
 
 def _at_once(problem: Problem, fetched: set[int], updates: bool) -> set[int]:
-    """Calls that give memory back, or lead to one that does."""
+    """Calls that give memory back, or lead to one that does.
+
+    Of an update only what follows from backward: a decay of weights, say, would bring their gathers to the front.
+    """
     found: set[int] = set()
+    follows: set[int] = set()
     for call, node in enumerate(problem.nodes):
         if call in fetched:
             continue
-        is_update = node.meta["phase"] == "update"
-        gives = problem.kind[call] in (LAUNCH, WAIT) or c10d.is_release(node) or is_update
-        if gives or (any(other in found for other in problem.reads[call]) and node.meta["phase"] == "backward"):
-            if updates or not is_update:
+        phase = node.meta["phase"]
+        if phase == "backward" or any(other in follows for other in problem.before[call]):
+            follows.add(call)
+        gives = problem.kind[call] in (LAUNCH, WAIT) or c10d.is_release(node)
+        if phase == "update":
+            if updates and call in follows:
                 found.add(call)
+        elif gives or (phase == "backward" and any(other in found for other in problem.reads[call])):
+            found.add(call)
     return found
 
 

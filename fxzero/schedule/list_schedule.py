@@ -18,7 +18,7 @@ from fxzero.graph import collectives as c10d
 from fxzero.graph import swap_ops
 from fxzero.schedule.clock import Clock
 from fxzero.schedule.least_memory import Reserve
-from fxzero.schedule.problem import LAUNCH, ON_HOST, RUN, WAIT, Problem
+from fxzero.schedule.problem import CARRIED, LAUNCH, ON_HOST, RUN, WAIT, Problem
 
 _MOST_TRIED = 64  # calls that do not fit, before a heap is left alone
 
@@ -47,12 +47,27 @@ class Policy:
 
 
 def ways_to_end(problem: Problem) -> list[float]:
-    """Call -> seconds of the longest chain of calls that begins with it."""
+    """Call -> seconds of the longest chain of calls that begins with it.
+
+    A launch for the next step may end after this one, by as much as that has to compute before it reads it.
+    """
     way = [0.0] * len(problem)
     for call in reversed(range(len(problem))):
         behind = max((way[other] for other in problem.after[call]), default=0.0)
-        way[call] = behind + problem.seconds[call] + problem.launch_s[call]
+        way[call] = max(behind, 0.0) + problem.seconds[call] + problem.launch_s[call] - problem.leads.get(call, 0.0)
     return way
+
+
+def ranks(problem: Problem, ways: Sequence[float]) -> list[float]:
+    """Call -> priority of a launch among those of its lane, lowest first: what has most to follow it.
+
+    Source: the largest tail first (Schrage, 1971), which what a lane does for the launch itself is no part of.
+
+    Args:
+        problem: what is ordered.
+        ways: of `ways_to_end`.
+    """
+    return [seconds - way for seconds, way in zip(problem.seconds, ways, strict=True)]
 
 
 def list_schedule(
@@ -63,6 +78,7 @@ def list_schedule(
     bound_bytes: int,
     ways: Sequence[float],
     rank: Sequence[float] | None = None,
+    before: Clock | None = None,
 ) -> list[int]:
     """An order within the bound on memory.
 
@@ -73,8 +89,9 @@ def list_schedule(
         bound_bytes: of the device.
         ways: of `ways_to_end`.
         rank: call -> priority of a launch among those of its lane, lowest first; default: by policy.
+        before: of the step before, where that has launched something for this one.
     """
-    return _Run(problem, policy, way_out, bound_bytes, ways, rank).order
+    return _Run(problem, policy, way_out, bound_bytes, ways, rank, before).order
 
 
 class _Run:
@@ -86,12 +103,13 @@ class _Run:
         bound_bytes: int,
         ways: Sequence[float],
         rank: Sequence[float] | None,
+        before: Clock | None,
     ) -> None:
         self.problem, self.policy, self.ways = problem, policy, ways
         self.reserve = Reserve(problem, way_out, bound_bytes)
         self.order: list[int] = []
         self.missing = [len(earlier) for earlier in problem.before]
-        self.clock = Clock(problem)
+        self.clock = Clock(problem, before=before)
         self.at_once: list[tuple[float, int]] = []
         self.compute: list[tuple[float, int]] = []
         self.by_way: list[tuple[float, int]] = []  # the same calls
@@ -106,7 +124,7 @@ class _Run:
                 if call in self.fetches:
                     self.turns[problem.lane[call]].append(call)
         self.priority = self._priorities(way_out)
-        self.rank = list(rank) if rank is not None else [-way for way in ways]
+        self.rank = list(rank) if rank is not None else ranks(problem, ways)
         for call in range(len(problem)):
             if not self.missing[call]:
                 self._ready(call)
@@ -124,8 +142,8 @@ class _Run:
 
     def _ready(self, call: int) -> None:
         kind = self.problem.kind[call]
-        if kind == WAIT:
-            heapq.heappush(self.waits, (self.clock.done(self.problem.launch_of[call]), call))
+        if kind in (WAIT, CARRIED):
+            heapq.heappush(self.waits, (self.clock.due(call), call))
         elif kind == LAUNCH:
             key = (self.problem.lane[call], call in self.fetches)
             heapq.heappush(self.launches.setdefault(key, []), (self.rank[call], call))
@@ -149,13 +167,18 @@ class _Run:
         call = self._first_that_fits(self.by_way, until=-self.left)
         if call is None:
             call = self._first_that_fits(self.compute)
-        until = self.clock.now + (self.problem.seconds[call] if call is not None else 0.0)
+        wait = self._first_that_fits(self.waits) if call is None else None
+        if call is not None:
+            until = self.clock.now + self.problem.seconds[call]
+        else:
+            until = self.clock.now if wait is None else max(self.clock.now, self.clock.due(wait))
         if self._launch(until):
             if call is not None:
                 self._wait_for_compute(call)
+            if wait is not None:
+                heapq.heappush(self.waits, (self.clock.due(wait), wait))
             return
-        if call is None:
-            call = self._first_that_fits(self.waits)
+        call = wait if call is None else call
         if call is not None:
             self._take(call)
         elif len(self.order) < len(self.problem):
@@ -223,13 +246,16 @@ class _Run:
 def fetches_of(problem: Problem) -> tuple[set[int], dict[int, frozenset[int]]]:
     """The launches that bring what backward or forward reads, and call -> those of them that it reads.
 
+    Not those for the next step: what lanes have to do for this one comes first.
+
     Args:
         problem: what is ordered.
     """
     fetches: set[int] = set()
     handed: dict[int, frozenset[int]] = {}
     for call, node in enumerate(problem.nodes):
-        if problem.kind[call] == LAUNCH and (c10d.gathers_parameters(node) or node.target is swap_ops.swap_in):
+        fetches_here = c10d.gathers_parameters(node) and call not in problem.leads
+        if problem.kind[call] == LAUNCH and (fetches_here or node.target is swap_ops.swap_in):
             fetches.add(call)
             handed[call] = frozenset((call,))
         elif found := frozenset[int]().union(
@@ -241,7 +267,7 @@ def fetches_of(problem: Problem) -> tuple[set[int], dict[int, frozenset[int]]]:
 
 def _hands_on(problem: Problem, call: int) -> bool:
     """Whether readers of a call read what was fetched: it is the launch, its wait, or takes no time."""
-    return problem.kind[call] in (LAUNCH, WAIT) or problem.lane[call] < 0
+    return problem.kind[call] in (LAUNCH, WAIT) or problem.hands_on[call]
 
 
 def waits_at_readers(problem: Problem, order: Sequence[int]) -> list[int]:
@@ -250,11 +276,12 @@ def waits_at_readers(problem: Problem, order: Sequence[int]) -> list[int]:
     Nothing gets slower by it, and where a transfer takes longer than was thought, compute does not stand still early.
     """
     fetches, handed = fetches_of(problem)
-    moved = {
-        call
-        for call in handed
-        if call not in fetches and (problem.kind[call] == WAIT or problem.lane[call] < 0) and not _ends(problem, call)
-    }
+    moved: set[int] = set()
+    for call, kind in enumerate(problem.kind):
+        brought = call in handed or kind == CARRIED or any(other in moved for other in problem.reads[call])
+        hands_on = kind in (WAIT, CARRIED) or problem.hands_on[call]
+        if brought and hands_on and call not in fetches and not _ends(problem, call):
+            moved.add(call)
     out: list[int] = []
     placed = [False] * len(problem)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fxzero.errors import PlanError
 from fxzero.graph.text import size_text
 from fxzero.schedule.bound import LowerBound, lower_bound
+from fxzero.schedule.clock import Clock
 from fxzero.schedule.delays import delayed_group, delays
 from fxzero.schedule.evaluate import memory_of, times_of
 from fxzero.schedule.least_memory import least_memory_order
@@ -21,10 +22,11 @@ from fxzero.schedule.list_schedule import (
     Policy,
     fetches_of,
     list_schedule,
+    ranks,
     waits_at_readers,
     ways_to_end,
 )
-from fxzero.schedule.problem import LAUNCH, Problem
+from fxzero.schedule.problem import CARRIED, LAUNCH, Problem
 
 POLICIES = (
     Policy(),
@@ -37,6 +39,7 @@ POLICIES = (
     Policy(compute=BY_SLACK),
     Policy(compute=BY_SLACK, fetch_first=False),
     Policy(in_turn=False),
+    Policy(in_turn=False, compute=BY_SLACK),
     Policy(compute=BY_WAY),
 )
 LEAST_POLICIES, POLICIES_BY_CALLS = 4, 300_000  # that are tried: at least, and for all calls together
@@ -118,23 +121,37 @@ class _Search:
         self.bound = lower_bound(problem)
         self._seconds = math.inf
         self._made = 0
-        self.best = self._schedule(way_out, "the order that holds least memory")
+        self._before: Clock | None = None  # at the end of the best order, where steps are in a chain
+        self.best = self._schedule(way_out, "the order that holds least memory")[0]
 
     @property
     def is_enough(self) -> bool:
         """Whether nothing further need be tried."""
         return self.best.part_of_bound >= ENOUGH
 
-    def _schedule(self, order: list[int], how: str) -> Schedule:
-        peak = int(memory_of(self.problem, order).max())
-        return Schedule(order, times_of(self.problem, order).seconds, peak, self.bound, how)
+    def _schedule(self, order: list[int], how: str) -> tuple[Schedule, Clock]:
+        peak, times = int(memory_of(self.problem, order).max()), times_of(self.problem, order)
+        return Schedule(order, times.seconds, peak, self.bound, how), times.clock
 
     def consider(self, order: list[int], how: str) -> None:
         """Keep an order if it is the best."""
-        found = self._schedule(order, how)
+        found, clock = self._schedule(order, how)
         better = (found.seconds, found.peak_bytes) < (self.best.seconds, self.best.peak_bytes)
         if better and found.peak_bytes <= self.limit:
             self.best = found
+            if self.problem.leads:
+                self._before = clock
+
+    def _listed(self, policy: Policy, way_out: list[int], *, limit: int, rank: list[float] | None = None) -> list[int]:
+        return list_schedule(
+            self.problem,
+            policy,
+            way_out=way_out,
+            bound_bytes=limit,
+            ways=self.ways,
+            rank=rank,
+            before=self._before,
+        )
 
     def make(self, policy: Policy, way_out: list[int], *, room: float = 1.0) -> bool:
         """Consider a list schedule; whether it is the fastest one so far."""
@@ -142,7 +159,7 @@ class _Search:
         if room < 1.0:
             smallest = int(memory_of(problem, way_out).max())
             limit = smallest + int(room * (limit - smallest))
-        order = list_schedule(problem, policy, way_out=way_out, bound_bytes=limit, ways=self.ways)
+        order = self._listed(policy, way_out, limit=limit)
         self._made += 1
         how = f"{policy}" + (f", {room:.0%} of the room" if room < 1.0 else "")
         self.consider(order, how)
@@ -166,16 +183,14 @@ class _Search:
         Source: squeaky wheel optimization (Joslin and Clements, 1999).
         """
         problem, policy, order = self.problem, self.policy, self.order
-        rank = [-way for way in self.ways]
+        rank = ranks(problem, self.ways)
         for _ in range(min(MOST_ROUNDS, max(1, ROUNDS_BY_CALLS // len(problem)))):
             stalls = times_of(problem, order).stalls
             if not stalls or self.is_enough:
                 return
             for wait, seconds in stalls:
                 rank[problem.launch_of[wait]] -= URGE * seconds
-            order = list_schedule(
-                problem, policy, way_out=self.way_out, bound_bytes=self.limit, ways=self.ways, rank=rank
-            )
+            order = self._listed(policy, self.way_out, limit=self.limit, rank=rank)
             self.consider(waits_at_readers(problem, order), f"{policy}, urged")
 
     def delay(self) -> None:
@@ -197,7 +212,8 @@ class _Search:
         """Try what was launched before a stall later; whether something was faster."""
         problem, way_out, faster, known = self.problem, self.way_out, False, self._seconds
         fetches, _ = fetches_of(problem)
-        before = self.order[: self.order.index(wait)]
+        until = problem.launch_of[wait] if problem.kind[wait] == CARRIED else wait
+        before = self.order[: self.order.index(until)]
         launches = [call for call in before if problem.kind[call] == LAUNCH and call not in fetches]
         for launch in reversed(launches[-MOST_LAUNCHES:]):
             for with_work in (True, False):
@@ -209,7 +225,7 @@ class _Search:
                     for compute in (BY_PROGRAM, BY_PLACE):
                         if self._made >= min(MOST_DELAYS, max(1, DELAYS_BY_CALLS // len(problem))):
                             return faster
-                        faster |= self.make(Policy(compute=compute, ahead=self.policy.ahead), order)
+                        faster |= self.make(replace(self.policy, compute=compute, fetch_first=True), order)
         return faster
 
 

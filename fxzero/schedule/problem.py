@@ -2,6 +2,11 @@
 
 Calls are numbered in the order of the program that the problem was made of, which is legal. An order is a list of all
 these numbers. Position n, behind the last of n calls, is the end of the step.
+
+[Note: a step that follows itself]
+With `cross_step` a program waits for gathers that the step before has launched, and launches those of the next one. Its
+order is then looked at as one of a chain of equal steps: what it leaves under way at its end is what it finds at its
+beginning, and it ends when compute is through, whatever lanes still have to do.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import numpy as np
 from torch import fx
 
 from fxzero.cost.allocator import allocator_of
+from fxzero.cost.compute import computes
 from fxzero.cost.lifetimes import storages
 from fxzero.cost.tasks import Task
 from fxzero.errors import RewriteError
@@ -24,7 +30,7 @@ from fxzero.graph.step_graph import device_of
 from fxzero.graph.storage import InPlace
 from fxzero.schedule.legal import kept_order
 
-RUN, LAUNCH, WAIT, ON_HOST = range(4)  # kinds of calls
+RUN, LAUNCH, WAIT, ON_HOST, CARRIED = range(5)  # kinds of calls
 
 
 @dataclass(frozen=True)
@@ -79,9 +85,10 @@ class Problem:
         slowdown: lane -> the factor by which compute takes longer while it is busy, 1 or more.
         hindrance: lane -> the factor by which its calls take longer while compute runs, 1 or more.
         lane: call -> index of its lane; -1 for calls that take no time.
-        kind: call -> RUN, LAUNCH (starts what its lane does), WAIT (until its launch is done) or ON_HOST.
+        kind: call -> RUN, LAUNCH (starts what its lane does), WAIT (until its launch is done), ON_HOST, or CARRIED
+            (a wait for a launch of the step before; [Note: a step that follows itself]).
         seconds, launch_s: call -> those of its Task.
-        launch_of: wait -> its launch; -1 for other calls.
+        launch_of: wait -> its launch, of a CARRIED one the launch for the next step; -1 for other calls.
         reads: call -> the calls whose values it reads.
         before: call -> all calls that must come first, `reads` included.
         memory: of the device.
@@ -111,6 +118,31 @@ class Problem:
     def __len__(self) -> int:
         return len(self.nodes)
 
+    @cached_property
+    def hands_on(self) -> list[bool]:
+        """Call -> whether it only hands on what it reads (a view, a number), though the thread may take time for it."""
+        return [
+            lane < 0 or (kind == RUN and node.op == "call_function" and not computes(node))
+            for node, kind, lane in zip(self.nodes, self.kind, self.lane, strict=True)
+        ]
+
+    @cached_property
+    def leads(self) -> dict[int, float]:
+        """Launch for the next step -> seconds of compute there before the first reader, in the order of the program.
+
+        Empty where a step carries nothing to the next one.
+        """
+        found: dict[int, float] = {}
+        clock, passed = 0.0, []
+        for call in range(len(self)):
+            passed.append(clock)
+            clock += self.launch_s[call] + (self.seconds[call] if self.lane[call] == 0 else 0.0)
+        for wait, kind in enumerate(self.kind):
+            if kind == CARRIED:
+                lead = passed[min(self.after[wait], default=wait)]
+                found[self.launch_of[wait]] = min(lead, found.get(self.launch_of[wait], lead))
+        return found
+
     @classmethod
     def of(
         cls,
@@ -135,15 +167,16 @@ class Problem:
         number = {node: index for index, node in enumerate(nodes)}
         lanes = [COMPUTE]
         lane, kind, seconds, launch_s, launches = [], [], [], [], []
+        for_next = {name: number[n] for n, names in c10d.launched_for_next(step).items() for name in names}
         for node in nodes:
             task = _task(node, tasks)
             if task.resource and task.resource not in lanes:
                 lanes.append(task.resource)
             lane.append(lanes.index(task.resource) if task.resource else -1)
-            kind.append(_kind(node, task))
+            kind.append(_kind(node, task, for_next))
             seconds.append(task.seconds)
             launch_s.append(task.launch_s)
-            launches.append(number[launch_of(node)] if kind[-1] == WAIT else -1)
+            launches.append(_launch_of(node, kind[-1], number, for_next))
         reads = [sorted({number[n] for n in node.all_input_nodes if n in number}) for node in nodes]
         first: list[set[int]] = [set(calls) for calls in reads]
         for earlier, later in kept_order(step, InPlace(step)):
@@ -186,12 +219,22 @@ def _task(node: fx.Node, tasks: Mapping[fx.Node, Task]) -> Task:
     return tasks[node]
 
 
-def _kind(node: fx.Node, task: Task) -> int:
+def _kind(node: fx.Node, task: Task, for_next: Mapping[str, int]) -> int:
     if is_wait(node):
-        return RUN if c10d.is_ahead(launch_of(node)) else WAIT  # launched by the step before: taken to be there
+        launch = launch_of(node)
+        if not c10d.is_ahead(launch):
+            return WAIT
+        # launched by the step before; where another program launches it for this one, it is taken to be there
+        return CARRIED if launch.meta["entry"].name in for_next else RUN
     if is_launch(node) and task.resource not in ("", COMPUTE):
         return LAUNCH
     return ON_HOST if task.resource == HOST else RUN
+
+
+def _launch_of(node: fx.Node, kind: int, number: Mapping[fx.Node, int], for_next: Mapping[str, int]) -> int:
+    if kind == WAIT:
+        return number[launch_of(node)]
+    return for_next[launch_of(node).meta["entry"].name] if kind == CARRIED else -1
 
 
 def _memory(step: StepGraph, number: dict[fx.Node, int]) -> Memory:

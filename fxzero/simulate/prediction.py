@@ -13,7 +13,6 @@ from fxzero.cost.hardware import Hardware
 from fxzero.cost.recorded import knows
 from fxzero.cost.tasks import Task, step_tasks
 from fxzero.graph import StepGraph
-from fxzero.graph.collectives import launched_for_next
 from fxzero.graph.lanes import COMPUTE
 from fxzero.schedule.bound import lower_bound
 from fxzero.schedule.problem import Problem
@@ -43,10 +42,9 @@ class Prediction:
     def bound_s(self) -> float | None:
         """Seconds that no order of these calls gets below, with as much memory as they like.
 
-        Of several microbatches it is not known: lanes may still have to do for one while the next one computes. Nor of
-        a step that launches gathers for the next.
+        Of several microbatches it is not known: lanes may still have to do for one while the next one computes.
         """
-        if len(self.timeline.steps) != 1 or launched_for_next(self.timeline.steps[0]):
+        if len(self.timeline.steps) != 1:
             return None
         step, machine = self.timeline.steps[0], self.hardware
         problem = Problem.of(step, self.tasks, slowdown=machine.slowdown, hindrance=machine.hindrance)

@@ -1,0 +1,56 @@
+"""The lower bound of a step that follows itself ([Note: a step that follows itself] in `problem.py`).
+
+[Note: what a chain cannot hide]
+A step of a chain has no beginning at which lanes stand empty, and no end at which they must be. What is left:
+
+- each lane has to do all its work once a step. Let compute take C seconds alone and a lane L, while which compute is
+  slower by a factor f, and let the lane be slower by h while compute runs. If compute stands still for I seconds, the
+  lane is busy beside it for L - I or more, so the step takes C + I + (1 - 1/f) max(0, L - I), which grows with I; and
+  the lane does C / h of its work at most beside compute, so it takes L + (1 - 1/h) C;
+- from a wait for what the step before has launched a chain of calls leads to the launch of the same for the next step,
+  which is waited for one step later: the step takes as long as that chain.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fxzero.schedule.exposed import compute_seconds
+from fxzero.schedule.problem import CARRIED, LAUNCH, WAIT, Problem
+
+_MOST_WAITS = 8  # that chains are looked for from; each takes time linear in the number of calls
+
+
+def reasons_in_a_chain(problem: Problem) -> dict[str, float]:
+    """Reason -> seconds that no order of the calls gets below, once steps follow each other.
+
+    Args:
+        problem: one in which something is carried.
+    """
+    compute = sum(compute_seconds(problem, call) for call in range(len(problem)))
+    found = {f"load of {problem.lanes[0]}": compute}
+    for lane, name in enumerate(problem.lanes[1:], start=1):
+        busy = sum(s for s, own in zip(problem.seconds, problem.lane, strict=True) if own == lane)
+        found[f"load of {name}"] = busy + (1 - 1 / problem.hindrance[lane]) * compute
+        found[f"compute beside {name}"] = compute + (1 - 1 / problem.slowdown[lane]) * busy
+    waits = [wait for wait, kind in enumerate(problem.kind) if kind == CARRIED][:_MOST_WAITS]
+    found["critical path"] = max((_around(problem, wait) for wait in waits), default=0.0)
+    return found
+
+
+def _around(problem: Problem, wait: int) -> float:
+    """Seconds of the longest chain of calls from a wait to the end of the launch for the same wait of the next step."""
+    last = problem.launch_of[wait]
+    done = [-math.inf] * (last + 1)  # of a launch: on its own lane
+    issued = [-math.inf] * (last + 1)
+    issued[wait] = done[wait] = 0.0
+    for call in range(wait + 1, last + 1):
+        start = max((issued[other] for other in problem.before[call]), default=-math.inf)
+        ready = max((done[other] for other in problem.reads[call]), default=-math.inf)
+        if problem.kind[call] == WAIT:
+            start = max(start, ready, done[problem.launch_of[call]])
+        issued[call] = start + compute_seconds(problem, call)
+        done[call] = issued[call]
+        if problem.kind[call] == LAUNCH:
+            done[call] = max(issued[call], ready) + problem.seconds[call]
+    return max(done[last], 0.0)
