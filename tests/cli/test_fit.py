@@ -17,9 +17,9 @@ from fxzero.capture.rehearsal import rehearse
 from fxzero.cli import fit, main
 from fxzero.cli.progress import Progress
 from fxzero.cli.target import keywords_of, load_target
-from fxzero.cli.what_if import CapturedTarget, WhatIf, largest
+from fxzero.cli.what_if import CapturedTarget, Sizes, WhatIf, largest
 from fxzero.cost.memory import memory_profile
-from fxzero.cost.memory_course import memory_course
+from fxzero.cost.memory_course import Course, memory_course
 from fxzero.decide import decide
 from fxzero.decide.uniform import UniformAnswers
 from fxzero.graph import StepGraph
@@ -101,6 +101,23 @@ def _captured_once() -> Iterator[None]:
     _captured.cache_clear()
 
 
+@pytest.fixture
+def asked_once() -> Iterator[None]:
+    """A question that is asked again, for the other form of its answer, rewrites no step again."""
+    course = WhatIf._course
+    known: dict[tuple[Any, ...], Course] = {}
+
+    def again(question: WhatIf, depth: int | None, sizes: Sizes, plan: Plan, answer: int = 0) -> Course:
+        own = (question.text, str(question.keywords), question.depth_key, question.plan, question.backend)
+        key = (*own, depth, tuple(sorted(sizes.items())), plan, answer)
+        if key not in known:
+            known[key] = course(question, depth, sizes, plan, answer)
+        return known[key]
+
+    with mock.patch.object(WhatIf, "_course", again):
+        yield
+
+
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -162,6 +179,7 @@ def test_every_answer_is_that_of_a_direct_capture(answer, targets) -> None:
         assert best["next_peak_bytes"] == direct_peak(text, plan, **{"layers": 6, keyword: best["value"] + 1}) > limit
 
 
+@pytest.mark.usefixtures("asked_once")
 def test_a_step_that_does_not_fit_is_an_answer_with_advice(call, answer, targets) -> None:
     text = f"{targets}:shallow"
     needed = direct_peak(text, Plan(zero=3, recompute="blocks", bucket_bytes=0).resolve(4))
@@ -177,6 +195,7 @@ def test_a_step_that_does_not_fit_is_an_answer_with_advice(call, answer, targets
     assert found["tried"][0]["changes"].get("batch") == 1
 
 
+@pytest.mark.usefixtures("asked_once")
 def test_what_is_off_the_device_is_told(call, answer, targets) -> None:
     keys = (f"{targets}:step", "--world", "4", "--bucket-bytes", "0", "--device-memory", "1MB", "--offload-below", "0")
     keys += ("--offload-optimizer", "host")
