@@ -73,9 +73,9 @@ class Agreement:
 
     def __init__(self, *, timeout_s: float) -> None:
         self.timeout_s = timeout_s
-        self.number = next(_steps)
         self.round = 0
         self.store = compat.default_store() if dist.is_available() and dist.is_initialized() else None
+        self.number = next(_steps) if self.store is not None else 0  # a rank may have made steps of its own before
         self.rank = dist.get_rank() if self.store is not None else 0
         self.world_size = dist.get_world_size() if self.store is not None else 1
         self._digests: dict[str, int] = {}

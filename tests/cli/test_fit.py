@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from fxzero import Plan
 from fxzero.capture import Inventory, capture_step
+from fxzero.capture.options import CaptureOptions
 from fxzero.capture.rehearsal import rehearse
 from fxzero.cli import fit, main
 from fxzero.cli.progress import Progress
 from fxzero.cli.target import keywords_of, load_target
-from fxzero.cli.what_if import WhatIf, largest
+from fxzero.cli.what_if import CapturedTarget, Sizes, WhatIf, largest
 from fxzero.cost.memory import memory_profile
-from fxzero.cost.memory_course import memory_course
+from fxzero.cost.memory_course import Course, memory_course
 from fxzero.decide import decide
 from fxzero.decide.uniform import UniformAnswers
 from fxzero.graph import StepGraph
@@ -80,6 +83,41 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _captured_once() -> Iterator[None]:
+    """Questions about one function and one kind of capture go on from what was captured for earlier ones."""
+    known: dict[tuple[Any, ...], CapturedTarget] = {}
+    capture = WhatIf._target
+
+    def target(question: WhatIf, depth: int | None) -> CapturedTarget:
+        own = (question.text, str(question.keywords), question.depth_key, depth)
+        key = (*own, captured_as(question.plan), question.plan.accumulate)
+        if key not in known:
+            known[key] = capture(question, depth)
+        return known[key]
+
+    with mock.patch.object(WhatIf, "_target", target):
+        yield
+    _captured.cache_clear()
+
+
+@pytest.fixture
+def asked_once() -> Iterator[None]:
+    """A question that is asked again, for the other form of its answer, rewrites no step again."""
+    course = WhatIf._course
+    known: dict[tuple[Any, ...], Course] = {}
+
+    def again(question: WhatIf, depth: int | None, sizes: Sizes, plan: Plan, answer: int = 0) -> Course:
+        own = (question.text, str(question.keywords), question.depth_key, question.plan, question.backend)
+        key = (*own, depth, tuple(sorted(sizes.items())), plan, answer)
+        if key not in known:
+            known[key] = course(question, depth, sizes, plan, answer)
+        return known[key]
+
+    with mock.patch.object(WhatIf, "_course", again):
+        yield
+
+
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -104,13 +142,23 @@ def answer(call: Call) -> Callable[..., Any]:
     return run
 
 
+def captured(text: str, plan: Plan, **keywords: Any) -> StepGraph:
+    """A capture of the whole model."""
+    step = _captured(text, captured_as(plan), tuple(sorted(keywords.items())))
+    step.mesh = dict(plan.axes)
+    return step
+
+
+@functools.cache
+def _captured(text: str, options: CaptureOptions, keywords: tuple[tuple[str, Any], ...]) -> StepGraph:
+    target = load_target(text, **dict(keywords))
+    inventory, fresh = rehearse(Inventory.of(target.model, target.optimizer))
+    return capture_step(inventory, target.loss, target.args, target.kwargs, fresh=fresh, options=options).step
+
+
 def direct_peak(text: str, plan: Plan, **keywords: Any) -> int:
     """The peak by a capture of the whole model, verified after each pass where it is the target as it is."""
-    target = load_target(text, **keywords)
-    inventory, fresh = rehearse(Inventory.of(target.model, target.optimizer))
-    how: Any = {"fresh": fresh, "options": captured_as(plan)}
-    step = capture_step(inventory, target.loss, target.args, target.kwargs, **how).step
-    step.mesh = dict(plan.axes)
+    step = captured(text, plan, **keywords)
     return memory_profile(recipe(plan, backend="nccl").run(step, check=not keywords)).peak_bytes
 
 
@@ -131,6 +179,7 @@ def test_every_answer_is_that_of_a_direct_capture(answer, targets) -> None:
         assert best["next_peak_bytes"] == direct_peak(text, plan, **{"layers": 6, keyword: best["value"] + 1}) > limit
 
 
+@pytest.mark.usefixtures("asked_once")
 def test_a_step_that_does_not_fit_is_an_answer_with_advice(call, answer, targets) -> None:
     text = f"{targets}:shallow"
     needed = direct_peak(text, Plan(zero=3, recompute="blocks", bucket_bytes=0).resolve(4))
@@ -146,6 +195,7 @@ def test_a_step_that_does_not_fit_is_an_answer_with_advice(call, answer, targets
     assert found["tried"][0]["changes"].get("batch") == 1
 
 
+@pytest.mark.usefixtures("asked_once")
 def test_what_is_off_the_device_is_told(call, answer, targets) -> None:
     keys = (f"{targets}:step", "--world", "4", "--bucket-bytes", "0", "--device-memory", "1MB", "--offload-below", "0")
     keys += ("--offload-optimizer", "host")
@@ -288,14 +338,6 @@ def test_the_picture_is_of_the_whole_depth(call, targets, tmp_path, monkeypatch)
     assert call("no_file.py:step", "--world", "4", "--device-memory", "1MB", "--png", "fit.tiff0")[0] == 2
 
 
-def captured(text: str, plan: Plan, **keywords: Any) -> StepGraph:
-    target = load_target(text, **keywords)
-    inventory, fresh = rehearse(Inventory.of(target.model, target.optimizer))
-    step = capture_step(inventory, target.loss, target.args, target.kwargs, fresh=fresh, options=captured_as(plan)).step
-    step.mesh = dict(plan.axes)
-    return step
-
-
 def peak_by_answer(text: str, plan: Plan, answer: int, **keywords: Any) -> int:
     step = captured(text, plan, **keywords)
     decided = Decided(recomputed=UniformAnswers(step, plan, backend="nccl").names(answer))
@@ -332,12 +374,8 @@ def test_what_auto_recomputes_is_decided_for_the_whole_depth(answer, call, targe
 
 
 def test_a_course_peaks_where_the_profile_does(targets) -> None:
-    target = load_target(f"{targets}:shallow")
-    inventory, fresh = rehearse(Inventory.of(target.model, target.optimizer))
     plan = Plan(zero=3).resolve(4)
-    step = capture_step(inventory, None, target.args, {}, fresh=fresh).step
-    step.mesh = dict(plan.axes)
-    step = recipe(plan, backend="nccl").run(step)
+    step = recipe(plan, backend="nccl").run(captured(f"{targets}:shallow", plan))
     found, profile = memory_course([step]), memory_profile(step)
     assert found.totals[found.peak] == profile.peak_bytes == sum(found.peak_kinds.values())
     assert found.state_bytes == profile.state_bytes

@@ -13,7 +13,7 @@ from fxzero.errors import CaptureError
 from tests.hf.models import CASES
 from tests.hf.worker import FAULT, build
 from tests.numerics.reference import num_programs
-from tests.numerics.sparing import verifying_less
+from tests.numerics.sparing import sharing_first_capture
 from tests.numerics.worker import launch
 
 TOLERANCE = 1e-5
@@ -22,20 +22,6 @@ CAPTURED = [name for name, case in CASES.items() if not case.refused]
 REFUSED = [name for name, case in CASES.items() if case.refused]
 
 Results = tuple[dict[str, list[dict[str, Any]]], str]
-
-
-@pytest.mark.parametrize("name", CAPTURED)
-def test_first_loss_in_one_process_is_that_of_the_plain_loop(name: str) -> None:
-    case = CASES[name]
-    model, optimizer = build(case, rank=0)
-    batch = case.batch(torch.Generator().manual_seed(5))
-    torch.manual_seed(100)
-    expected = case.train(model, batch).detach()
-    step = fxzero.compile(model, optimizer, fxzero.Plan(), loss=case.loss)
-    torch.manual_seed(100)
-    with verifying_less({"zero": 0}):
-        assert torch.equal(step(**batch), expected)
-    assert num_programs(step) == 1
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -87,6 +73,17 @@ def found_by_ranks(name: str, two_ranks: Results) -> list[dict[str, Any]]:
 @pytest.mark.multirank
 @pytest.mark.timeout(TIMEOUT_S + 30)
 @pytest.mark.parametrize("name", CAPTURED)
+def test_first_loss_in_one_process_is_that_of_the_plain_loop(name: str, two_ranks: Results) -> None:
+    (found,) = [found["alone"] for found in found_by_ranks(name, two_ranks) if found["alone"]]
+    assert not found["error"], found["error"]
+    assert not found["refused"], found["refused"]
+    assert found["difference"] == 0
+    assert found["programs"] == 1
+
+
+@pytest.mark.multirank
+@pytest.mark.timeout(TIMEOUT_S + 30)
+@pytest.mark.parametrize("name", CAPTURED)
 def test_two_ranks_under_zero_3_train_as_ddp_does(name: str, two_ranks: Results) -> None:
     for rank, found in enumerate(found_by_ranks(name, two_ranks)):
         assert not found["refused"], f"rank {rank}: {found['refused']}"
@@ -125,13 +122,15 @@ def test_every_model_has_its_line_in_the_docs() -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama_lora"])
 def test_recompute_by_budget_is_bit_equal_to_keeping_everything(name: str) -> None:
     case = CASES[name]
+    captures: dict[str, Any] = {}
 
     def train(**plan: Any) -> tuple[list[torch.Tensor], fxzero.TrainStep]:
         model, optimizer = build(case, rank=0)
         step = fxzero.compile(model, optimizer, fxzero.Plan(**plan), loss=case.loss)
         generator = torch.Generator().manual_seed(5)
         torch.manual_seed(100)
-        losses = [step(**case.batch(generator)) for _ in range(3)]
+        with sharing_first_capture(captures, name):
+            losses = [step(**case.batch(generator)) for _ in range(3)]
         return [*losses, *(p.detach() for p in model.parameters())], step
 
     kept, step = train()

@@ -1,10 +1,12 @@
-"""What each of two ranks runs: every case under DDP, then as a compiled step, in one start of the processes.
+"""What each of two ranks runs: every case as a compiled step, then under DDP, in one start of the processes.
 
-A case that fails on all ranks alike does not end the loop. Rank 0 writes one JSON object a case, a list with what each
-rank found.
+Before it joins the others each rank takes its part of the cases alone, as a step of one process; with the others it
+goes on from the captures of these. A case that fails on all ranks alike does not end the loop. Rank 0 writes one JSON
+object a case, a list with what each rank found.
 """
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -21,7 +23,7 @@ import fxzero
 from fxzero.errors import CaptureError
 from tests.hf.models import CASES, HFCase
 from tests.numerics.reference import double_gradient, num_programs, planted, tensors_of
-from tests.numerics.sparing import verifying_less
+from tests.numerics.sparing import sharing_first_capture, verifying_less
 
 STEPS = 5
 FAULT = "llama doubled gradient"
@@ -61,6 +63,23 @@ def run_compiled(case: HFCase, *, rank: int) -> tuple[list[float], fxzero.TrainS
     step = fxzero.compile(model, optimizer, fxzero.Plan(zero=3), loss=case.loss)
     generator = start(rank)
     return [step(**case.batch(generator)).item() for _ in range(STEPS)], step
+
+
+def run_alone(case: HFCase, *, rank: int) -> dict[str, Any]:
+    """What a step of one process finds: `difference` is that of its loss to the plain loop's."""
+    model, optimizer = build(case, rank=rank)
+    batch = case.batch(start(rank))
+    expected = case.train(model, batch).item()
+    step = fxzero.compile(model, optimizer, fxzero.Plan(), loss=case.loss)
+    start(rank)
+    try:
+        with verifying_less({"zero": 0}):
+            loss = step(**batch).item()
+    except CaptureError as error:
+        return {"error": "", "refused": str(error)}
+    except Exception:
+        return {"error": traceback.format_exc(), "refused": ""}
+    return {"error": "", "refused": "", "difference": abs(loss - expected), "programs": num_programs(step)}
 
 
 def start(rank: int) -> torch.Generator:
@@ -105,12 +124,21 @@ def run(case: HFCase, *, rank: int, broken: bool) -> dict[str, Any]:
 
 def main(path: str, *names: str) -> None:
     """Run the named cases, or all and one with a planted fault, on this rank."""
+    rank, world_size = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE"))
+    names = names or (*CASES, FAULT)
+    captures: dict[str, Any] = {}
+    alone = {}
+    for name in [name for name in names if name in CASES and not CASES[name].refused][rank::world_size]:
+        with sharing_first_capture(captures, name):
+            alone[name] = run_alone(CASES[name], rank=rank)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    rank, results = dist.get_rank(), {}
-    for name in names or (*CASES, FAULT):
-        case = CASES[name.partition(" ")[0]]
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, run(case, rank=rank, broken=name == FAULT))
+    results = {}
+    for name in names:
+        known_as = name.partition(" ")[0]
+        with sharing_first_capture(captures, known_as):
+            mine = run(CASES[known_as], rank=rank, broken=name == FAULT) | {"alone": alone.get(name)}
+        found: list[Any] = [None] * world_size
+        dist.all_gather_object(found, mine)
         results[name] = found
         if rank == 0:
             Path(path).write_text(json.dumps(results))
