@@ -27,6 +27,8 @@ PLANS = {
     "int8": {"zero": 3, "compress_gathers": "int8", "compress_reductions": "int8", "compress_below": 50},
     "within_nodes": {"zero": 3, "node_size": 2},
     "gloo": {"zero": 3, "backend": "gloo"},
+    "chain": {"zero": 3, "cross_step": True, "prefetch": 3},
+    "chain_gloo": {"zero": 3, "cross_step": True, "backend": "gloo"},
     "offload": {"zero": 3, "offload_optimizer": "host", "offload_activations": "host", "offload_below": 8},
     "on_host": {"zero": 3, "offload_optimizer": "host", "update_on_host": 1.0, "offload_below": 8},
 }
