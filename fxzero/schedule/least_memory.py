@@ -91,7 +91,7 @@ def _fetched(problem: Problem) -> set[int]:
     fetched: set[int] = set()
     for call, node in enumerate(nodes):
         brings = c10d.gathers_parameters(node) or (problem.kind[call] == LAUNCH and node.target is swap_ops.swap_in)
-        hands_on = problem.hands_on[call] and any(other in fetched for other in problem.reads[call])
+        hands_on = problem.lane[call] < 0 and any(other in fetched for other in problem.reads[call])
         if brings or (hands_on and not c10d.is_release(node)):
             fetched.add(call)
     for call in reversed(range(len(nodes))):
@@ -105,7 +105,7 @@ def _fetched(problem: Problem) -> set[int]:
 
 def _long_lived(problem: Problem, call: int) -> bool:
     """Whether a call follows from compute: it then stands where the program has it."""
-    return any(not problem.hands_on[other] or problem.kind[other] == WAIT for other in problem.reads[call])
+    return any(problem.lane[other] >= 0 or problem.kind[other] == WAIT for other in problem.reads[call])
 
 
 def _at_once(problem: Problem, fetched: set[int], updates: bool) -> set[int]:

@@ -267,7 +267,7 @@ def fetches_of(problem: Problem) -> tuple[set[int], dict[int, frozenset[int]]]:
 
 def _hands_on(problem: Problem, call: int) -> bool:
     """Whether readers of a call read what was fetched: it is the launch, its wait, or takes no time."""
-    return problem.kind[call] in (LAUNCH, WAIT) or problem.hands_on[call]
+    return problem.kind[call] in (LAUNCH, WAIT) or problem.lane[call] < 0
 
 
 def waits_at_readers(problem: Problem, order: Sequence[int]) -> list[int]:
@@ -279,7 +279,7 @@ def waits_at_readers(problem: Problem, order: Sequence[int]) -> list[int]:
     moved: set[int] = set()
     for call, kind in enumerate(problem.kind):
         brought = call in handed or kind == CARRIED or any(other in moved for other in problem.reads[call])
-        hands_on = kind in (WAIT, CARRIED) or problem.hands_on[call]
+        hands_on = kind in (WAIT, CARRIED) or problem.lane[call] < 0
         if brought and hands_on and call not in fetches and not _ends(problem, call):
             moved.add(call)
     out: list[int] = []

@@ -19,7 +19,6 @@ import numpy as np
 from torch import fx
 
 from fxzero.cost.allocator import allocator_of
-from fxzero.cost.compute import computes
 from fxzero.cost.lifetimes import storages
 from fxzero.cost.tasks import Task
 from fxzero.errors import RewriteError
@@ -117,14 +116,6 @@ class Problem:
 
     def __len__(self) -> int:
         return len(self.nodes)
-
-    @cached_property
-    def hands_on(self) -> list[bool]:
-        """Call -> whether it only hands on what it reads (a view, a number), though the thread may take time for it."""
-        return [
-            lane < 0 or (kind == RUN and node.op == "call_function" and not computes(node))
-            for node, kind, lane in zip(self.nodes, self.kind, self.lane, strict=True)
-        ]
 
     @cached_property
     def leads(self) -> dict[int, float]:

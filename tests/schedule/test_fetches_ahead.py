@@ -6,9 +6,10 @@ import math
 
 import pytest
 
+from fxzero.cost.compute import computes
 from fxzero.schedule.least_memory import least_memory_order
-from fxzero.schedule.list_schedule import Policy, fetches_of, list_schedule, waits_at_readers, ways_to_end
-from fxzero.schedule.problem import RUN, WAIT, Problem, closure
+from fxzero.schedule.list_schedule import Policy, fetches_of, list_schedule, ways_to_end
+from fxzero.schedule.problem import RUN, Problem, closure
 from tests.schedule.steps import problem_of, rewritten
 
 
@@ -48,23 +49,8 @@ def test_a_decay_of_weights_brings_no_gather_to_the_front(hardware: str) -> None
     order = least_memory_order(problem)
     position = {call: index for index, call in enumerate(order)}
     fetches, _ = fetches_of(problem)
-    computed = [c for c, n in enumerate(problem.nodes) if n.meta["phase"] == "forward" and problem.lane[c] == 0]
+    computed = [c for c, n in enumerate(problem.nodes) if n.meta["phase"] == "forward" and computes(n)]
     read_by = {launch: min(c for c in computed if launch in closure(problem.before, c)) for launch in fetches}
     for launch, reader in read_by.items():
-        between = [c for c in order[position[launch] : position[reader]] if c in computed and not problem.hands_on[c]]
+        between = [c for c in order[position[launch] : position[reader]] if c in computed]
         assert not between, (problem.nodes[launch], [problem.nodes[c] for c in between])
-
-
-@pytest.mark.parametrize("hardware", ["h100", "cpu"])
-def test_a_wait_moves_to_the_first_that_computes(hardware: str) -> None:
-    """Past views, which the CPU takes time for, too."""
-    problem = problem_of(rewritten(zero=3, regather=False), hardware)
-    order = waits_at_readers(problem, list(range(len(problem))))
-    assert problem.is_legal(order)
-    position = {call: index for index, call in enumerate(order)}
-    computes = [problem.lane[call] == 0 and not problem.hands_on[call] for call in range(len(problem))]
-    fetches, _ = fetches_of(problem)
-    for wait, kind in enumerate(problem.kind):
-        if kind == WAIT and problem.launch_of[wait] in fetches:
-            reader = min((position[c] for c in closure(problem.after, wait) if computes[c]), default=0)
-            assert not any(computes[c] for c in order[position[wait] : reader]), problem.nodes[wait]
