@@ -6,6 +6,7 @@
     evaluate        how long an order takes, and what memory it holds
     least_memory    the order that holds least, and the memory with which a partial order can still be finished
     list_schedule   an order made front to back, by priorities, within a bound on memory
+    out_of_turn     how far compute may run before its turn there
     delays          orders in which a reduction stands later
     local_search    the best of several such orders, improved where compute still waits
     traffic         what a step sends beside what it computes, before its messages share launches

@@ -49,6 +49,8 @@ def _frugal(problem: Problem, *, updates_at_once: bool) -> list[int]:
         need = {n for other in earlier for n in (needs[other] if other in fetched else (other,))}
         needs.append(need)
         if call in at_once:
+            if problem.nodes[call].meta["phase"] == "update":  # a decay of weights, say, brings no gather to the front
+                need = set(earlier)
             missing[call] = len(need)
             for other in need:
                 waiting[other].append(call)
@@ -109,24 +111,16 @@ def _long_lived(problem: Problem, call: int) -> bool:
 
 
 def _at_once(problem: Problem, fetched: set[int], updates: bool) -> set[int]:
-    """Calls that give memory back, or lead to one that does.
-
-    Of an update only what follows from backward: a decay of weights, say, would bring their gathers to the front.
-    """
+    """Calls that give memory back, or lead to one that does."""
     found: set[int] = set()
-    follows: set[int] = set()
     for call, node in enumerate(problem.nodes):
         if call in fetched:
             continue
-        phase = node.meta["phase"]
-        if phase == "backward" or any(other in follows for other in problem.before[call]):
-            follows.add(call)
-        gives = problem.kind[call] in (LAUNCH, WAIT) or c10d.is_release(node)
-        if phase == "update":
-            if updates and call in follows:
+        is_update = node.meta["phase"] == "update"
+        gives = problem.kind[call] in (LAUNCH, WAIT) or c10d.is_release(node) or is_update
+        if gives or (any(other in found for other in problem.reads[call]) and node.meta["phase"] == "backward"):
+            if updates or not is_update:
                 found.add(call)
-        elif gives or (phase == "backward" and any(other in found for other in problem.reads[call])):
-            found.add(call)
     return found
 
 

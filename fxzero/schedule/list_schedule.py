@@ -18,9 +18,10 @@ from fxzero.graph import collectives as c10d
 from fxzero.graph import swap_ops
 from fxzero.schedule.clock import Clock
 from fxzero.schedule.least_memory import Reserve
+from fxzero.schedule.out_of_turn import OutOfTurn
 from fxzero.schedule.problem import CARRIED, LAUNCH, ON_HOST, RUN, WAIT, Problem
 
-_MOST_TRIED = 64  # calls that do not fit, before a heap is left alone
+_MOST_TRIED, _MOST_EARLY = 64, 200  # calls that do not fit, or are too early too, before a heap is left alone
 
 BY_WAY, BY_PROGRAM, BY_PLACE, BY_SLACK = "by the way to the end", "by program", "by the way out", "by slack"
 
@@ -37,6 +38,8 @@ class Policy:
         fetch_first: a lane takes fetches before what gives memory back.
         in_turn: fetches are launched in the order in which the way out reads them, so that what may come early does not
             take the memory of what is read before it.
+        early, light: how early compute may run, of `OutOfTurn`: in mean seconds of a message, and whether calls that
+            leave next to nothing behind may run however early.
     """
 
     compute: str = BY_PROGRAM
@@ -44,6 +47,8 @@ class Policy:
     queue_s: float = 0.0
     fetch_first: bool = True
     in_turn: bool = True
+    early: float = math.inf
+    light: bool = False
 
 
 def ways_to_end(problem: Problem) -> list[float]:
@@ -124,6 +129,7 @@ class _Run:
                 if call in self.fetches:
                     self.turns[problem.lane[call]].append(call)
         self.priority = self._priorities(way_out)
+        self.out_of_turn = OutOfTurn(problem, self.priority, early=policy.early, light=policy.light)
         self.rank = list(rank) if rank is not None else ranks(problem, ways)
         for call in range(len(problem)):
             if not self.missing[call]:
@@ -188,11 +194,12 @@ class _Run:
         """Take the first call from a heap that fits, of keys up to `until`; those before it stay."""
         kept: list[tuple[float, int]] = []
         found = None
-        while ready and found is None and len(kept) < _MOST_TRIED and ready[0][0] <= until:
+        most = _MOST_TRIED if self.policy.early == math.inf else _MOST_EARLY
+        while ready and found is None and len(kept) < most and ready[0][0] <= until:
             item = heapq.heappop(ready)
             if self.reserve.is_taken(item[1]):
                 continue
-            if self.reserve.fits(item[1]):
+            if self.out_of_turn.allows(item[1], self.reserve.is_taken) and self.reserve.fits(item[1]):
                 found = item[1]
             else:
                 kept.append(item)

@@ -43,10 +43,18 @@ POLICIES = (
     Policy(compute=BY_WAY),
 )
 LEAST_POLICIES, POLICIES_BY_CALLS = 4, 300_000  # that are tried: at least, and for all calls together
+IN_TURN = (  # that keep compute near its turn
+    Policy(fetch_first=False, early=4),
+    Policy(fetch_first=False, early=2, light=True),
+    Policy(fetch_first=False, early=0, light=True),
+    Policy(early=4),
+)
+LEAST_IN_TURN, IN_TURN_BY_CALLS = 1, 100_000  # that are tried: at least, and for all calls together
 ENOUGH = 0.995  # of the lower bound: nothing further is tried
 MOST_ROUNDS, ROUNDS_BY_CALLS = 8, 120_000  # of improvement: at most, and for all calls together
 PARTS_OF_ROOM = (0.75, 0.5, 0.25)  # between the smallest peak and the bound
 MOST_DELAYS, DELAYS_BY_CALLS = 120, 400_000  # list schedules with something delayed: at most, and calls of all of them
+MOST_DELAYS_IN_TURN, DELAYS_IN_TURN_BY_CALLS = 60, 200_000  # the same, of policies that keep compute near its turn
 MOST_STALLS, LEAST_STALL = 4, 1e-3  # that are looked at in one round; of the step
 MOST_LAUNCHES = 4  # before a stall
 NO_GAIN = 1e-5  # of the step
@@ -97,7 +105,11 @@ def find_schedule(problem: Problem, *, bound_bytes: int | None = None) -> Schedu
             return search.best
     search.in_part_of_the_room()
     search.urge()
-    search.delay()
+    search.delay(
+        Policy(ahead=search.policy.ahead), most=min(MOST_DELAYS, max(1, DELAYS_BY_CALLS // max(1, len(problem))))
+    )
+    if not search.is_enough:
+        search.in_turn()
     return search.best
 
 
@@ -112,11 +124,12 @@ class _Search:
     Attributes:
         best: the fastest order; of equal ones, the one with the lower peak.
         policy, way_out, order: what the fastest list schedule was made by, and from; and itself.
+        first_way_out: the way out that the search began with.
     """
 
     def __init__(self, problem: Problem, limit: int, way_out: list[int]) -> None:
         self.problem, self.limit, self.way_out = problem, limit, way_out
-        self.policy, self.order = POLICIES[0], way_out
+        self.policy, self.order, self.first_way_out = POLICIES[0], way_out, way_out
         self.ways = ways_to_end(problem)
         self.bound = lower_bound(problem)
         self._seconds = math.inf
@@ -193,8 +206,21 @@ class _Search:
             order = self._listed(policy, self.way_out, limit=self.limit, rank=rank)
             self.consider(waits_at_readers(problem, order), f"{policy}, urged")
 
-    def delay(self) -> None:
+    def in_turn(self) -> None:
+        """The same from policies that keep compute near its turn; what was found before is not built upon."""
+        self._seconds, self.way_out = math.inf, self.first_way_out
+        for policy in IN_TURN[: max(LEAST_IN_TURN, IN_TURN_BY_CALLS // len(self.problem))]:
+            self.make(policy, self.way_out)
+            if self.is_enough:
+                return
+        self.delay(self.policy, most=min(MOST_DELAYS_IN_TURN, max(1, DELAYS_IN_TURN_BY_CALLS // len(self.problem))))
+
+    def delay(self, policy: Policy, *, most: int) -> None:
         """Reductions before the longest stalls are tried later, one after the other, while that makes the step shorter.
+
+        Args:
+            policy: of the list schedules, but for what compute prefers.
+            most: how many list schedules are made.
 
         A way out says in which order things may still be finished, so it is there that a reduction is moved; the list
         schedules made from it follow ([Note: can it be finished]).
@@ -204,11 +230,11 @@ class _Search:
             known = self._seconds
             stalls = sorted(times_of(self.problem, self.order).stalls, key=lambda stall: (-stall[1], stall[0]))
             longest = [wait for wait, seconds in stalls[:MOST_STALLS] if seconds > LEAST_STALL * self._seconds]
-            any(self._delay_before(wait, tried) for wait in longest)
+            any(self._delay_before(wait, policy, most, tried) for wait in longest)
             if self._seconds >= known:
                 return
 
-    def _delay_before(self, wait: int, tried: set[tuple[int, bool, float]]) -> bool:
+    def _delay_before(self, wait: int, policy: Policy, most: int, tried: set[tuple[int, bool, float]]) -> bool:
         """Try what was launched before a stall later; whether something was faster."""
         problem, way_out, faster, known = self.problem, self.way_out, False, self._seconds
         fetches, _ = fetches_of(problem)
@@ -223,9 +249,9 @@ class _Search:
                 group = delayed_group(problem, launch, with_work=with_work)
                 for order in delays(problem, way_out, group, launch=launch, bound_bytes=self.limit):
                     for compute in (BY_PROGRAM, BY_PLACE):
-                        if self._made >= min(MOST_DELAYS, max(1, DELAYS_BY_CALLS // len(problem))):
+                        if self._made >= most:
                             return faster
-                        faster |= self.make(replace(self.policy, compute=compute, fetch_first=True), order)
+                        faster |= self.make(replace(policy, compute=compute), order)
         return faster
 
 

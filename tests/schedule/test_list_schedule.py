@@ -24,7 +24,7 @@ from fxzero.passes.schedule_step import schedule_step
 from fxzero.schedule.evaluate import memory_of, peak_of, times_of
 from fxzero.schedule.least_memory import Reserve, least_memory_order
 from fxzero.schedule.list_schedule import BY_PROGRAM, BY_WAY, Policy, list_schedule, waits_at_readers, ways_to_end
-from fxzero.schedule.local_search import POLICIES, find_schedule
+from fxzero.schedule.local_search import IN_TURN, POLICIES, find_schedule
 from fxzero.schedule.problem import Problem
 from tests.numerics.local_ranks import run_ranks
 from tests.schedule.orders import random_order, with_turned
@@ -48,7 +48,12 @@ def test_schedules_keep_order_and_bound(name: str) -> None:
     smallest = peak_of(problem, least)
     assert smallest <= peak_of(problem, range(len(problem)))
     for part in (1.0, 1.05, 1.5):
-        for policy in (*POLICIES, Policy(compute=BY_WAY, ahead=2, queue_s=1e-5), Policy(compute=BY_PROGRAM, ahead=0)):
+        for policy in (
+            *POLICIES,
+            *IN_TURN,
+            Policy(compute=BY_WAY, ahead=2, queue_s=1e-5),
+            Policy(compute=BY_PROGRAM, ahead=0),
+        ):
             order = scheduled(problem, policy, int(part * smallest))
             assert problem.is_legal(order)
             assert peak_of(problem, order) <= int(part * smallest)
@@ -179,7 +184,7 @@ def in_order(step: StepGraph, problem: Problem, order: list[int]) -> StepGraph:
     return again
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("policy", (*POLICIES, *IN_TURN), ids=str)
 def test_every_policy_gives_equal_bits(trained: Any, policy: Policy) -> None:
     step, problem, outcome = trained
     order = scheduled(problem, policy, 2 * peak_of(problem, least_memory_order(problem)))
