@@ -87,7 +87,7 @@ def streams_of(kinds: Sequence[Start], device: torch.device, *, fast: bool) -> l
         device: of the tensors.
         fast: shows that it works, its figures are of no use.
     """
-    compute = Compute(device)
+    compute = Compute.agreed(device)
     found = []
     for start in kinds:
         for size in FAST_SIZES if fast else SIZES:
@@ -137,14 +137,21 @@ class Compute:
     """Compute in small chunks: a product and a sum, as in a step.
 
     Attributes:
-        chunk_s: seconds of one, alone; as rank 0 has measured it.
+        chunk_s: seconds of one, alone.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._matrix = torch.randn(256, 256, device=device)
         self._vector = torch.randn(2**18, device=device)
         self.run(100)
-        self.chunk_s = _agreed(statistics.median(self.run(20) / 20 for _ in range(20)))
+        self.chunk_s = statistics.median(self.run(20) / 20 for _ in range(20))
+
+    @classmethod
+    def agreed(cls, device: torch.device) -> Compute:
+        """With seconds as rank 0 has measured them; all ranks call it alike."""
+        compute = cls(device)
+        compute.chunk_s = _agreed(compute.chunk_s)
+        return compute
 
     def run(self, chunks: int) -> float:
         """Seconds of so many."""

@@ -225,7 +225,7 @@ def _median_of(start: Start, whole: torch.Tensor, *, burst: int, fast: bool) -> 
 def _slowdown(start: Start, device: torch.device) -> float:
     """By what factor compute takes longer while a collective is under way; all ranks compute, as in a step."""
     whole = torch.ones(CONTENTION_BYTES // 4, device=device)
-    compute = Compute(device)
+    compute = Compute.agreed(device)
     dist.barrier()
     under_way = statistics.median(_median_of(start, whole, burst=1, fast=True)[TOTAL] for _ in range(2))
     number = max(1, int(0.5 * under_way / compute.chunk_s))  # ends before the collective does

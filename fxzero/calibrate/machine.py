@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import os
@@ -13,6 +14,7 @@ import torch
 
 from fxzero.calibrate.beside_compute import BesideCompute
 from fxzero.calibrate.collectives import Collectives, measure
+from fxzero.calibrate.company import company
 from fxzero.calibrate.copies import copy_rate
 from fxzero.calibrate.matrix_ops import matrix_rates
 from fxzero.calibrate.memory_ops import FRESH_ABOVE_BYTES, fresh_rate, op_rates, program_overheads
@@ -30,7 +32,7 @@ class Calibration:
 
     Args:
         device: what is measured.
-        world: ranks between which collectives are timed; 1 times none.
+        world: ranks between which collectives are timed, 1 times none; on a CPU all compute while one is timed.
         threads: of each rank, on a CPU.
         directory: for files.
         fast: small sizes and few samples: shows that it works, its figures are of no use.
@@ -59,20 +61,27 @@ class Calibration:
     def _clock(self) -> Clock:
         return Clock(self.device, sample_s=2e-4, samples=3) if self.fast else Clock(self.device)
 
+    def _beside_others(self) -> contextlib.AbstractContextManager[None]:
+        """The other ranks compute meanwhile, where they share this machine's cores and memory."""
+        return company(self.world - 1 if self.device.type == "cpu" else 0, threads=self.threads)
+
     def measure_memory_ops(self) -> None:
         """Rates of the classes of ops."""
-        self.found["ops"], rows = op_rates(self._clock, fast=self.fast)
-        self.found["fresh_bytes_s"] = fresh_rate(self._clock, fast=self.fast)
+        with self._beside_others():
+            self.found["ops"], rows = op_rates(self._clock, fast=self.fast)
+            self.found["fresh_bytes_s"] = fresh_rate(self._clock, fast=self.fast)
         self.rows += rows
 
     def measure_matrix_ops(self) -> None:
         """Peak by dtype, and what part of it classes of products reach."""
-        self.found["matrix_flops"], self.found["matrix_rates"], rows = matrix_rates(self._clock, fast=self.fast)
+        with self._beside_others():
+            self.found["matrix_flops"], self.found["matrix_rates"], rows = matrix_rates(self._clock, fast=self.fast)
         self.rows += rows
 
     def measure_overheads(self) -> None:
         """What a call of a program takes, however small."""
-        self.found["op_overhead_s"], self.found["view_overhead_s"] = program_overheads(self._clock)
+        with self._beside_others():
+            self.found["op_overhead_s"], self.found["view_overhead_s"] = program_overheads(self._clock)
 
     def measure_collectives(self) -> None:
         """The link between ranks of this machine."""

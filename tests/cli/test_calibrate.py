@@ -4,13 +4,16 @@ import contextlib
 import importlib
 import io
 import json
+import shutil
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fxzero.calibrate import collectives, matrix_ops, memory_ops
+from fxzero.calibrate import Calibration, collectives, company, machine, matrix_ops, memory_ops
 from fxzero.calibrate.beside_compute import BesideCompute, beside_compute
 from fxzero.calibrate.collectives import collective_rates, steps_and_bytes
 from fxzero.calibrate.matrix_ops import Case
@@ -216,3 +219,37 @@ def test_a_residual_says_what_the_description_is_off_by() -> None:
     row = Measured("ops.fill", "full, 10 elements", 2e-6, 3e-6)
     assert row.residual == pytest.approx(0.5)
     assert "+50%" in as_table([row])
+
+
+# ---- the other ranks
+
+
+def test_other_ranks_compute_while_one_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[str]] = []
+    start = subprocess.Popen
+
+    def noted(*args: Any, **keys: Any) -> Any:
+        started.append(start(*args, **keys))
+        return started[-1]
+
+    monkeypatch.setattr(company.subprocess, "Popen", noted)
+    calibration = Calibration(torch.device("cpu"), world=3, threads=1, directory=tmp_path, fast=True)
+    seen: list[list[int | None]] = []
+    monkeypatch.setattr(machine, "program_overheads", lambda clock: seen.append([p.poll() for p in started]) or (1, 1))
+    calibration.measure_overheads()
+    assert seen == [[None, None]]  # both run
+    assert [other.returncode for other in started] == [-signal.SIGKILL] * 2
+
+
+def test_ranks_that_share_nothing_are_timed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(company.subprocess, "Popen", None)
+    for device, world in (("cpu", 1), ("cuda", 4)):
+        with Calibration(torch.device(device), world=world, threads=1, directory=tmp_path)._beside_others():
+            pass
+
+
+def test_a_rank_that_does_not_compute_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(company.sys, "executable", shutil.which("false"))
+    with pytest.raises(HardwareError, match=r"beside 1 other ranks.*expected a process that computes, got exit code 1"):
+        with company.company(1, threads=1):
+            pass

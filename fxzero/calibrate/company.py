@@ -1,0 +1,63 @@
+"""The other ranks of this machine: they compute while one of them is timed, as in a step.
+
+Cores share memory, caches and clock rates, so a rank alone is faster than any of several. GPUs share none of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fxzero.calibrate.beside_compute import Compute
+from fxzero.errors import HardwareError
+
+READY = "computes"
+
+
+@contextlib.contextmanager
+def company(count: int, *, threads: int) -> Iterator[None]:
+    """So many processes compute meanwhile.
+
+    Args:
+        count: of them.
+        threads: of each.
+
+    Raises:
+        HardwareError: if one does not begin to.
+    """
+    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", f"from {__name__} import keep_computing; keep_computing()"]
+    others = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+    try:
+        for other in others:
+            assert other.stdout is not None
+            if other.stdout.readline().strip() != READY:
+                raise HardwareError.of(
+                    f"calibration beside {count} other ranks",
+                    expected="a process that computes",
+                    got=f"exit code {other.wait()}",
+                    fix="try --world 1, and look at what it said",
+                )
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+            if other.stdout is not None:
+                other.stdout.close()
+
+
+def keep_computing() -> None:
+    """Compute until the process that started this one ends it, or is gone."""
+    parent = os.getppid()
+    compute = Compute(torch.device("cpu"))
+    print(READY, flush=True)
+    while os.getppid() == parent:
+        compute.run(10)
