@@ -210,8 +210,7 @@ def recipe(
     alone = _decides_buckets(plan) and form == "coalesced"  # a bucket is a launch: no further grouping of updates
     passes.append(place_updates.using(bucket_bytes=0 if alone else bucket_bytes(plan)))
     if gathers and plan.cross_step:
-        by_cost = {"hardware": plan.hardware, "backend": backend} if plan.schedule == "cost" else {}
-        passes.append(gather_for_next_step.using(memory_bytes=bound, **by_cost))
+        passes.append(gather_for_next_step.using(**(machine if plan.schedule == "cost" else {"memory_bytes": bound})))
     passes += _offloading(plan, decided)
     if plan.schedule == "cost":
         passes.append(schedule_step.using(**machine, **_recorded(plan, costs)))

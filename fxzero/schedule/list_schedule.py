@@ -174,10 +174,11 @@ class _Run:
         if call is None:
             call = self._first_that_fits(self.compute)
         wait = self._first_that_fits(self.waits) if call is None else None
+        until = self.clock.now
         if call is not None:
-            until = self.clock.now + self.problem.seconds[call]
-        else:
-            until = self.clock.now if wait is None else max(self.clock.now, self.clock.due(wait))
+            until += self.problem.seconds[call]
+        elif wait is not None:
+            until = max(until, self.clock.due(wait))
         if self._launch(until):
             if call is not None:
                 self._wait_for_compute(call)

@@ -97,20 +97,24 @@ def find_schedule(problem: Problem, *, bound_bytes: int | None = None) -> Schedu
     """
     program = list(range(len(problem)))
     limit = int(memory_of(problem, program).max()) if bound_bytes is None else bound_bytes
-    search = _Search(problem, limit, _way_out(problem, limit))
+    way_out = _way_out(problem, limit)
+    search = _Search(problem, limit, way_out)
     search.consider(program, "the order of the program")
-    for policy in POLICIES[: max(LEAST_POLICIES, POLICIES_BY_CALLS // max(1, len(problem)))]:
+    for policy in POLICIES[: _affordable(problem, POLICIES_BY_CALLS, least=LEAST_POLICIES)]:
         search.make(policy, search.way_out)
         if search.is_enough:
             return search.best
     search.in_part_of_the_room()
     search.urge()
-    search.delay(
-        Policy(ahead=search.policy.ahead), most=min(MOST_DELAYS, max(1, DELAYS_BY_CALLS // max(1, len(problem))))
-    )
+    search.delay(Policy(ahead=search.policy.ahead), most=min(MOST_DELAYS, _affordable(problem, DELAYS_BY_CALLS)))
     if not search.is_enough:
-        search.in_turn()
+        search.in_turn(way_out)
     return search.best
+
+
+def _affordable(problem: Problem, calls: int, *, least: int = 1) -> int:
+    """How often all calls of a problem may be gone through, for so many calls altogether."""
+    return max(least, calls // max(1, len(problem)))
 
 
 class _Search:
@@ -124,12 +128,11 @@ class _Search:
     Attributes:
         best: the fastest order; of equal ones, the one with the lower peak.
         policy, way_out, order: what the fastest list schedule was made by, and from; and itself.
-        first_way_out: the way out that the search began with.
     """
 
     def __init__(self, problem: Problem, limit: int, way_out: list[int]) -> None:
         self.problem, self.limit, self.way_out = problem, limit, way_out
-        self.policy, self.order, self.first_way_out = POLICIES[0], way_out, way_out
+        self.policy, self.order = POLICIES[0], way_out
         self.ways = ways_to_end(problem)
         self.bound = lower_bound(problem)
         self._seconds = math.inf
@@ -146,14 +149,15 @@ class _Search:
         peak, times = int(memory_of(self.problem, order).max()), times_of(self.problem, order)
         return Schedule(order, times.seconds, peak, self.bound, how), times.clock
 
-    def consider(self, order: list[int], how: str) -> None:
-        """Keep an order if it is the best."""
+    def consider(self, order: list[int], how: str) -> float:
+        """Keep an order if it is the best; the seconds that it takes."""
         found, clock = self._schedule(order, how)
         better = (found.seconds, found.peak_bytes) < (self.best.seconds, self.best.peak_bytes)
         if better and found.peak_bytes <= self.limit:
             self.best = found
             if self.problem.leads:
                 self._before = clock
+        return found.seconds
 
     def _listed(self, policy: Policy, way_out: list[int], *, limit: int, rank: list[float] | None = None) -> list[int]:
         return list_schedule(
@@ -175,9 +179,8 @@ class _Search:
         order = self._listed(policy, way_out, limit=limit)
         self._made += 1
         how = f"{policy}" + (f", {room:.0%} of the room" if room < 1.0 else "")
-        self.consider(order, how)
+        seconds = self.consider(order, how)
         self.consider(waits_at_readers(problem, order), f"{how}, waits at readers")
-        seconds = times_of(problem, order).seconds
         faster = seconds < self._seconds * (1 - NO_GAIN)
         if faster:
             self._seconds, self.policy, self.way_out, self.order = seconds, policy, way_out, order
@@ -197,7 +200,7 @@ class _Search:
         """
         problem, policy, order = self.problem, self.policy, self.order
         rank = ranks(problem, self.ways)
-        for _ in range(min(MOST_ROUNDS, max(1, ROUNDS_BY_CALLS // len(problem)))):
+        for _ in range(min(MOST_ROUNDS, _affordable(problem, ROUNDS_BY_CALLS))):
             stalls = times_of(problem, order).stalls
             if not stalls or self.is_enough:
                 return
@@ -206,14 +209,18 @@ class _Search:
             order = self._listed(policy, self.way_out, limit=self.limit, rank=rank)
             self.consider(waits_at_readers(problem, order), f"{policy}, urged")
 
-    def in_turn(self) -> None:
-        """The same from policies that keep compute near its turn; what was found before is not built upon."""
-        self._seconds, self.way_out = math.inf, self.first_way_out
-        for policy in IN_TURN[: max(LEAST_IN_TURN, IN_TURN_BY_CALLS // len(self.problem))]:
-            self.make(policy, self.way_out)
+    def in_turn(self, way_out: list[int]) -> None:
+        """The same from policies that keep compute near its turn; what was found before is not built upon.
+
+        Args:
+            way_out: that the search began with.
+        """
+        self._seconds = math.inf
+        for policy in IN_TURN[: _affordable(self.problem, IN_TURN_BY_CALLS, least=LEAST_IN_TURN)]:
+            self.make(policy, way_out)
             if self.is_enough:
                 return
-        self.delay(self.policy, most=min(MOST_DELAYS_IN_TURN, max(1, DELAYS_IN_TURN_BY_CALLS // len(self.problem))))
+        self.delay(self.policy, most=min(MOST_DELAYS_IN_TURN, _affordable(self.problem, DELAYS_IN_TURN_BY_CALLS)))
 
     def delay(self, policy: Policy, *, most: int) -> None:
         """Reductions before the longest stalls are tried later, one after the other, while that makes the step shorter.
