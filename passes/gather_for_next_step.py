@@ -51,14 +51,14 @@ def gather_for_next_step(
         launches = _first_launches(step)
     else:
         launches = _late_launches(step, hardware_of(step, backend=backend, named=hardware))
-    names = [launch.name for launch in launches]
     if memory_bytes is not None:
-        names = _that_fit(step, names, memory_bytes)
-    return _carry(step, [launch for launch in launches if launch.name in names])
+        launches = launches[: _how_many_fit(step, launches, memory_bytes)]
+    return _carry(step, launches)
 
 
-def _that_fit(step: StepGraph, names: list[str], memory_bytes: int) -> list[str]:
-    """As many launches, from the first on, as keep the peak within a bound, or no higher than it is."""
+def _how_many_fit(step: StepGraph, launches: list[fx.Node], memory_bytes: int) -> int:
+    """How many launches, from the first on, keep the peak within a bound, or no higher than it is."""
+    names = [launch.name for launch in launches]
     most = max(memory_bytes, int(memory_timeline(step).total.max()))
     fitting, too_many = 0, len(names) + 1
     while too_many - fitting > 1:
@@ -69,7 +69,7 @@ def _that_fit(step: StepGraph, names: list[str], memory_bytes: int) -> list[str]
             fitting = count
         else:
             too_many = count
-    return names[:fitting]
+    return fitting
 
 
 def _late_launches(step: StepGraph, machine: Hardware) -> list[fx.Node]:

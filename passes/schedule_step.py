@@ -10,8 +10,7 @@ import torch
 
 from fxzero.cost.hardware import hardware_of
 from fxzero.cost.memory import memory_timeline
-from fxzero.cost.recorded import Machine, RecordedCosts, is_timed, knows
-from fxzero.cost.signature import signature
+from fxzero.cost.recorded import Machine, RecordedCosts, knows, signatures
 from fxzero.cost.tasks import step_tasks
 from fxzero.errors import HardwareError, RewriteError
 from fxzero.graph import StepGraph
@@ -82,7 +81,7 @@ def _known_costs(step: StepGraph, costs: RecordedCosts) -> dict[str, float]:
     """Signature of a call -> recorded seconds, if any call of the step is among them."""
     found = costs.seconds
     if not knows(found, step):
-        own = next((signature(node, step.mesh) for node in filter(is_timed, step.calls())), None)
+        own = next(signatures(step), None)
         raise HardwareError.of(
             f"{costs!r}",
             expected=f"costs of calls of this step, such as {own!r}" if own else "costs",

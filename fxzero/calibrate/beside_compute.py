@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from scipy.optimize import nnls
 
+from fxzero.calibrate.timing import settle
+
 Start = Callable[[torch.Tensor], Callable[[], object]]  # launches on a whole tensor, returns what waits for it
 
 SIZES = (2**18, 2**20, 2**22)  # bytes of the whole tensor
@@ -159,8 +161,7 @@ class Compute:
         for _ in range(chunks):
             torch.mm(self._matrix, self._matrix)
             torch.add(self._vector, self._vector)
-        if self._matrix.is_cuda:
-            torch.cuda.synchronize(self._matrix.device)
+        settle(self._matrix.device)
         return time.perf_counter() - began
 
 

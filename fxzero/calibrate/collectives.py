@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 
 from fxzero.calibrate.beside_compute import BesideCompute, Compute, Start, beside_compute, line, streams_of
-from fxzero.calibrate.timing import Measured
+from fxzero.calibrate.company import rank_environment
+from fxzero.calibrate.timing import Measured, settle
 from fxzero.cost.hardware import CollectiveRate, Link
 from fxzero.errors import HardwareError
 from fxzero.graph import collectives as c10d
@@ -78,9 +79,9 @@ def measure(world: int, *, threads: int, fast: bool = False) -> Collectives:
         out = Path(folder) / "collectives.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
         command += ["--module", "fxzero.calibrate.collectives", str(out), *(["--fast"] if fast else [])]
-        paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(paths)}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command, env=rank_environment(threads), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
         if done.returncode:
             raise HardwareError.of(
                 f"calibration over {world} ranks",
@@ -209,13 +210,13 @@ def _median_of(start: Start, whole: torch.Tensor, *, burst: int, fast: bool) -> 
     launched, total = [], []
     for number in range(-2, 3 if fast else SAMPLES):
         dist.barrier()
-        _settle(whole)
+        settle(whole.device)
         began = time.perf_counter()
         waits = [start(whole) for _ in range(burst)]
         held = time.perf_counter() - began
         for wait in waits:
             wait()
-        _settle(whole)
+        settle(whole.device)
         if number >= 0:
             launched.append(held / burst)
             total.append((time.perf_counter() - began) / burst)
@@ -238,11 +239,6 @@ def _slowdown(start: Start, device: torch.device) -> float:
         beside.append(compute.run(number))
         wait()
     return statistics.median(beside) / statistics.median(alone)
-
-
-def _settle(tensor: torch.Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,12 @@ from fxzero.errors import HardwareError
 READY = "computes"
 
 
+def rank_environment(threads: int) -> dict[str, str]:
+    """Of a process that stands for a rank: so many threads, and this fxzero."""
+    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(paths)}
+
+
 @contextlib.contextmanager
 def company(count: int, *, threads: int) -> Iterator[None]:
     """So many processes compute meanwhile.
@@ -31,9 +37,8 @@ def company(count: int, *, threads: int) -> Iterator[None]:
     Raises:
         HardwareError: if one does not begin to.
     """
-    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-c", f"from {__name__} import keep_computing; keep_computing()"]
+    env = rank_environment(threads)
     others = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(count)]
     try:
         for other in others:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fxzero.calibrate.timing import Measured
+from fxzero.calibrate.timing import Measured, settle
 from fxzero.runtime.swap.swapper import Swapper
 
 SMALL_BYTES = 2**12
@@ -71,20 +71,15 @@ def _out_and_in(swapper: Swapper, device: torch.device, tier: str, size: int) ->
     x = torch.ones(size, dtype=torch.uint8, device=device)
     out, back = [], []
     for _ in range(SAMPLES + 1):
-        _settle(device)
+        settle(device)
         began = time.perf_counter()
         stored = swapper.written(swapper.write(x, "calibration", tier))
-        _settle(device)
+        settle(device)
         half = time.perf_counter()
         transfer = swapper.read(stored)
         swapper.drop(stored)
         swapper.loaded(transfer)
-        _settle(device)
+        settle(device)
         out.append(half - began)
         back.append(time.perf_counter() - half)
     return statistics.median(out[1:]), statistics.median(back[1:])
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

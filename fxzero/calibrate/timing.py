@@ -60,16 +60,18 @@ class Clock:
 
     def _sample(self, call: Callable[[int], object], repeats: int) -> float:
         now = time.thread_time if self._is_one_thread() else time.perf_counter
-        self._settle()
+        settle(self.device)
         start = now()
         for number in range(repeats):
             call(number)
-        self._settle()
+        settle(self.device)
         return now() - start
 
     def _is_one_thread(self) -> bool:
         return self.device.type == "cpu" and torch.get_num_threads() == 1
 
-    def _settle(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+
+def settle(device: torch.device) -> None:
+    """Return when a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -39,8 +39,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fxzero.schedule.chain import reasons_in_a_chain
-from fxzero.schedule.exposed import compute_seconds, exposed_seconds
-from fxzero.schedule.problem import LAUNCH, ON_HOST, WAIT, Problem, closure
+from fxzero.schedule.exposed import exposed_seconds
+from fxzero.schedule.problem import LAUNCH, ON_HOST, WAIT, Problem, closure, compute_seconds
 
 Job = tuple[float, float, float]  # head, seconds, tail
 

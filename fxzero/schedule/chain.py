@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 
-from fxzero.schedule.exposed import compute_seconds
-from fxzero.schedule.problem import CARRIED, LAUNCH, WAIT, Problem
+from fxzero.schedule.problem import CARRIED, LAUNCH, WAIT, Problem, compute_seconds
 
 _MOST_WAITS = 8  # that chains are looked for from; each takes time linear in the number of calls
 

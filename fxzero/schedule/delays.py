@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fxzero.schedule.exposed import compute_seconds
-from fxzero.schedule.problem import RUN, Problem
+from fxzero.schedule.problem import RUN, Problem, compute_seconds
 
 # of a launch's seconds: by how much compute it is delayed
 PARTS = (0.25, 0.5, 1.0, 1.25, 1.5, 2.0, 3.0, 6.0)

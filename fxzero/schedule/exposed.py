@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fxzero.schedule.problem import LAUNCH, WAIT, Problem, closure
+from fxzero.schedule.problem import LAUNCH, WAIT, Problem, closure, compute_seconds
 
 _PLACES = 8  # calls before a launch at which memory is counted
 _MOST_LASTS = 3  # launches of which the last one is looked at
@@ -172,10 +172,3 @@ def _first_launches(problem: Problem, lane: int) -> list[int]:
 
 def _is_update(problem: Problem, call: int) -> bool:
     return problem.nodes[call].meta["phase"] == "update"
-
-
-def compute_seconds(problem: Problem, call: int) -> float:
-    """Seconds for which a call holds the compute lane, if nothing else runs."""
-    if problem.kind[call] == LAUNCH:
-        return problem.launch_s[call]
-    return problem.seconds[call] if problem.lane[call] == 0 else 0.0

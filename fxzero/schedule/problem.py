@@ -127,7 +127,7 @@ class Problem:
         clock, passed = 0.0, []
         for call in range(len(self)):
             passed.append(clock)
-            clock += self.launch_s[call] + (self.seconds[call] if self.lane[call] == 0 else 0.0)
+            clock += compute_seconds(self, call)
         for wait, kind in enumerate(self.kind):
             if kind == CARRIED:
                 lead = passed[min(self.after[wait], default=wait)]
@@ -184,6 +184,13 @@ class Problem:
         if len(position) != len(self) or len(order) != len(self):
             return False
         return all(position[a] < position[b] for b, earlier in enumerate(self.before) for a in earlier)
+
+
+def compute_seconds(problem: Problem, call: int) -> float:
+    """Seconds for which a call holds the compute lane, if nothing else runs."""
+    if problem.kind[call] == LAUNCH:
+        return problem.launch_s[call]
+    return problem.seconds[call] if problem.lane[call] == 0 else 0.0
 
 
 def closure(ways: list[list[int]], call: int) -> set[int]:
