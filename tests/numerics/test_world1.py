@@ -58,8 +58,8 @@ def test_rarer_things_are_bit_equal_too(case: Case) -> None:
     ("name", "fault", "label"),
     [
         ("one_cycle_sgd", reference.double_gradient, "loss 1"),
-        # Adam divides the factor out, up to its eps: the last bit of a late loss may come before the state
-        ("adam", reference.double_gradient, ("state", "loss 10")),
+        # Adam divides the factor out, up to its eps: a last bit of some loss may come before the state
+        ("adam", reference.double_gradient, ("state", "loss")),
         ("adam", reference.drop_dropout, "loss 0"),
         ("adam", reference.untie, "loss 1"),
         ("adam", reference.keep_buffers, "buffer block.norm.running_mean"),
