@@ -46,7 +46,7 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "decide": BASE | {"plan_buckets", "plan_offload", "graph", "cost", "passes", "pass_manager", "recipe"},
     "kernels": frozenset(),
     "runtime": BASE | {"plan_offload", "graph", "kernels", "capture"},
-    "calibrate": BASE | {"graph", "cost", "runtime"},
+    "calibrate": BASE | {"graph", "cost", "simulate", "runtime"},
     "report": BASE | {"graph", "cost", "simulate", "pass_manager", "decide"},
     "programs": BASE | {"graph", "capture", "cost", "decide", "pass_manager", "runtime"},
     "profile": BASE | {"graph", "cost", "simulate", "runtime"},

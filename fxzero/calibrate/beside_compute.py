@@ -1,172 +1,144 @@
 """What messages and compute do to each other where they share cores, as in a step over gloo.
 
-[Note: a stream beside compute]
-Some messages are launched one after the other, with compute behind each, and all are waited for at the end. Compute
-takes longer than alone, and so do the launches, which wake the threads that carry messages. What is left of the
-messages at the end says how much of them was carried meanwhile: alone, it would have taken a part of that time only.
+[Note: figures of recorded steps]
+The small step is recorded in its three forms, in turns, so that what else the machine does falls on all alike.
+    launches    of both forms with messages, a line through all: what they hold the thread for adds up to what was seen.
+                It is more than alone, since a launch wakes the threads that carry messages, which take the core.
+    hindrance   what a message takes while compute stands still passes as alone; the rest of what it would take alone
+                has taken as long as compute ran beside it.
+    slowdown    calls take longer than without messages, on the whole: that happened while messages were under way.
+    among_ranks what is left of the time of a step, when the simulator knows all of that: no rank is always as fast as
+                the others, and all wait for the slowest, at one message after the other.
 Means count, not medians: a launch behind which the system ran something else is rare, but takes as long as many others.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from scipy.optimize import nnls
+from scipy.optimize import brentq, nnls
 
-from fxzero.calibrate.timing import settle
+from fxzero.calibrate.recorded_steps import StepMeans
+from fxzero.calibrate.small_step import ALONE, BY_ALL_REDUCES, BY_MESSAGES
+from fxzero.calibrate.timing import Measured
+from fxzero.cost.communication import message_bytes
+from fxzero.cost.tasks import Task
+from fxzero.graph import StepGraph
+from fxzero.graph.lanes import COMPUTE, is_launch, is_wait, lane_of_launch
+from fxzero.simulate.timeline import simulate
 
-Start = Callable[[torch.Tensor], Callable[[], object]]  # launches on a whole tensor, returns what waits for it
-
-SIZES = (2**18, 2**20, 2**22)  # bytes of the whole tensor
-FAST_SIZES = (2**12, 2**18)
-PACES = (1.0, 2.0, 4.0)  # seconds of compute behind each launch, times those of the message alone
-DRY_PACE = 2.0  # beyond it messages may be through before the next one is launched: how long they take is not seen
-MESSAGES = 8  # of a stream
 MOST = 20.0  # times as long as alone
-STREAM_S = 0.6  # for which compute runs, of one size and pace
 
 
 @dataclass(frozen=True)
 class BesideCompute:
-    """What streams have shown.
+    """What steps have shown.
 
     Args:
         launch_s: for which launching a message holds the thread.
         launch_bytes_s: bytes a second of the whole tensor, beside that; 0: it takes no time.
         slowdown: by what factor compute takes longer while messages are under way.
         hindrance: by what factor messages take longer while compute runs.
+        among_ranks: by what factor compute takes longer all the time, since ranks wait for each other.
     """
 
-    launch_s: float
-    launch_bytes_s: float
-    slowdown: float
-    hindrance: float
+    launch_s: float = 0.0
+    launch_bytes_s: float = 0.0
+    slowdown: float = 1.0
+    hindrance: float = 1.0
+    among_ranks: float = 1.0
 
 
-def line(sizes: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
-    """(seconds of no bytes, bytes a second); where time does not grow with bytes, at least the rate of the largest."""
-    constant, slope = _fit(sizes, seconds)
-    return constant, 1 / slope if slope > 0 else float(sizes[-1] / seconds[-1])
-
-
-def beside_compute(streams: Sequence[Mapping[str, float]]) -> BesideCompute:
-    """Figures of what `streams_of` has measured: a line through all launches, factors where lanes were always busy."""
-    sizes, launches = (np.array([stream[key] for stream in streams]) for key in ("bytes", "launch_s"))
-    constant, slope = _fit(sizes, launches)
-    full = [stream for stream in streams if stream["pace"] <= DRY_PACE]
-    slowdown = statistics.mean(stream["compute_s"] / stream["compute_alone_s"] for stream in full)
-    hindrance = statistics.median(map(_hindrance, full))
-    return BesideCompute(constant, 1 / slope if slope > 0 else 0.0, max(1.0, slowdown), max(1.0, hindrance))
-
-
-def _hindrance(stream: Mapping[str, float]) -> float:
-    """Of one stream; where next to nothing was carried beside compute, as much as can be told."""
-    carried_s = max(stream["alone_s"] - stream["left_s"], stream["alone_s"] / MOST)
-    return min(MOST, (stream["launch_s"] + stream["compute_s"]) / carried_s)
-
-
-def _fit(sizes: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
-    matrix = np.stack([np.ones(len(sizes)), sizes], axis=1) / seconds[:, None]
-    (constant, slope), _ = nnls(matrix, np.ones(len(seconds)))
-    return float(constant), float(slope)
-
-
-# ---- one rank
-
-
-def streams_of(kinds: Sequence[Start], device: torch.device, *, fast: bool) -> list[dict[str, float]]:
-    """Streams of each kind of message, size and pace; all ranks call it alike. All seconds are of one message.
+def beside_compute(
+    steps: Mapping[str, StepMeans], programs: Mapping[str, StepGraph], alone_s: Callable[[str, float], float]
+) -> tuple[BesideCompute, list[Measured]]:
+    """Figures of recorded steps ([Note: figures of recorded steps]), and the steps beside what these tell of them.
 
     Args:
-        kinds: what launches a message.
-        device: of the tensors.
-        fast: shows that it works, its figures are of no use.
+        steps: form -> what was seen of it.
+        programs: form -> the program that was recorded.
+        alone_s: (form, bytes of the whole tensor) -> seconds of a message without compute.
     """
-    compute = Compute.agreed(device)
-    found = []
-    for start in kinds:
-        for size in FAST_SIZES if fast else SIZES:
-            whole = torch.ones(size // 4, device=device)
-            alone_s = _agreed(statistics.median(_burst(start, whole) for _ in range(1 if fast else 7)))
-            for pace in PACES:
-                chunks = max(1, round(pace * alone_s / compute.chunk_s))
-                rounds = 1 if fast else max(2, int(STREAM_S / (MESSAGES * chunks * compute.chunk_s)))
-                runs = [_stream(start, whole, compute, chunks) for _ in range(rounds)]
-                means = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
-                found.append({"bytes": size, "pace": pace, "alone_s": alone_s, **means})
-    return found
+    cases = [
+        _Case.of(programs[form], steps[ALONE], steps[form], form, alone_s) for form in (BY_MESSAGES, BY_ALL_REDUCES)
+    ]
+    hindrance = float(np.mean([case.hindrance() for case in cases]))
+    slowdown = float(np.mean([case.slowdown() for case in cases]))
+    among_ranks = float(np.mean([case.among_ranks(slowdown, hindrance) for case in cases]))
+    sizes = np.concatenate([case.sizes for case in cases])
+    constant, slope = _line_of_sums(sizes, np.concatenate([case.seen.launch_s for case in cases]))
+    rows = []
+    for case in cases:
+        told_s = case.simulated_s(among_ranks, slowdown, hindrance, [constant + slope * size for size in case.sizes])
+        rows.append(Measured("beside_compute", f"a small step with {case.form}", case.seen.step_s, told_s))
+    return BesideCompute(constant, 1 / slope if slope > 0 else 0.0, slowdown, hindrance, among_ranks), rows
 
 
-def _stream(start: Start, whole: torch.Tensor, compute: Compute, chunks: int) -> dict[str, float]:
-    dist.barrier()
-    alone_s = compute.run(chunks * MESSAGES)
-    dist.barrier()
-    waits = []
-    launch_s = compute_s = 0.0
-    for _ in range(MESSAGES):
-        began = time.perf_counter()
-        waits.append(start(whole))
-        launch_s += time.perf_counter() - began
-        compute_s += compute.run(chunks)
-    left_s = _waited(waits)
-    seconds = {"launch_s": launch_s, "compute_s": compute_s, "compute_alone_s": alone_s, "left_s": left_s}
-    return {key: value / MESSAGES for key, value in seconds.items()}
+def _line_of_sums(sizes: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
+    """(seconds of no bytes, seconds of a byte): least squares, not of relative errors, so that sums are kept."""
+    largest = sizes.max()
+    (constant, slope), _ = nnls(np.stack([np.ones(len(sizes)), sizes / largest], axis=1), seconds)
+    return float(constant), float(slope / largest)
 
 
-def _burst(start: Start, whole: torch.Tensor) -> float:
-    """Seconds of one of several messages that are launched at once, with no compute beside them."""
-    dist.barrier()
-    began = time.perf_counter()
-    _waited([start(whole) for _ in range(MESSAGES)])
-    return (time.perf_counter() - began) / MESSAGES
+@dataclass(frozen=True)
+class _Case:
+    """One form.
 
-
-def _waited(waits: Sequence[Callable[[], object]]) -> float:
-    began = time.perf_counter()
-    for wait in waits:
-        wait()
-    return time.perf_counter() - began
-
-
-class Compute:
-    """Compute in small chunks: a product and a sum, as in a step.
-
-    Attributes:
-        chunk_s: seconds of one, alone.
+    Args:
+        step: its program.
+        alone: what was seen without messages.
+        seen: what was seen with them.
+        form: which.
+        sizes: bytes of the whole tensor of each message.
+        message_s: that each would take alone.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._matrix = torch.randn(256, 256, device=device)
-        self._vector = torch.randn(2**18, device=device)
-        self.run(100)
-        self.chunk_s = statistics.median(self.run(20) / 20 for _ in range(20))
+    step: StepGraph
+    alone: StepMeans
+    seen: StepMeans
+    form: str
+    sizes: Sequence[float]
+    message_s: Sequence[float]
 
     @classmethod
-    def agreed(cls, device: torch.device) -> Compute:
-        """With seconds as rank 0 has measured them; all ranks call it alike."""
-        compute = cls(device)
-        compute.chunk_s = _agreed(compute.chunk_s)
-        return compute
+    def of(
+        cls, step: StepGraph, alone: StepMeans, seen: StepMeans, form: str, alone_s: Callable[[str, float], float]
+    ) -> _Case:
+        sizes = [message_bytes(node) for node in step.calls() if is_launch(node)]
+        return cls(step, alone, seen, form, sizes, [alone_s(form, size) for size in sizes])
 
-    def run(self, chunks: int) -> float:
-        """Seconds of so many."""
-        began = time.perf_counter()
-        for _ in range(chunks):
-            torch.mm(self._matrix, self._matrix)
-            torch.add(self._vector, self._vector)
-        settle(self._matrix.device)
-        return time.perf_counter() - began
+    def hindrance(self) -> float:
+        needed_s = sum(self.message_s)
+        carried_s = max(needed_s - self.seen.still_s, needed_s / MOST)
+        return min(MOST, max(1.0, self.seen.beside_s / carried_s))
 
+    def slowdown(self) -> float:
+        longer_s = sum(self.seen.compute_s) - sum(self.alone.compute_s)
+        beside_s = max(self.seen.beside_s, 1e-9)
+        return min(MOST, 1 + max(0.0, longer_s) / max(beside_s - longer_s, beside_s / MOST))
 
-def _agreed(seconds: float) -> float:
-    """Rank 0's: all ranks must do as much."""
-    found: list[Any] = [seconds]
-    dist.broadcast_object_list(found, 0)
-    return float(found[0])
+    def among_ranks(self, slowdown: float, hindrance: float) -> float:
+        """With which the simulator tells the time that was seen."""
+
+        def above_s(factor: float) -> float:
+            return self.simulated_s(factor, slowdown, hindrance, self.seen.launch_s) - self.seen.step_s
+
+        if above_s(1.0) >= 0:
+            return 1.0
+        return MOST if above_s(MOST) <= 0 else float(brentq(above_s, 1.0, MOST, xtol=1e-3))
+
+    def simulated_s(self, among_ranks: float, slowdown: float, hindrance: float, launch_s: Sequence[float]) -> float:
+        """Seconds of the step, if launches hold the thread for so long, in order."""
+        compute_s, wait_s = iter(self.alone.compute_s), iter(self.seen.wait_s)
+        messages = zip(self.message_s, launch_s, strict=True)
+        tasks = {}
+        for node in self.step.calls():
+            if is_launch(node):
+                tasks[node] = Task(lane_of_launch(node), *next(messages))
+            else:
+                tasks[node] = Task(COMPUTE, next(wait_s if is_wait(node) else compute_s) * among_ranks)
+        told = simulate(self.step, tasks, slowdown=lambda lane: slowdown, hindrance=lambda lane: hindrance)
+        return told.step_seconds

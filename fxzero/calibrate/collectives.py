@@ -23,9 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from scipy.optimize import nnls
 
-from fxzero.calibrate.beside_compute import BesideCompute, Compute, Start, beside_compute, line, streams_of
-from fxzero.calibrate.company import rank_environment
+from fxzero.calibrate.beside_compute import BesideCompute, beside_compute
+from fxzero.calibrate.company import Compute, rank_environment
+from fxzero.calibrate.recorded_steps import StepMeans, recorded_steps
+from fxzero.calibrate.small_step import small_step
 from fxzero.calibrate.timing import Measured, settle
 from fxzero.cost.hardware import CollectiveRate, Link
 from fxzero.errors import HardwareError
@@ -39,6 +42,8 @@ BURST = 4  # collectives that gloo is given at once
 CONTENTION_BYTES = 2**25
 TIMEOUT_S = 300
 LAUNCH, TOTAL = "launch", "total"
+
+Start = Callable[[torch.Tensor], Callable[[], object]]  # launches on a whole tensor, returns what waits for it
 
 
 @dataclass(frozen=True)
@@ -107,21 +112,38 @@ def collective_rates(found: Mapping[str, Any]) -> Collectives:
     latency_s = min(constant / steps_and_bytes(kind, 0, ranks)[0] for kind, (constant, _) in fits.items())
     reached = {kind: _reached(kind, seconds, fits[kind], ranks) for kind, seconds in medians.items()}
     rate = max(max(by_size.values()) for by_size in reached.values())
-    rates, rows = {}, []
+    rates: dict[str, CollectiveRate] = {}
+    rows: list[Measured] = []
+
+    def predicted(kind: str, size: float) -> float:
+        messages, moved = steps_and_bytes(kind, size, ranks)
+        return rates[kind].overhead_s + messages * latency_s + moved / (rate * rates[kind].part(size))
+
     for kind, (constant, _) in fits.items():
         steps = steps_and_bytes(kind, 0, ranks)[0]
         parts = tuple(own / rate for own in reached[kind].values())
         rates[kind] = CollectiveRate(max(0.0, constant - latency_s * steps), tuple(reached[kind]), parts)
         for size, times in found["seconds"][kind].items():
-            moved_s = steps_and_bytes(kind, float(size), ranks)[1] / (rate * rates[kind].part(float(size)))
-            predicted = rates[kind].overhead_s + steps * latency_s + moved_s
-            rows.append(Measured(f"collectives.{kind}", f"{int(size):,} bytes over {ranks}", times[TOTAL], predicted))
-    if found["streams"]:
-        beside = beside_compute(found["streams"])
-    else:
+            case = f"{int(size):,} bytes over {ranks}"
+            rows.append(Measured(f"collectives.{kind}", case, times[TOTAL], predicted(kind, float(size))))
+    beside, steps_rows = _beside(found, predicted)
+    return Collectives(Link(latency_s, rate), rates, beside, rows + steps_rows)
+
+
+def _beside(found: Mapping[str, Any], alone_s: Callable[[str, float], float]) -> tuple[BesideCompute, list[Measured]]:
+    if not found["steps"]:
         launch_s = statistics.median(min(t[LAUNCH] for t in by_size.values()) for by_size in found["seconds"].values())
-        beside = BesideCompute(launch_s, 0.0, max(1.0, float(found["slowdown"])), 1.0)
-    return Collectives(Link(latency_s, rate), rates, beside, rows)
+        return BesideCompute(launch_s, slowdown=max(1.0, float(found["slowdown"]))), []
+    steps = {form: StepMeans(**seen) for form, seen in found["steps"].items()}
+    programs = {form: small_step(int(found["ranks"]), form, torch.device("cpu"), fast=found["fast"]) for form in steps}
+    return beside_compute(steps, programs, alone_s)
+
+
+def line(sizes: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
+    """(seconds of no bytes, bytes a second); where time does not grow with bytes, at least the rate of the largest."""
+    matrix = np.stack([np.ones(len(sizes)), sizes], axis=1) / seconds[:, None]
+    (constant, slope), _ = nnls(matrix, np.ones(len(seconds)))
+    return float(constant), float(1 / slope) if slope > 0 else float(sizes[-1] / seconds[-1])
 
 
 def _not_falling(by_size: Mapping[str, Mapping[str, float]]) -> dict[float, float]:
@@ -156,7 +178,7 @@ def _rank(out: Path, *, fast: bool) -> None:
     dist.init_process_group("nccl" if cuda else "gloo")
     ranks = dist.get_world_size()
     kinds = _kinds(ranks, device, messages=not cuda)
-    found: dict[str, Any] = {"ranks": ranks, "seconds": {}, "streams": [], "slowdown": 1.0}
+    found: dict[str, Any] = {"ranks": ranks, "seconds": {}, "steps": {}, "slowdown": 1.0, "fast": fast}
     for kind, start in kinds.items():
         found["seconds"][kind] = {}
         for size in FAST_SIZES if fast else SIZES:
@@ -167,7 +189,7 @@ def _rank(out: Path, *, fast: bool) -> None:
         found["seconds"]["send_recv"] = found["seconds"]["all_to_all"]
         found["slowdown"] = 1.0 if fast else _slowdown(kinds["all_gather"], device)
     else:
-        found["streams"] = streams_of([kinds["send_recv"], kinds["all_reduce"]], device, fast=fast)
+        found["steps"] = {form: vars(seen) for form, seen in recorded_steps(ranks, device, fast=fast).items()}
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
     dist.barrier()
@@ -226,7 +248,7 @@ def _median_of(start: Start, whole: torch.Tensor, *, burst: int, fast: bool) -> 
 def _slowdown(start: Start, device: torch.device) -> float:
     """By what factor compute takes longer while a collective is under way; all ranks compute, as in a step."""
     whole = torch.ones(CONTENTION_BYTES // 4, device=device)
-    compute = Compute.agreed(device)
+    compute = Compute(device)
     dist.barrier()
     under_way = statistics.median(_median_of(start, whole, burst=1, fast=True)[TOTAL] for _ in range(2))
     number = max(1, int(0.5 * under_way / compute.chunk_s))  # ends before the collective does

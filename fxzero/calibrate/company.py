@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from fxzero.calibrate.beside_compute import Compute
+from fxzero.calibrate.timing import settle
 from fxzero.errors import HardwareError
 
 READY = "computes"
@@ -66,3 +68,26 @@ def keep_computing() -> None:
     print(READY, flush=True)
     while os.getppid() == parent:
         compute.run(10)
+
+
+class Compute:
+    """Compute in small chunks: a product and a sum, as in a step.
+
+    Attributes:
+        chunk_s: seconds of one, alone.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._matrix = torch.randn(256, 256, device=device)
+        self._vector = torch.randn(2**18, device=device)
+        self.run(100)
+        self.chunk_s = statistics.median(self.run(20) / 20 for _ in range(20))
+
+    def run(self, chunks: int) -> float:
+        """Seconds of so many."""
+        began = time.perf_counter()
+        for _ in range(chunks):
+            torch.mm(self._matrix, self._matrix)
+            torch.add(self._vector, self._vector)
+        settle(self._matrix.device)
+        return time.perf_counter() - began

@@ -16,14 +16,14 @@ from fxzero.calibrate.beside_compute import BesideCompute
 from fxzero.calibrate.collectives import Collectives, measure
 from fxzero.calibrate.company import company
 from fxzero.calibrate.copies import copy_rate
-from fxzero.calibrate.matrix_ops import matrix_rates
-from fxzero.calibrate.memory_ops import FRESH_ABOVE_BYTES, fresh_rate, op_rates, program_overheads
+from fxzero.calibrate.matrix_ops import matrix_cases, matrix_rates
+from fxzero.calibrate.memory_ops import FRESH_ABOVE_BYTES, fresh_rate, memory_cases, op_rates, overheads
 from fxzero.calibrate.timing import Clock, Measured
 from fxzero.cost.hardware import CollectiveRate, Hardware, Link
 from fxzero.cost.hardware_file import COLLECTIVES
 from fxzero.cost.machine_name import device_name, load_average, num_devices
 
-NOTHING_TO_SEND = Collectives(Link(1e-6, math.inf), {}, BesideCompute(0.0, 0.0, 1.0, 1.0), [])  # of one rank
+NOTHING_TO_SEND = Collectives(Link(1e-6, math.inf), {}, BesideCompute(), [])  # of one rank
 
 
 @dataclass
@@ -50,38 +50,34 @@ class Calibration:
     def parts(self) -> dict[str, str]:
         """Method to call -> what it measures, in order."""
         return {
-            "measure_memory_ops": "ops that go through memory",
-            "measure_matrix_ops": "matrix products and attention",
-            "measure_overheads": "ops and views of a generated program",
+            "measure_ops": "ops that go through memory, products and attention",
             "measure_collectives": f"collectives over {self.world} ranks",
             "measure_copies": "copies to the host and to files",
         }
 
     @property
     def _clock(self) -> Clock:
-        return Clock(self.device, sample_s=2e-4, samples=3) if self.fast else Clock(self.device)
+        return Clock(self.device, sample_s=2e-4, samples=3, turns_s=0.0) if self.fast else Clock(self.device)
 
     def _beside_others(self) -> contextlib.AbstractContextManager[None]:
         """The other ranks compute meanwhile, where they share this machine's cores and memory."""
         return company(self.world - 1 if self.device.type == "cpu" else 0, threads=self.threads)
 
-    def measure_memory_ops(self) -> None:
-        """Rates of the classes of ops."""
+    def measure_ops(self) -> None:
+        """Rates of the classes of ops and products, and what a call takes, however small."""
+        memory = memory_cases(self.device, fast=self.fast)
+        matrix = matrix_cases(self.device, fast=self.fast)
         with self._beside_others():
-            self.found["ops"], rows = op_rates(self._clock, fast=self.fast)
-            self.found["fresh_bytes_s"] = fresh_rate(self._clock, fast=self.fast)
-        self.rows += rows
-
-    def measure_matrix_ops(self) -> None:
-        """Peak by dtype, and what part of it classes of products reach."""
-        with self._beside_others():
-            self.found["matrix_flops"], self.found["matrix_rates"], rows = matrix_rates(self._clock, fast=self.fast)
-        self.rows += rows
-
-    def measure_overheads(self) -> None:
-        """What a call of a program takes, however small."""
-        with self._beside_others():
-            self.found["op_overhead_s"], self.found["view_overhead_s"] = program_overheads(self._clock)
+            clock = self._clock
+            seconds = clock.in_turns([case.call for case in memory] + [case.call for case in matrix])
+            of_memory = dict(zip(memory, seconds, strict=False))
+            of_matrix = dict(zip(matrix, seconds[len(memory) :], strict=True))
+            flops, rates, matrix_rows = matrix_rates(of_matrix, clock, fast=self.fast)
+            self.found["fresh_bytes_s"] = fresh_rate(clock, fast=self.fast)
+        self.found["ops"], memory_rows = op_rates(of_memory)
+        self.found["op_overhead_s"], self.found["view_overhead_s"] = overheads(of_memory)
+        self.found["matrix_flops"], self.found["matrix_rates"] = flops, rates
+        self.rows += memory_rows + matrix_rows
 
     def measure_collectives(self) -> None:
         """The link between ranks of this machine."""
@@ -137,8 +133,8 @@ class Calibration:
             launch_s=network.beside.launch_s,
             launch_bytes_s=network.beside.launch_bytes_s,
             collectives=collectives,
-            contention={"net": network.beside.slowdown},
-            beside_compute={"net": network.beside.hindrance} if network.beside.hindrance > 1 else {},
+            contention=_factors(net=network.beside.slowdown, ranks=network.beside.among_ranks),
+            beside_compute=_factors(net=network.beside.hindrance),
             origin=self.origin(),
         )
 
@@ -152,6 +148,11 @@ class Calibration:
             "world": str(self.world),
             "load": f"{load_average():.1f}",
         }
+
+
+def _factors(**factors: float) -> dict[str, float]:
+    """Those that change something."""
+    return {name: factor for name, factor in factors.items() if factor > 1}
 
 
 def _memory_bytes(device: torch.device) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,26 +42,31 @@ class Case:
     call: Callable[[int], object]
 
 
+def matrix_cases(device: torch.device, *, fast: bool = False) -> list[Case]:
+    """What is timed, in the dtype that the device is used with."""
+    return list(_cases(device, fast=fast))
+
+
 def matrix_rates(
-    clock: Clock, *, fast: bool = False
+    timed: Mapping[Case, float], clock: Clock, *, fast: bool = False
 ) -> tuple[dict[torch.dtype, float], dict[str, MatrixRate], list[Measured]]:
     """Peak by dtype, the part of it that each class reaches, and what these are made of.
 
-    Classes are measured in the dtype that the device is used with; its peak is what the fastest class tends to. Other
-    dtypes count by one large product.
+    The peak of the dtype that classes were timed in is what the fastest of them tends to. Other dtypes count by one
+    large product.
     """
-    main = _main_dtype(clock.device)
-    timed: dict[str, list[tuple[Case, float]]] = {}
-    for case in _cases(clock.device, fast=fast):
-        timed.setdefault(case.name, []).append((case, clock.seconds(case.call)))
-    fits = {name: _fit(of_class) for name, of_class in timed.items()}
+    classes: dict[str, list[tuple[Case, float]]] = {}
+    for case, seconds in timed.items():
+        classes.setdefault(case.name, []).append((case, seconds))
+    fits = {name: _fit(of_class) for name, of_class in classes.items()}
     peak = max(rate for rate, _ in fits.values())
     rates = {name: MatrixRate(rate / peak, half_dim) for name, (rate, half_dim) in fits.items()}
     rows = [
         Measured(f"matrix.classes.{name}", case.case, seconds, case.flops / (peak * rates[name].part(case.smallest)))
-        for name, of_class in timed.items()
+        for name, of_class in classes.items()
         for case, seconds in of_class
     ]
+    main = _main_dtype(clock.device)
     flops = {main: peak}
     for dtype in (dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if dtype is not main):
         size, seconds = _probe(clock, dtype, fast=fast)

@@ -1,31 +1,28 @@
-"""What ops that go through memory take: a few of each class, at several sizes, beside the op overhead of a program."""
+"""What ops that go through memory take: a few of each class, at several sizes; and views, which go through none."""
 
 from __future__ import annotations
 
 import functools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
-from fxzero import compat
-from fxzero.calibrate.timing import Clock, Measured
+from fxzero.calibrate.timing import IN_A_ROW, Clock, Measured
 from fxzero.cost.hardware import OpRate
-from fxzero.graph import StepGraph
-from fxzero.graph.step_graph import Result, StateEntry
-from fxzero.runtime.program import Program
 
 aten = torch.ops.aten
 
 ROW = 256  # elements of a row, for ops that work on rows
+HEAD = 64  # of a head of attention
 WIDE_ROW = 2048  # of a row of logits
 SMALLEST = 2**8  # elements of a call that is all overhead
 SIZES = (2**14, 2**17, 2**20, 2**22)
 FAST_SIZES = (2**14, 2**16)
-TURNS_BYTES = 2**24  # calls take turns with inputs of this size together: a program does not repeat itself in a cache
+TURNS_BYTES = 2**24  # of the inputs of one size that calls take turns with
 FRESH_BYTES = 2**26
 FRESH_ABOVE_BYTES = 2**25  # glibc takes no larger blocks from its heap but from the kernel (M_MMAP_THRESHOLD)
 
@@ -34,8 +31,8 @@ def _in_rows(x: torch.Tensor, width: int) -> torch.Tensor:
     return x.view(-1, min(width, x.numel()))
 
 
-def _in_pairs(x: torch.Tensor) -> torch.Tensor:
-    return x.view(-1, 2, min(16 * ROW, x.numel() // 2))
+def _heads(x: torch.Tensor) -> torch.Tensor:
+    return x.view(-1, 4, HEAD)
 
 
 @functools.cache
@@ -118,30 +115,94 @@ OPS: dict[str, dict[str, tuple[Call, float]]] = {
     },
     "strided": {
         "transpose": (lambda x, y: aten.clone(_in_rows(x, ROW).t(), memory_format=torch.contiguous_format), 2),
+        "heads to the front": (
+            lambda x, y: aten.clone(_heads(x).transpose(0, 1), memory_format=torch.contiguous_format),
+            2,
+        ),
         "cat of halves": (lambda x, y: aten.cat([*_in_rows(x, ROW).chunk(2, 1)], 1), 2),
     },
     "fill": {"full": (lambda x, y: aten.full_like(x, 1.0), 2)},
 }
 
 
-def op_rates(clock: Clock, *, fast: bool = False) -> tuple[dict[str, OpRate], list[Measured]]:
+VIEWS: dict[str, Call] = {
+    "view": lambda x, y: aten.view.default(x, [2, -1]),
+    "t": lambda x, y: aten.t.default(_in_rows(x, ROW)),
+    "slice": lambda x, y: aten.slice.Tensor(x, 0, 0, 8),
+    "unsqueeze": lambda x, y: aten.unsqueeze.default(x, 0),
+}
+
+
+@dataclass(frozen=True)
+class MemoryCase:
+    """One op at one size.
+
+    Args:
+        name: of its class; "" of a view.
+        op: words for it.
+        size: elements of each tensor that it reads.
+        moved: bytes that it reads and writes.
+        call: runs it.
+    """
+
+    name: str
+    op: str
+    size: int
+    moved: float
+    call: Callable[[int], object]
+
+
+def memory_cases(device: torch.device, *, fast: bool = False) -> list[MemoryCase]:
+    """What is timed: ops of all classes at all sizes, and views."""
+    found = []
+    for size in (SMALLEST, *(FAST_SIZES if fast else SIZES)):
+        inputs = _inputs(size, device)
+        for name, ops in OPS.items():
+            for op, (call, times) in ops.items():
+                found.append(MemoryCase(name, op, size, 4 * size * times, _on_each(call, inputs)))
+        found += [MemoryCase("", op, size, 0, _on_each(call, inputs)) for op, call in VIEWS.items()]
+    return found
+
+
+def _inputs(size: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs of tensors that calls take turns with: a program does not repeat itself in a cache."""
+    turns = max(IN_A_ROW + 1, min(64, TURNS_BYTES // (8 * size)))
+    return [(_random(size, device), _random(size, device)) for _ in range(turns)]
+
+
+def _random(size: int, device: torch.device) -> torch.Tensor:
+    return torch.rand(size, device=device).add_(0.1)
+
+
+def _on_each(call: Call, inputs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[int], object]:
+    return lambda number: call(*inputs[number % len(inputs)])
+
+
+def op_rates(timed: Mapping[MemoryCase, float]) -> tuple[dict[str, OpRate], list[Measured]]:
     """The rate of each class, and what it is made of: at each size the geometric mean over its ops."""
     rates: dict[str, OpRate] = {}
     rows: list[Measured] = []
-    for name, ops in OPS.items():
-        overhead_s = statistics.median(_seconds(clock, call, SMALLEST) for call, _ in ops.values())
-        found: list[tuple[str, int, float, float]] = []
+    for name in OPS:
+        of_class = {case: seconds for case, seconds in timed.items() if case.name == name}
+        overhead_s = statistics.median(seconds for case, seconds in of_class.items() if case.size == SMALLEST)
         traffic: list[float] = []
         speed: list[float] = []
-        for size in FAST_SIZES if fast else SIZES:
-            at_size = [(op, 4 * size * times, _seconds(clock, call, size)) for op, (call, times) in ops.items()]
-            found += [(op, size, moved, seconds) for op, moved, seconds in at_size]
-            traffic.append(_mean([moved for _, moved, _ in at_size]))
-            speed.append(_mean([moved / max(s - overhead_s, 0.1 * s) for _, moved, s in at_size]))
+        for size in sorted({case.size for case in of_class} - {SMALLEST}):
+            at_size = [(case.moved, seconds) for case, seconds in of_class.items() if case.size == size]
+            traffic.append(_mean([moved for moved, _ in at_size]))
+            speed.append(_mean([moved / max(s - overhead_s, 0.1 * s) for moved, s in at_size]))
         rates[name] = OpRate(overhead_s, tuple(traffic), tuple(speed))
-        for op, size, moved, seconds in found:
-            rows.append(Measured(f"ops.{name}", f"{op}, {size:,} elements", seconds, rates[name].seconds(moved)))
+        for case, seconds in of_class.items():
+            if case.size != SMALLEST:
+                predicted_s = rates[name].seconds(case.moved)
+                rows.append(Measured(f"ops.{name}", f"{case.op}, {case.size:,} elements", seconds, predicted_s))
     return rates, rows
+
+
+def overheads(timed: Mapping[MemoryCase, float]) -> tuple[float, float]:
+    """Seconds of a small op, and of a view."""
+    small = statistics.median(seconds for case, seconds in timed.items() if case.name and case.size == SMALLEST)
+    return small, statistics.fmean(seconds for case, seconds in timed.items() if not case.name)
 
 
 def fresh_rate(clock: Clock, *, fast: bool = False) -> float:
@@ -154,40 +215,5 @@ def fresh_rate(clock: Clock, *, fast: bool = False) -> float:
     return FRESH_BYTES / extra_s if extra_s > 1e-3 else 0.0
 
 
-def _seconds(clock: Clock, call: Call, size: int) -> float:
-    turns = max(2, min(64, TURNS_BYTES // (8 * size)))
-    inputs = [tuple(torch.rand(size, device=clock.device).add_(0.1) for _ in range(2)) for _ in range(turns)]
-    kept = [None] * turns  # what calls make lives on for a while, so that the next one finds no warm memory
-
-    def turn(number: int) -> None:
-        kept[number % turns] = call(*inputs[number % turns])
-
-    return clock.seconds(turn)
-
-
 def _mean(values: Sequence[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
-
-
-def program_overheads(clock: Clock) -> tuple[float, float]:
-    """Seconds of a small op, and of a view, in a program as the runtime writes it."""
-    ops_s = _program_seconds(clock, aten.mul.Tensor, 0.5)
-    views_s = _program_seconds(clock, aten.slice.Tensor, 0, 0, 2**40)
-    return ops_s, views_s
-
-
-def _program_seconds(clock: Clock, op: Any, *args: Any) -> float:
-    calls = 200
-    graph = fx.Graph()
-    mode = compat.new_fake_mode()
-    x = torch.ones(8, device=clock.device)
-    val = compat.fake_like(mode, x)
-    source = graph.placeholder("x")
-    source.meta.update(val=val, entry=StateEntry("batch", "x", (8,)))
-    last = source
-    for _ in range(calls):
-        last = graph.call_function(op, (last, *args))
-        last.meta.update(val=val, phase="forward", module="")
-    graph.output((last,)).meta["results"] = (Result("loss", "loss"),)
-    program = Program(StepGraph(graph), groups={}, name="calibration")
-    return clock.seconds(lambda _: program.run([x])) / calls

@@ -115,7 +115,7 @@ class Hardware:
         op_overhead_s: seconds that any op takes, however small, where its class says nothing else.
         device: "cuda" or "cpu".
         memory_bytes: of the device.
-        view_overhead_s: seconds of a call that makes a view or a number; 0 where the host runs ahead of the device.
+        view_overhead_s: seconds of a call that makes a view; 0 where the host runs ahead of the device.
         fresh_bytes_s: bytes a second at which memory that a call takes for its output becomes usable; 0: at once.
         fresh_above_bytes: outputs smaller than this come from memory that is usable.
         host_latency_s: seconds of the smallest copy between device and host.
@@ -131,7 +131,8 @@ class Hardware:
         ops: class of ops -> rate; classes are those of `op_classes`.
         matrix_rates: class of products -> part of the peak that they reach.
         collectives: name of a collective, or "send_recv" -> rate.
-        contention: kind of lane ("net", "d2h", ..) -> by what factor compute takes longer while it is busy.
+        contention: kind of lane ("net", "d2h", ..) -> by what factor compute takes longer while it is busy; "ranks" ->
+            by what factor it does all the time on one of several ranks, which share a machine or wait for the slowest.
         beside_compute: kind of lane -> by what factor what it does takes longer while compute runs.
         origin: where the figures are from: date, device, torch and threads of a calibration.
     """
@@ -192,6 +193,10 @@ class Hardware:
     def slowdown(self, resource: str) -> float:
         """By what factor compute takes longer while a lane of this name ("net:dp", "d2h") is busy; 1.0: it does not."""
         return self.contention.get(resource.partition(":")[0], 1.0)
+
+    def among_ranks(self, mesh: Mapping[str, int]) -> float:
+        """By what factor compute takes longer in a program for this mesh (axis -> ranks) than in one for one rank."""
+        return self.contention.get("ranks", 1.0) if any(size > 1 for size in mesh.values()) else 1.0
 
     def hindrance(self, resource: str) -> float:
         """By what factor what a lane of this name does takes longer while compute runs; 1.0: it does not."""

@@ -145,7 +145,7 @@ class _Reader:
             matrix_rates=self._rates("matrix.classes", MATRIX_CLASSES, self._matrix_rate),
             ops=self._rates("ops", MEMORY_CLASSES, self._op_rate),
             collectives=self._rates("collectives", COLLECTIVES, self._collective_rate),
-            contention=self._rates("contention", LANES, self._slowdown),
+            contention=self._rates("contention", (*LANES, "ranks"), self._slowdown),
             beside_compute=self._rates("beside_compute", LANES[:-1], self._hindrance),
             origin={key: str(value) for key, value in self._table("origin", optional=True).items()},
             **fields,
@@ -256,7 +256,8 @@ class _Reader:
         return first, second
 
     def _slowdown(self, path: str, value: Any) -> float:
-        return self._factor(path, value, "compute alone", "compute takes while this lane is busy")
+        when = "on one of several ranks" if path.endswith(".ranks") else "while this lane is busy"
+        return self._factor(path, value, "compute alone", f"compute takes {when}")
 
     def _hindrance(self, path: str, value: Any) -> float:
         return self._factor(path, value, "a transfer alone", "what this lane does takes while compute runs")

@@ -14,7 +14,7 @@ from fxzero.cost.signature import launch_key, signature
 from fxzero.graph import StepGraph, swap_ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph.blocked_runs import blocked_runs
-from fxzero.graph.step_graph import is_getitem, num_bytes
+from fxzero.graph.step_graph import is_getitem, num_bytes, yields_scalar
 from fxzero.graph.storage import InPlace
 
 
@@ -24,8 +24,8 @@ class Task:
 
     Args:
         resource: lane that it runs on: "compute", "host" (an update on the host), "net:<axis>" (one lane per process
-            group), "d2h", "h2d", "nvme"; "" for calls that take no time (getitem, releases, most waits; where the host
-            does not run ahead of the device, a view takes a moment).
+            group), "d2h", "h2d", "nvme"; "" for calls that take no time (getitem, releases, Python numbers, most waits;
+            where the host does not run ahead of the device, a view takes a moment).
         seconds: on that lane. Of a wait: what it computes after what it waits for has come.
         launch_s: that the compute lane (on CPU: the main thread) is held by launching it (collectives, swaps).
     """
@@ -107,7 +107,7 @@ def _task(
         return Task(lane, seconds) if seconds else FREE
     if c10d.is_wait(node):
         seconds = wait_seconds(node, mesh, hardware)
-    elif swap_ops.is_wait(node):
+    elif swap_ops.is_wait(node) or yields_scalar(node):
         seconds = 0.0
     elif not computes(node):
         seconds = hardware.view_overhead_s
@@ -115,7 +115,7 @@ def _task(
         seconds = host_seconds(node, hardware)
     else:
         seconds = compute_seconds(node, hardware, in_place=in_place, blocks=blocks)
-    return Task(lane, seconds) if seconds else FREE
+    return Task(lane, seconds * hardware.among_ranks(mesh)) if seconds else FREE
 
 
 def _swap_seconds(node: fx.Node, lane: str, hardware: Hardware) -> float:
