@@ -2,8 +2,8 @@
 
 [Note: figures of recorded steps]
 The small step is recorded in its three forms, in turns, so that what else the machine does falls on all alike.
-    launches    of both forms with messages, a line through all: what they hold the thread for adds up to what was seen.
-                It is more than alone, since a launch wakes the threads that carry messages, which take the core.
+    launches    of both forms with messages, a line through all: with it, the simulator tells what they held the thread
+                for. It is more than alone, since a launch wakes threads that carry messages, on the same core.
     hindrance   what a message takes while compute stands still passes as alone; the rest of what it would take alone
                 has taken as long as compute ran beside it.
     slowdown    calls take longer than without messages, on the whole: that happened while messages were under way.
@@ -26,8 +26,8 @@ from fxzero.calibrate.timing import Measured
 from fxzero.cost.communication import message_bytes
 from fxzero.cost.tasks import Task
 from fxzero.graph import StepGraph
-from fxzero.graph.lanes import COMPUTE, is_launch, is_wait, lane_of_launch
-from fxzero.simulate.timeline import simulate
+from fxzero.graph.lanes import COMPUTE, LAUNCHES, is_launch, is_wait, lane_of_launch
+from fxzero.simulate.timeline import Timeline, simulate
 
 MOST = 20.0  # times as long as alone
 
@@ -66,13 +66,15 @@ def beside_compute(
     ]
     hindrance = float(np.mean([case.hindrance() for case in cases]))
     slowdown = float(np.mean([case.slowdown() for case in cases]))
-    among_ranks = float(np.mean([case.among_ranks(slowdown, hindrance) for case in cases]))
+    launch_s = {case.form: case.launch_s(slowdown, hindrance) for case in cases}
+    among_ranks = float(np.mean([case.among_ranks(slowdown, hindrance, launch_s[case.form]) for case in cases]))
     sizes = np.concatenate([case.sizes for case in cases])
-    constant, slope = _line_of_sums(sizes, np.concatenate([case.seen.launch_s for case in cases]))
+    constant, slope = _line_of_sums(sizes, np.concatenate([*launch_s.values()]))
     rows = []
     for case in cases:
-        told_s = case.simulated_s(among_ranks, slowdown, hindrance, [constant + slope * size for size in case.sizes])
-        rows.append(Measured("beside_compute", f"a small step with {case.form}", case.seen.step_s, told_s))
+        told = case.simulated(among_ranks, slowdown, hindrance, constant + slope * np.array(case.sizes))
+        what = f"a small step with {case.form}"
+        rows.append(Measured("beside_compute", what, case.seen.step_s, told.step_seconds))
     return BesideCompute(constant, 1 / slope if slope > 0 else 0.0, slowdown, hindrance, among_ranks), rows
 
 
@@ -113,32 +115,39 @@ class _Case:
     def hindrance(self) -> float:
         needed_s = sum(self.message_s)
         carried_s = max(needed_s - self.seen.still_s, needed_s / MOST)
-        return min(MOST, max(1.0, self.seen.beside_s / carried_s))
+        return min(MOST, max(1.0, (self.seen.flight_s - self.seen.still_s) / carried_s))
 
     def slowdown(self) -> float:
         longer_s = sum(self.seen.compute_s) - sum(self.alone.compute_s)
         beside_s = max(self.seen.beside_s, 1e-9)
         return min(MOST, 1 + max(0.0, longer_s) / max(beside_s - longer_s, beside_s / MOST))
 
-    def among_ranks(self, slowdown: float, hindrance: float) -> float:
+    def launch_s(self, slowdown: float, hindrance: float) -> np.ndarray:
+        """Of each launch, so that the simulator, where messages slow them down too, tells what was seen."""
+        found = seen = np.array(self.seen.launch_s)
+        for _ in range(5):  # shorter ones overlap less
+            told = self.simulated(1.0, slowdown, hindrance, found)
+            found = found * seen / np.array([event.seconds for event in told.events if event.kind == LAUNCHES])
+        return found
+
+    def among_ranks(self, slowdown: float, hindrance: float, launch_s: np.ndarray) -> float:
         """With which the simulator tells the time that was seen."""
 
         def above_s(factor: float) -> float:
-            return self.simulated_s(factor, slowdown, hindrance, self.seen.launch_s) - self.seen.step_s
+            return self.simulated(factor, slowdown, hindrance, launch_s).step_seconds - self.seen.step_s
 
         if above_s(1.0) >= 0:
             return 1.0
         return MOST if above_s(MOST) <= 0 else float(brentq(above_s, 1.0, MOST, xtol=1e-3))
 
-    def simulated_s(self, among_ranks: float, slowdown: float, hindrance: float, launch_s: Sequence[float]) -> float:
-        """Seconds of the step, if launches hold the thread for so long, in order."""
+    def simulated(self, among_ranks: float, slowdown: float, hindrance: float, launch_s: np.ndarray) -> Timeline:
+        """The step, if its launches take so long alone, in order."""
         compute_s, wait_s = iter(self.alone.compute_s), iter(self.seen.wait_s)
         messages = zip(self.message_s, launch_s, strict=True)
         tasks = {}
         for node in self.step.calls():
             if is_launch(node):
-                tasks[node] = Task(lane_of_launch(node), *next(messages))
+                tasks[node] = Task(lane_of_launch(node), *map(float, next(messages)))
             else:
                 tasks[node] = Task(COMPUTE, next(wait_s if is_wait(node) else compute_s) * among_ranks)
-        told = simulate(self.step, tasks, slowdown=lambda lane: slowdown, hindrance=lambda lane: hindrance)
-        return told.step_seconds
+        return simulate(self.step, tasks, slowdown=lambda lane: slowdown, hindrance=lambda lane: hindrance)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from fxzero.calibrate.small_step import AXIS, FORMS, inputs_of, small_step
-from fxzero.graph.lanes import COMPUTE, LAUNCHES, RUNS, WAITS, is_wait
+from fxzero.graph.lanes import COMPUTE, LAUNCHES, RUNS, WAITS, Event, is_wait
 from fxzero.runtime.program import Program
 from fxzero.runtime.recorder import Recorder
 from fxzero.runtime.recording import Sample
@@ -31,14 +31,16 @@ class StepMeans:
         compute_s: of each call but launches and waits, in order.
         launch_s: for which each launch held the thread, in order.
         wait_s: that each wait computed after what it waited for had come, in order.
-        still_s: that messages travelled while compute stood still, in whole.
-        beside_s: that they travelled while it ran.
+        flight_s: that messages travelled, in whole.
+        still_s: of that, while compute stood still.
+        beside_s: of that, while calls ran that are no launches.
     """
 
     step_s: float
     compute_s: Sequence[float]
     launch_s: Sequence[float]
     wait_s: Sequence[float]
+    flight_s: float
     still_s: float
     beside_s: float
 
@@ -83,17 +85,24 @@ def _means(samples: Sequence[Sample]) -> StepMeans:
 def _seen(sample: Sample, launched_by_all: Sequence[float]) -> dict[str, Any]:
     """Of one step."""
     runs = [event for event in sample.events if event.lane == COMPUTE and event.kind == RUNS]
-    flights = list(_flights(sample, launched_by_all))
-    still = [(event.start_s, event.end_s) for event in sample.events if event.kind == WAITS]
-    still_s = sum(max(0.0, min(end, until) - max(start, since)) for start, end in flights for since, until in still)
+    waits = [event for event in sample.events if event.kind == WAITS]
+    flights = np.array(list(_flights(sample, launched_by_all))).reshape(-1, 2)
     return {
         "step_s": sample.step_seconds,
         "compute_s": [event.seconds for event in runs if not is_wait(event.node)],
         "launch_s": [event.seconds for event in sample.events if event.kind == LAUNCHES],
         "wait_s": [event.seconds for event in runs if is_wait(event.node)],
-        "still_s": still_s,
-        "beside_s": sum(end - start for start, end in flights) - still_s,
+        "flight_s": float((flights[:, 1] - flights[:, 0]).sum()),
+        "still_s": _overlap_s(flights, waits),
+        "beside_s": _overlap_s(flights, runs),
     }
+
+
+def _overlap_s(flights: np.ndarray, events: Sequence[Event]) -> float:
+    """Seconds of flights, (start, end) in rows, that fall into events."""
+    spans = np.array([(event.start_s, event.end_s) for event in events]).reshape(-1, 2)
+    common = np.minimum(flights[:, None, 1], spans[:, 1]) - np.maximum(flights[:, None, 0], spans[:, 0])
+    return float(common.clip(min=0).sum())
 
 
 def _flights(sample: Sample, launched_by_all: Sequence[float]) -> Iterator[tuple[float, float]]:

@@ -23,7 +23,7 @@ BUSY = 0.5  # of the cores, by what else runs
 
 DESCRIPTION = """\
 Measure this machine (matrix products, ops bound by memory, collectives between --world processes, copies to the host
-and to files) and write its description as TOML. Takes one to two minutes; nothing else should run meanwhile.
+and to files) and write its description as TOML. Takes about two minutes; nothing else should run meanwhile.
 
 example:
   fxzero calibrate --world 2 -o machine.toml

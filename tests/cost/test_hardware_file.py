@@ -94,6 +94,7 @@ def test_a_figure_that_is_missing_is_named_with_its_unit(key: Any) -> None:
         ("net = 1.05", "net = 0.9", "contention.net", "at least 1"),
         ("[contention]", "[beside_compute]\nnet = 0.9\n\n[contention]", "beside_compute.net", "while compute runs"),
         ("[contention]", "[beside_compute]\nhost = 2\n\n[contention]", "beside_compute.host", "choose from: net, d2h"),
+        ("net = 1.05", "ranks = 0.9", "contention.ranks", "on one of several ranks"),
         ("net = 1.05", "nett = 1.05", "contention.nett", "did you mean 'net'"),
         ('device = "cuda"', 'device = "tpu"', "device", '"cuda" or "cpu"'),
         ('name = "H100"', "", "name", "a text"),

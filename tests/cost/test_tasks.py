@@ -20,6 +20,7 @@ from fxzero.cost.signature import signature
 from fxzero.cost.tasks import FREE, Task, step_tasks
 from fxzero.graph import StepGraph, swap_ops
 from fxzero.graph import collectives as c10d
+from fxzero.graph.step_graph import yields_scalar
 from fxzero.graph.storage import InPlace
 from fxzero.plan import Plan
 from fxzero.recipe import captured_as, recipe
@@ -201,6 +202,25 @@ def test_a_view_takes_a_moment_where_the_host_does_not_run_ahead() -> None:
     cpu = replace(H100, device="cpu", view_overhead_s=1e-6)
     assert {step_tasks(step, cpu)[node] for node in views} == {Task("compute", 1e-6)}
     assert {step_tasks(step, H100)[node] for node in views} == {FREE}
+
+
+def test_a_python_number_takes_no_time() -> None:
+    step = program(zero=3)
+    numbers = [node for node in step.calls() if yields_scalar(node)]
+    assert numbers
+    tasks = step_tasks(step, replace(H100, device="cpu", view_overhead_s=1e-6))
+    assert {tasks[node] for node in numbers} == {FREE}
+
+
+def test_compute_takes_longer_on_one_of_several_ranks() -> None:
+    step = program(zero=3)
+    among = replace(H100, contention={"ranks": 1.5})
+    for mesh, factor in (({"dp": 2}, 1.5), ({"dp": 1}, 1.0)):
+        step.mesh = mesh
+        for (node, alone), task in zip(step_tasks(step, H100).items(), step_tasks(step, among).values(), strict=True):
+            assert task.launch_s == alone.launch_s and task.resource == alone.resource, node
+            on_compute = alone.resource == "compute"
+            assert task.seconds == pytest.approx(alone.seconds * (factor if on_compute else 1.0)), node
 
 
 def test_every_call_of_a_step_has_a_class_that_descriptions_know() -> None:
