@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 tests/benchmarks/prediction.py
 
 A shared machine is not the same from one minute to the next, so what is compared is measured in turns: in each round
-`fxzero calibrate` describes the machine while no rank works, then each plan takes some steps, with recording and
-without. What was predicted is the mean over the descriptions, what was measured the mean over the steps. With
+`fxzero calibrate` describes the machine while no rank works, then the plans take turns for some steps each, and for one
+with recording. What was predicted is the mean over the descriptions, what was measured the mean over the steps. With
 --hardware nothing is calibrated. `replay` is the simulator with the times that the calls of one recorded step took,
 over the time of that step: it says how well the simulator knows how programs run, whatever calls cost; `with costs` is
 predicted with the mean times of calls of the same signatures. Run it on a machine that does nothing else.
@@ -65,17 +65,19 @@ class Case:
         x_BT = torch.randint(size.vocab, (size.microbatch, size.seq))
         self.batch = (x_BT, x_BT)
         self.plain, self.samples = [], []
-        self.step(*self.batch)  # compiles
-
-    def run(self, steps):
-        """Some steps, with recording and without."""
-        self.step(*self.batch)  # warms up
-        for _ in range(steps):
-            dist.barrier()
-            start = time.perf_counter()
+        for _ in range(2):  # compiles, and warms up
             self.step(*self.batch)
-            self.plain.append(time.perf_counter() - start)
-        self.samples += self.step.record(*self.batch, steps=steps).samples
+
+    def run(self):
+        """One step."""
+        dist.barrier()
+        start = time.perf_counter()
+        self.step(*self.batch)
+        self.plain.append(time.perf_counter() - start)
+
+    def record(self):
+        """One step with recording."""
+        self.samples += self.step.record(*self.batch, steps=1).samples
 
     def row(self, machines):
         """Of the table; times in seconds."""
@@ -131,7 +133,7 @@ def main():
     parser.add_argument("--hardware", help="a name or a file; left out, the machine is calibrated in each round")
     parser.add_argument("--job", choices=JOBS, default="llama", help="of tests/benchmarks/job.py")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=2, help="of a round, with and without recording, each")
+    parser.add_argument("--steps", type=int, default=4, help="of a plan, in each round")
     parser.add_argument("--plans", type=int, default=len(PLANS), help="only the first so many")
     parser.add_argument("--out", type=Path, help="a JSON file")
     args = parser.parse_args()
@@ -143,8 +145,11 @@ def main():
         for number in range(args.rounds):
             if not args.hardware:
                 machines.append(calibrated(folder))
+            for _ in range(args.steps):
+                for case in cases.values():
+                    case.run()
             for case in cases.values():
-                case.run(args.steps)
+                case.record()
             if dist.get_rank() == 0:
                 print(f"round {number + 1} of {args.rounds}", file=sys.stderr, flush=True)
     if dist.get_rank() == 0:

@@ -118,7 +118,9 @@ def machine_with(rate, cpu_file, path):
         node_link=link,
         network_link=link,
         collectives={kind: on_link(found) for kind, found in cpu.collectives.items()},
-        contention={lane: 1 + (factor - 1) * part for lane, factor in cpu.contention.items()},
+        contention={
+            lane: factor if lane == "ranks" else 1 + (factor - 1) * part for lane, factor in cpu.contention.items()
+        },
         beside_compute={lane: math.hypot(1.0, factor * part) for lane, factor in cpu.beside_compute.items()},
     )
     path.write_text(machine.to_toml())
