@@ -13,7 +13,7 @@ from fxzero.graph.randomness import draws
 class TracedCalls(compat.dispatch_mode()):  # type: ignore[misc]
     """While tracing, random ops go to `RandomDraws`, and all ops to `ScalarReader`.
 
-    One mode for both: each further one is a way from Python to the dispatcher and back, which costs a sixth of a trace.
+    One mode for both: each further one takes every op from Python to the dispatcher and back once more.
     """
 
     def __init__(self, reader: ScalarReader) -> None:
