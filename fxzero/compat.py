@@ -332,16 +332,11 @@ def symbolic_size(env: ShapeEnv, value: int, *, name: str) -> Any:
     return env.create_symintnode(symbol, hint=value, source=source)
 
 
-@contextlib.contextmanager
-def kernels_for_symbols(enabled: bool) -> Iterator[None]:
-    """Within the block, if `enabled`, ops whose kernels want plain sizes run by others that take symbols."""
-    if not enabled:
-        yield
-        return
+def kernels_for_symbols() -> contextlib.AbstractContextManager[None]:
+    """Within the block, ops whose kernels want plain sizes run by others that take symbols."""
     from torch._dispatch.python import enable_python_dispatcher
 
-    with enable_python_dispatcher():
-        yield
+    return enable_python_dispatcher()
 
 
 def dispatch_mode() -> Any:

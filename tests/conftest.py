@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import gc
+import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +20,17 @@ from tests.numerics import rank_servers
 GOLDEN = Path(__file__).parent / "golden"
 
 Capture = Callable[..., StepGraph]
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays to the end: collections of garbage need not look through it."""
+    gc.collect()
+    gc.freeze()
+
+
+# Torch writes a record with two stacks for each symbol of a trace as soon as this logger has a handler, which pytest
+# gives to all loggers that do not propagate.
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ seen before is a replay, and yields what was kept. (The values stay alive for it
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -17,28 +18,32 @@ import torch
 
 from fxzero import compat
 from fxzero.errors import CaptureError
-from fxzero.graph.randomness import draws
 
 aten = torch.ops.aten
 
 
-class RandomDraws(compat.dispatch_mode()):  # type: ignore[misc]
+class RandomDraws:
     """While tracing, random ops draw in the order of eager mode, and draw again only what eager mode would.
 
     The order: `bernoulli_` (dropout) fills a tensor as it lies in memory. Its functional form, `bernoulli.p`, makes a
     row-major result and draws in that order: another mask. So the fill of a transposed tensor is traced on its
     row-major view.
+
+    Args:
+        call: (op, args, kwargs) -> what it yields, traced.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, call: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        self.call = call
         self.known: dict[bytes, tuple[Any, Any]] = {}  # generator state -> the op that drew from it, and what
         self.heads = {device.type: compat.random_state(device) for device in compat.random_devices()}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not draws(func, args, kwargs) or kwargs.get("generator") is not None:
-            return func(*args, **kwargs)
+    def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Trace an op that draws from the default generator.
+
+        Raises:
+            CaptureError: where it draws from a state that was neither left by the draw before it nor drawn from.
+        """
         if func is aten.bernoulli_.float and not args[0].is_contiguous():
             strides = args[0].stride()
             self._draw(func, (args[0].permute(sorted(range(len(strides)), key=lambda d: -strides[d])), *args[1:]), {})
@@ -54,7 +59,7 @@ class RandomDraws(compat.dispatch_mode()):  # type: ignore[misc]
         if state != self.heads.get(device.type, state):
             _refuse(func, "a generator whose state was set in the step")
         self.heads[device.type] = compat.random_state(device)
-        out = func(*args, **kwargs)
+        out = self.call(func, args, kwargs)
         self.known[state] = (func, tuple(map(torch.clone, out)) if isinstance(out, tuple) else out.clone())
         return out
 

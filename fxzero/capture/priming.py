@@ -8,11 +8,14 @@ moment when it was first stored.
 Most state starts full of one number, whatever the parameter holds. A step to find that out takes several times the
 parameter's memory, which a model that only just fits does not have. So it is tried on tiny parameters of two values:
 where state of the parameter's shape comes out constant, the same number each time, that is what the real one is filled
-with. That the real one has this state, in these dtypes and shapes, is asked of the meta device.
+with. That the real one has this state, in these dtypes and shapes, is asked of the meta device. Both questions are
+about a group, a dtype and a shape (or only its number of dims): they are asked once for all parameters alike in these,
+unless the state holds objects, which may change and which no two parameters may share.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -51,53 +54,110 @@ class _Table(dict[Any, _Recording]):
         return self[key]
 
 
-def initial_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], tensor: torch.Tensor) -> dict[str, Any]:
-    """The state that `optimizer` would keep for a parameter with these values, before its first update.
+class InitialStates:
+    """The states that an optimizer would start with, each kind of parameter tried once.
 
     Args:
-        optimizer: not changed.
-        group: the parameter group that the parameter belongs to.
-        tensor: its values (a shard will do, for state that follows the parameter's shape).
+        optimizer: not changed; its hyperparameters must stay as they are while this is in use.
     """
-    if not tensor.is_meta and tensor.dim() > 0:
-        constants = _constant_state(optimizer, group, tensor)
-        if constants is not None:
-            return constants
-    return _first_state(optimizer, group, tensor.detach())
 
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._tried: dict[Hashable, dict[str, Any] | None] = {}
 
-def _constant_state(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], tensor: torch.Tensor
-) -> dict[str, Any] | None:
-    """The state of a parameter where it does not depend on the parameter's values; see [Note: constant state]."""
-    meta = torch.empty_like(tensor, device="meta")
-    tiny = torch.full((3,) * tensor.dim(), 0.5, dtype=tensor.dtype, device=tensor.device)
-    try:
-        expected = _first_state(optimizer, group, meta)
-        one, other = (_first_state(optimizer, group, value) for value in (tiny, -2 * tiny))
-    except Exception:  # an optimizer that reads values, or takes no parameter so small
-        return None
-    if not one.keys() == other.keys() == expected.keys():
-        return None
-    state: dict[str, Any] = {}
-    for key, value in one.items():
-        like = expected[key]
-        if not isinstance(value, torch.Tensor):
-            if value != other[key] or value != like:
+    def of(self, group: int, tensor: torch.Tensor) -> dict[str, Any]:
+        """The state that the optimizer would keep for a parameter with these values, before its first update.
+
+        Args:
+            group: index of the parameter group that the parameter belongs to.
+            tensor: its values (a shard will do, for state that follows the parameter's shape).
+
+        Returns:
+            Key -> value, which belongs to this parameter alone.
+        """
+        if tensor.is_meta:
+            return {key: _own(value) for key, value in self._on_meta(group, tensor).items()}
+        if tensor.dim() > 0:
+            constants = self._constant(group, tensor)
+            if constants is not None:
+                return constants
+        return self._first(group, tensor.detach())
+
+    def _first(self, group: int, tensor: torch.Tensor) -> dict[str, Any]:
+        return _first_state(self.optimizer, self.optimizer.param_groups[group], tensor)
+
+    def _constant(self, group: int, tensor: torch.Tensor) -> dict[str, Any] | None:
+        """The state of a parameter where it does not depend on the parameter's values; see [Note: constant state]."""
+        try:
+            expected, tiny = self._on_meta(group, tensor), self._on_tiny(group, tensor)
+        except Exception:  # an optimizer that reads values, or takes no parameter so small
+            return None
+        if tiny is None or tiny.keys() != expected.keys():
+            return None
+        state: dict[str, Any] = {}
+        for key, value in tiny.items():
+            like = expected[key]
+            if not isinstance(value, torch.Tensor):
+                if value != like:
+                    return None
+                state[key] = value
+                continue
+            if (like.dtype, like.shape) != (value.dtype, tensor.shape if value.dim() else value.shape):
                 return None
-            state[key] = value
-        elif value.dim() == 0:
-            if not torch.equal(value, other[key]) or (like.dtype, like.shape) != (value.dtype, value.shape):
-                return None
-            state[key] = value
-        else:
-            number = value.flatten()[0]
-            same = bool((value == number).all()) and torch.equal(value, other[key])
-            if not same or value.shape != tiny.shape or like.shape != tensor.shape or like.dtype != value.dtype:
-                return None
+            if not value.dim():
+                state[key] = value.clone()
+                continue
             state[key] = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=value.device)
-            state[key].fill_(number.item())
-    return state
+            state[key].fill_(value.flatten()[0].item())
+        return state
+
+    def _on_meta(self, group: int, tensor: torch.Tensor) -> dict[str, Any]:
+        """The state of a parameter like this one on the meta device."""
+        kind = (group, "meta", tensor.dtype, tensor.shape, tensor.stride())
+        found = self._tried.get(kind)
+        if found is None:
+            found = self._first(group, torch.empty_like(tensor, device="meta"))
+            if not _holds_objects(found):
+                self._tried[kind] = found
+        return found
+
+    def _on_tiny(self, group: int, tensor: torch.Tensor) -> dict[str, Any] | None:
+        """The state of tiny parameters of two values; None where it is not the same, or an entry not of one number."""
+        kind = (group, "tiny", tensor.dtype, tensor.dim(), tensor.device)
+        if kind in self._tried:
+            return self._tried[kind]
+        tiny = torch.full((3,) * tensor.dim(), 0.5, dtype=tensor.dtype, device=tensor.device)
+        one, other = (self._first(group, value) for value in (tiny, -2 * tiny))
+        constant = one.keys() == other.keys() and all(_is_constant(v, other[k], tiny.shape) for k, v in one.items())
+        found = one if constant else None
+        if not _holds_objects(one):
+            self._tried[kind] = found
+        return found
+
+
+def _holds_objects(state: dict[str, Any]) -> bool:
+    """Whether a state holds what is neither a tensor nor a number, nor a text, nor None."""
+    return not all(
+        value is None or isinstance(value, (torch.Tensor, bool, int, float, str)) for value in state.values()
+    )
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _is_constant(one: Any, other: Any, shape: torch.Size) -> bool:
+    """Whether entries made from two values of a parameter are the same scalar, or full of the same number.
+
+    Args:
+        one, other: the entries.
+        shape: of the parameter, which an entry that is no scalar must have.
+    """
+    if not isinstance(one, torch.Tensor):
+        return bool(one == other)
+    if one.dim() == 0:
+        return torch.equal(one, other)
+    return one.shape == shape and bool((one == one.flatten()[0]).all()) and torch.equal(one, other)
 
 
 def _first_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], tensor: torch.Tensor) -> dict[str, Any]:
@@ -105,33 +165,43 @@ def _first_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], tensor
     return next(iter(table.values())).first if table else {}
 
 
-def first_step_is_special(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+def first_step_is_special(states: InitialStates, index: int) -> bool:
     """Whether an optimizer's first step differs from a step on its initial state.
 
     SGD with dampening is one: its momentum starts as the undampened gradient. Tried on a tiny parameter.
+
+    Args:
+        states: of the optimizer.
+        index: of the parameter group.
     """
+    optimizer = states.optimizer
+    group = optimizer.param_groups[index]
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(3, 3, generator=generator)
     gradient = torch.randn(3, 3, generator=generator)
-    state = initial_state(optimizer, group, value)
+    state = states.of(index, value)
     _, plain = _one_step(optimizer, group, value.clone(), gradient.clone(), None)
     _, primed = _one_step(optimizer, group, value.clone(), gradient.clone(), state)
     return not torch.equal(plain, primed)
 
 
-def check_state_can_be_sharded(optimizer: torch.optim.Optimizer, group: dict[str, Any], index: int) -> None:
+def check_state_can_be_sharded(states: InitialStates, index: int) -> None:
     """State that is not shaped like its parameter stays whole, and is made without the parameter's whole values.
+
+    Args:
+        states: of the optimizer.
+        index: of the parameter group.
 
     Raises:
         CaptureError: if its initial value depends on those. Tried on a tiny parameter.
     """
     value = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    one, other = (initial_state(optimizer, group, v) for v in (value, torch.zeros_like(value)))
+    one, other = (states.of(index, v) for v in (value, torch.zeros_like(value)))
     for key, item in one.items():
         if isinstance(item, torch.Tensor) and item.dim() and item.shape != value.shape:
             if not torch.equal(item, other[key]):
                 raise CaptureError.of(
-                    where=f"{type(optimizer).__name__}.param_groups[{index}], state {key!r}",
+                    where=f"{type(states.optimizer).__name__}.param_groups[{index}], state {key!r}",
                     expected="state shaped like its parameter, or the same for all values of the parameter at first",
                     got=f"shape {tuple(item.shape)} for one of shape {tuple(value.shape)}, made from its values",
                     fix="use zero=0 for this optimizer",

@@ -44,7 +44,7 @@ class DerivedNumber:
     value: Any
 
 
-class ScalarReader(compat.dispatch_mode()):  # type: ignore[misc]
+class ScalarReader:
     """While tracing, gives every host scalar that is read by `.item()` its present value as a hint.
 
     It keeps a real twin of each 0-dim host tensor among the state (and of what is computed from twins alone).
@@ -59,7 +59,6 @@ class ScalarReader(compat.dispatch_mode()):  # type: ignore[misc]
     """
 
     def __init__(self, env: Any) -> None:
-        super().__init__()
         self.env = env
         self.sizes: set[Any] = set()
         self.derived: list[DerivedNumber] = []
@@ -72,10 +71,13 @@ class ScalarReader(compat.dispatch_mode()):  # type: ignore[misc]
         with compat.no_modes():
             self.twins[id(traced)] = (traced, real.detach().clone())
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Trace an op; returns what it yields, numbers with their hint."""
         self.last_op = func
-        with compat.kernels_for_symbols(bool(self.sizes)):
+        if self.sizes:
+            with compat.kernels_for_symbols():
+                out = func(*args, **kwargs)
+        else:
             out = func(*args, **kwargs)
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
         known = bool(tensors) and all(id(t) in self.twins for t in tensors)

@@ -33,7 +33,6 @@ from fxzero.capture.accumulation import in_layout_of
 from fxzero.capture.batch_dims import SymbolicSizes
 from fxzero.capture.checks import capture_error, check_loss
 from fxzero.capture.clean import clean
-from fxzero.capture.draws import RandomDraws
 from fxzero.capture.guards import Guards, collect_guards, freeze_unused
 from fxzero.capture.inputs import TracedInputs
 from fxzero.capture.inventory import Inventory, hyperparameters, state_name
@@ -43,6 +42,7 @@ from fxzero.capture.provenance import module_paths
 from fxzero.capture.scalars import ScalarReader, SymbolicTensors
 from fxzero.capture.signature import flatten_batch
 from fxzero.capture.specialise import TracedNode, traced_nodes
+from fxzero.capture.traced_calls import TracedCalls
 from fxzero.capture.untouched import untouched
 from fxzero.capture.update import reported, update
 from fxzero.errors import CaptureError, FxzeroError
@@ -113,7 +113,7 @@ class StepTracer:
 
     def run(self, *values: Any) -> list[Any]:
         """One training step on traced values, in the order of `self.inputs`."""
-        with compat.functional_mode(), self.reader, RandomDraws(), SymbolicTensors():
+        with compat.functional_mode(), TracedCalls(self.reader), SymbolicTensors():
             wrapped = [compat.to_functional(v) if isinstance(v, torch.Tensor) else v for v in values]
             table = {e.key: v for e, v in zip(self.inputs.entries, wrapped, strict=True)}
             self._follow_host_scalars(table)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -53,7 +53,6 @@ class Summary:
         trained: parameters whose next value, or sum of gradients, is computed from their gradient.
         waits: names of the calls at which the host would wait for the device.
         late: names of the pairs of calls that stand the other way round than they should.
-        evaluated: what calls were seen to yield, by all that it depends on; grows with each verification.
     """
 
     results: frozenset[tuple[str, str]]
@@ -62,11 +61,10 @@ class Summary:
     trained: frozenset[str]
     waits: frozenset[str] = frozenset()
     late: frozenset[tuple[str, str]] = frozenset()
-    evaluated: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def of(cls, step: StepGraph, *, before: Summary | None = None) -> Summary:
-        """Sum up a graph, and keep what was learned `before`."""
+    def of(cls, step: StepGraph) -> Summary:
+        """Sum up a graph."""
         parameters = tuple(node.meta["entry"].key for node in step.inputs("parameter"))
         random = tuple(_random_calls(step.calls()))
         return cls(
@@ -76,7 +74,6 @@ class Summary:
             frozenset(_trained(step)),
             frozenset(synchronisations(step)),
             frozenset(late(step, step.positions())),
-            {} if before is None else before.evaluated,
         )
 
 
@@ -95,7 +92,7 @@ class Context:
     @cached_property
     def summary(self) -> Summary:
         """What the next verification will compare with."""
-        return Summary.of(self.step, before=self.before)
+        return Summary.of(self.step)
 
     @cached_property
     def calls(self) -> list[fx.Node]:

@@ -23,7 +23,7 @@ import itertools
 import math
 import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,6 +134,8 @@ class StepGraph:
         title: what the text form says first.
         facts: what passes have provided.
         remarks: pass -> what it has decided and why, as people are told it; no part of the text that ranks compare.
+        evaluated: what calls were seen to yield by the verifier, by all that it depends on; copies share it, as they
+            share fake tensors, so that it grows with each verification of any of them.
     """
 
     graph: fx.Graph
@@ -141,6 +143,7 @@ class StepGraph:
     title: str = "captured"
     facts: frozenset[str] = frozenset()
     remarks: dict[str, str] = field(default_factory=dict)
+    evaluated: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def copy(self) -> StepGraph:
         """An independent copy; meta dicts are copied, the fake tensors in them shared."""
@@ -149,7 +152,7 @@ class StepGraph:
         returned = graph.graph_copy(self.graph, mapping)
         output = graph.output(returned)
         output.meta = dict(self.output.meta)
-        return StepGraph(graph, dict(self.mesh), self.title, self.facts, dict(self.remarks))
+        return StepGraph(graph, dict(self.mesh), self.title, self.facts, dict(self.remarks), self.evaluated)
 
     @property
     def output(self) -> fx.Node:

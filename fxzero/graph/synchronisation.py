@@ -44,7 +44,7 @@ def host_values(step: StepGraph) -> set[fx.Node]:
     host = _computed_from(step, scalars)
     read = ancestors(node for node in step.calls(aten._local_scalar_dense.default) if node in host)
     # the others (Adam's step under capturable=True, for one) may rest on the device as well
-    return _computed_from(step, scalars & read)
+    return host if scalars <= read else _computed_from(step, scalars & read)
 
 
 def _computed_from(step: StepGraph, scalars: set[fx.Node]) -> set[fx.Node]:

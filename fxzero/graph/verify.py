@@ -73,14 +73,15 @@ def check_values(context: Context) -> Iterator[Violation]:
 
     [Note: evaluating once]
     What an op yields under fake mode depends only on the op and on dtype, shape, strides and device of its
-    inputs, so each distinct combination is evaluated once, in all verifications of a pipeline together: repeated
-    layers, and what a pass has left alone, cost a look-up. Sizes known only when the step runs (the rows that a
-    mask selects) cannot be compared: a node that reads or yields such a tensor is left out.
+    inputs, so each distinct combination is evaluated once, in all verifications of copies of one capture together:
+    repeated layers, what a pass has left alone, and what another pipeline has made too, cost a look-up. Sizes
+    known only when the step runs (the rows that a mask selects) cannot be compared: a node that reads or yields such
+    a tensor is left out.
     """
     mode = fake_mode(context.step)
     symbolic = {n for n in context.step.graph.nodes if n.op != "output" and _has_symbols(n.meta["val"])}
     signatures: dict[fx.Node, Hashable] = {}
-    evaluated = context.summary.evaluated
+    evaluated = context.step.evaluated
     fix = "call retype() on what a pass changed, or let Editor make the node"
     for node in context.calls:
         if symbolic and (node in symbolic or any(n in symbolic for n in node.all_input_nodes)):

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fxzero import compat
 from fxzero.capture.inventory import Inventory, dense_strides, state_name
-from fxzero.capture.priming import check_state_can_be_sharded, initial_state
-from fxzero.capture.rehearsal import rehearse
+from fxzero.capture.priming import InitialStates, check_state_can_be_sharded
+from fxzero.capture.rehearsal import rehearse, starts_unlike_later
 from fxzero.graph import AuxiliaryState
 from fxzero.graph.ops import local_shard, shard_rows
 from fxzero.graph.placement import Placement
@@ -82,10 +82,11 @@ class StepState:
 
     def rehearsal(self) -> Inventory:
         """What there is to capture before `bind`: the model, and a twin of the optimizer with its state."""
-        inventory, self.special_first_step = rehearse(Inventory.of(self.model, self.optimizer))
+        states = InitialStates(self.optimizer)
+        inventory, self.special_first_step = rehearse(Inventory.of(self.model, self.optimizer), states)
         if self.topology.plan.zero and self.topology.plan.axes.get("dp", 1) > 1:
-            for index, group in enumerate(self.optimizer.param_groups):
-                check_state_can_be_sharded(self.optimizer, group, index)
+            for index in range(len(self.optimizer.param_groups)):
+                check_state_can_be_sharded(states, index)
         return inventory
 
     # ---- binding
@@ -96,7 +97,7 @@ class StepState:
             return
         inventory = Inventory.of(self.model, self.optimizer)
         on_meta = any(p.is_meta for p in inventory.parameters.values())
-        _, self.special_first_step = rehearse(inventory)
+        self.special_first_step = starts_unlike_later(inventory, InitialStates(self.optimizer))
         if on_meta:
             materialize(self, inventory)
         else:
@@ -234,11 +235,11 @@ class StepState:
 
         The largest come first: making a state takes a few times the parameter's memory, while little else is there.
         """
+        states = InitialStates(self.optimizer)
         for name in sorted(inventory.optimized, key=lambda name: -inventory.parameters[name].numel()):
             parameter = inventory.parameters[name]
             existing = self.optimizer.state.get(parameter, {})
-            group = self.optimizer.param_groups[inventory.group_of(name)]
-            state = dict(existing) if existing else self._initial(name, group)
+            state = dict(existing) if existing else self._initial(name, inventory.group_of(name), states)
             shape = parameter.shape
             sharded = self.parameter_is_sharded(shape, stage=1)
             rows_only = not existing
@@ -250,17 +251,17 @@ class StepState:
                 else:
                     self.optimizer.state[parameter][key] = value
 
-    def _initial(self, name: str, group: dict[str, Any]) -> dict[str, Any]:
+    def _initial(self, name: str, group: int, states: InitialStates) -> dict[str, Any]:
         """Initial state: of this rank's rows where the state is sharded, whole where it has a shape of its own."""
         parameter, memory = self._local[("parameter", name)]
         shape = parameter.shape
         if not self.parameter_is_sharded(shape, stage=1):
-            return initial_state(self.optimizer, group, memory)
+            return states.of(group, memory)
         if memory.shape == shape:
             memory = local_shard(memory.detach(), self.topology.plan.axes["dp"], self.topology.coordinate("dp"))
-        state = initial_state(self.optimizer, group, memory)
+        state = states.of(group, memory)
         if any(isinstance(v, torch.Tensor) and v.dim() and v.shape != memory.shape for v in state.values()):
-            whole = initial_state(self.optimizer, group, memory.new_zeros(shape))
+            whole = states.of(group, memory.new_zeros(shape))
             own_shape = [k for k, v in whole.items() if isinstance(v, torch.Tensor) and v.dim() and v.shape != shape]
             state.update({key: whole[key] for key in own_shape})
         return state

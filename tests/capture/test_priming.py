@@ -21,10 +21,11 @@ def entries(state: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_it_is_what_a_step_stores_first(name: str) -> None:
     optimizer = all_cases()[name].optimizer(all_cases()[name].model())
-    for group in optimizer.param_groups:
+    states = priming.InitialStates(optimizer)
+    for index, group in enumerate(optimizer.param_groups):
         for parameter in (p.detach() for p in group["params"] if p.requires_grad):
             stored = priming._first_state(optimizer, group, parameter)
-            assert entries(priming.initial_state(optimizer, group, parameter)) == entries(stored)
+            assert entries(states.of(index, parameter)) == entries(stored)
 
 
 def test_constant_state_takes_no_step_on_the_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,9 +33,44 @@ def test_constant_state_takes_no_step_on_the_parameter(monkeypatch: pytest.Monke
     monkeypatch.setattr(priming, "_first_state", lambda o, g, tensor: seen.append(tensor) or real(o, g, tensor))
     parameter = nn.Parameter(torch.randn(40, 50).t())
     optimizer = torch.optim.AdamW([parameter])
-    state = priming.initial_state(optimizer, optimizer.param_groups[0], parameter.detach())
+    state = priming.InitialStates(optimizer).of(0, parameter.detach())
     assert state["exp_avg"].stride() == parameter.stride() and not state["exp_avg"].any()
     assert all(tensor.is_meta or tensor.numel() < 10 for tensor in seen)
+
+
+def test_parameters_that_are_alike_are_tried_once_and_share_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = priming._first_state, []
+    monkeypatch.setattr(priming, "_first_state", lambda o, g, tensor: seen.append(tensor) or real(o, g, tensor))
+    alike = [nn.Parameter(torch.randn(4, 5)) for _ in range(3)]
+    optimizer = torch.optim.AdamW([{"params": alike}, {"params": [nn.Parameter(torch.randn(4, 5).bfloat16())]}])
+    states = priming.InitialStates(optimizer)
+    made = [states.of(0, parameter.detach()) for parameter in alike]
+    assert len(seen) == 3  # on the meta device, and tiny ones of two values
+    states.of(1, optimizer.param_groups[1]["params"][0].detach())
+    states.of(0, torch.randn(5, 4))
+    assert len(seen) == 3 + 3 + 1  # another dtype, in another group; a shape of as many dims is asked of meta alone
+    memory = [value.data_ptr() for state in made for value in state.values()]
+    assert len(set(memory)) == len(memory) == 9
+    on_meta = [states.of(0, parameter.detach().to("meta")) for parameter in alike]
+    assert len({id(value) for state in on_meta for value in state.values()}) == 9
+
+
+class KeepsLists(torch.optim.SGD):
+    """Keeps a Python object that its steps change."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter].setdefault("losses", [])
+        super().step(closure)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_objects_in_the_state_belong_to_one_parameter(device: str) -> None:
+    optimizer = KeepsLists([nn.Parameter(torch.randn(4, 5))], lr=0.1)
+    states = priming.InitialStates(optimizer)
+    one, other = (states.of(0, torch.randn(4, 5).to(device))["losses"] for _ in range(2))
+    assert one == other == [] and one is not other
 
 
 class Remembers(torch.optim.SGD):
@@ -62,7 +98,7 @@ class ByteSized(torch.optim.SGD):
 def test_state_that_follows_values_or_size_is_made_by_a_step(kind: Any) -> None:
     parameter = nn.Parameter(torch.randn(20, 30))
     optimizer = kind([parameter], lr=0.1)
-    state = priming.initial_state(optimizer, optimizer.param_groups[0], parameter.detach())
+    state = priming.InitialStates(optimizer).of(0, parameter.detach())
     assert entries(state) == entries(priming._first_state(optimizer, optimizer.param_groups[0], parameter.detach()))
     if kind is Remembers:
         assert torch.equal(state["first"], parameter)

@@ -140,8 +140,8 @@ def test_the_report_says_what_was_decided_and_why(steps: dict[str, StepGraph]) -
     lines = str(decision).splitlines()
     head = r"budget [\d.]+ MiB: predicted peak [\d.]+ MiB, [\d.]+ MiB with everything kept; [\d.]+ ms beside a step's "
     assert re.match(head, lines[0]), lines[0]
-    mlp = r"  layers\.\*\.mlp activations: recomputed in [1-4] of 4 blocks, [\d.]+ KiB for "  # costs say how many
-    assert any(re.match(mlp, line) for line in lines), str(decision)
+    mlp = "  layers.*.mlp activations: recomputed in 4 of 4 blocks, 256.0 KiB for "
+    assert any(line.startswith(mlp) for line in lines), str(decision)
     saved = [group.saved_bytes for group in decision.groups]
     assert saved == sorted(saved, reverse=True) and saved[0] > 0
     assert sum(group.seconds for group in decision.groups) <= decision.seconds

@@ -204,8 +204,11 @@ def test_the_cost_of_values_is_that_of_distinct_layers(monkeypatch: pytest.Monke
     for depth in (3, 12):
         evaluated: list[fx.Node] = []
         monkeypatch.setattr(verifier, "evaluate", lambda n, m, seen=evaluated: seen.append(n) or evaluate(n, m))
-        verify(capture(Deep(depth), torch.randn(5, 6)))
+        step = capture(Deep(depth), torch.randn(5, 6))
+        verify(step)
         counts.append(len(evaluated))
+        verify(step.copy())  # as another pipeline over the same capture does
+        assert len(evaluated) == counts[-1]
     assert counts[0] == counts[1]
 
 

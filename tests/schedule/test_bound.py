@@ -111,8 +111,9 @@ def test_a_bound_that_is_too_high_shows() -> None:
 def test_heads_through_lanes_are_later_than_chains() -> None:
     problem = problem_of(rewritten(zero=3, depth=6), "h100_ethernet")
     assert lower_bound(problem, places=8).seconds >= lower_bound(problem).seconds
-    call = max(range(len(problem)), key=lambda c: reach_of(problem).before[c])
-    floor = reach_of(problem).before[call] + 1.0
+    before = reach_of(problem).before
+    call = max(range(len(problem)), key=before.__getitem__)
+    floor = before[call] + 1.0
     assert reach_of(problem, floor={call: floor}).before[call] == floor
 
 
