@@ -31,8 +31,9 @@ class Policy:
     """What a list schedule prefers.
 
     Args:
-        compute: the priority of compute: BY_WAY, BY_PROGRAM (updates last), BY_PLACE in the way out (updates last), or
-            BY_SLACK: by program, unless a call has a way to the end that is longer than all compute that is left.
+        compute: the priority of compute: BY_WAY, BY_PROGRAM, BY_PLACE in the way out, or BY_SLACK: by program, unless a
+            call has a way to the end that is longer than all compute that is left. Updates come last, unless a launch
+            for the next step waits for them.
         ahead: how many fetches may be launched and unread when another one is launched.
         queue_s: seconds of work that lanes have queued beyond the call that compute is given.
         fetch_first: a lane takes fetches before what gives memory back.
@@ -142,8 +143,8 @@ class _Run:
             return [-way for way in self.ways]
         place = [0.0] * len(self.problem)
         for index, call in enumerate(way_out):
-            is_update = self.problem.nodes[call].meta["phase"] == "update"
-            place[call] = (index if self.policy.compute == BY_PLACE else call) + is_update * len(self.problem)
+            is_last = self.problem.nodes[call].meta["phase"] == "update" and call not in self.problem.leading
+            place[call] = (index if self.policy.compute == BY_PLACE else call) + is_last * len(self.problem)
         return place
 
     def _ready(self, call: int) -> None:
@@ -179,7 +180,7 @@ class _Run:
             until += self.problem.seconds[call]
         elif wait is not None:
             until = max(until, self.clock.due(wait))
-        if self._launch(until):
+        if self._launch(until, idle=call is None and wait is not None):
             if call is not None:
                 self._wait_for_compute(call)
             if wait is not None:
@@ -208,10 +209,14 @@ class _Run:
             heapq.heappush(ready, item)
         return found
 
-    def _launch(self, until: float) -> bool:
-        """Issue one launch for a lane that would run dry before `until`; whether there was one."""
+    def _launch(self, until: float, *, idle: bool) -> bool:
+        """Issue one launch for a lane that would run dry before `until`; whether there was one.
+
+        If compute is idle until then, also one whose issue takes compute less time than that: it costs nothing there.
+        """
         for lane in range(1, len(self.problem.lanes)):
-            if self.clock.free(lane) > until + self.policy.queue_s:
+            runs_dry = self.clock.free(lane) <= until + self.policy.queue_s
+            if not runs_dry and not idle:
                 continue
             for fetch in (self.policy.fetch_first, not self.policy.fetch_first):
                 heap = self.launches.get((lane, fetch))
@@ -220,6 +225,8 @@ class _Run:
                 if not heap or (fetch and len(self.unread) > self.policy.ahead):
                     continue
                 call = heap[0][1] if not fetch or not self.policy.in_turn else self._in_turn(lane)
+                if not runs_dry and not 0 < self.problem.launch_s[call] <= until - self.clock.now:
+                    continue
                 if self.missing[call] or not self.reserve.fits(call):
                     continue
                 self._take(call)

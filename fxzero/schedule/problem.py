@@ -134,6 +134,15 @@ class Problem:
                 found[self.launch_of[wait]] = min(lead, found.get(self.launch_of[wait], lead))
         return found
 
+    @cached_property
+    def leading(self) -> set[int]:
+        """The launches for the next step and all calls that must come before one of them."""
+        found = set(self.leads)
+        for call in reversed(range(len(self))):
+            if not found.isdisjoint(self.after[call]):
+                found.add(call)
+        return found
+
     @classmethod
     def of(
         cls,
