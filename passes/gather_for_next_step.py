@@ -10,8 +10,8 @@ A parameter that is not trained is gathered from its rows as they are.
 
 What is carried: in the fixed order, what a step launches before its first wait, as many gathers as are on their way
 then in any case, which `prefetch` says. Where costs decide: what forward would wait for. If its lane gathers one
-parameter after the other from the step's beginning on, a gather that is not there when compute comes to its reader is
-carried, and the lane goes on with the next one.
+parameter after the other from the step's beginning on, as fast as it does beside compute, a gather that is not there
+when compute comes to its reader is carried, and the lane goes on with the next one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import fx
 
+from fxzero.cost.contention import Lanes
 from fxzero.cost.hardware import Hardware, hardware_of
 from fxzero.cost.memory import memory_timeline
 from fxzero.cost.tasks import step_tasks
@@ -76,19 +77,18 @@ def _late_launches(step: StepGraph, machine: Hardware) -> list[fx.Node]:
     """The gathers of forward that would not be there in time if each were launched in this step."""
     tasks = step_tasks(step, machine)
     clock = 0.0
-    free: dict[str, float] = {}  # lane -> when it is through with what is gathered in this step
+    lanes = Lanes(machine.slowdown, machine.hindrance)  # with what is gathered in this step
     found: dict[fx.Node, bool] = {}  # launch -> whether it would be late
     for node in step.calls():
         if node.meta["phase"] != "forward":
             continue
         if c10d.is_wait(node) and c10d.gathers_parameters(launch := c10d.launched_by(node)) and launch not in found:
             lane, seconds = tasks[launch].resource, tasks[launch].seconds
-            found[launch] = free.get(lane, 0.0) + seconds > clock
+            found[launch] = lanes.free(lane) + seconds * machine.hindrance(lane) > clock
             if not found[launch]:
-                free[lane] = free.get(lane, 0.0) + seconds
+                lanes.occupy(lane, 0.0, seconds)
         if tasks[node].resource == COMPUTE:
-            clock += tasks[node].seconds
-        clock += tasks[node].launch_s
+            clock = lanes.end_of(clock, tasks[node].seconds)
     return [launch for launch, late in found.items() if late]
 
 

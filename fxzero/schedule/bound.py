@@ -88,7 +88,7 @@ def lower_bound(problem: Problem, *, bound_bytes: int | None = None, places: int
             statements are tried; each takes time linear in the number of calls.
     """
     if problem.leads:
-        return _strongest(reasons_in_a_chain(problem))
+        return _strongest(reasons_in_a_chain(problem, bound_bytes=bound_bytes))
     reach = reach_of(problem)
     found = {"critical path": max(map(sum, zip(reach.after, reach.tail_issued, strict=True)), default=0.0)}
     memory = 0.0

@@ -62,6 +62,27 @@ def exposed_seconds(problem: Problem, lane: int, *, num_launches: int, bound_byt
     return best
 
 
+def exposed_behind(
+    problem: Problem, launch: int, *, then: int, free: set[int], bound_bytes: int | None = None
+) -> float:
+    """What compute stands still for at least from where a launch is issued until another one of its lane is done.
+
+    Args:
+        problem: what is ordered.
+        launch: in a step.
+        then: what follows from it and is waited for in the next step. What must run between the two counts as if it ran
+            beside them: meanwhile the lane can do what was put off.
+        free: calls that may run in the next step before it is waited for; what they launch is not counted.
+        bound_bytes: that the device's tensors may take; None: as many as they like.
+    """
+    lane = problem.lane[launch]
+    factor = math.prod(problem.slowdown) / problem.hindrance[lane]  # of compute's own seconds, in the lane's
+    earlier = {launch, *closure(problem.before, launch), *free}
+    found = _behind(problem, launch, earlier, _first_launches(problem, lane), factor, bound_bytes)
+    covered = factor * sum(compute_seconds(problem, call) for call in found.updates | free)
+    return max(0.0, found.seconds + problem.seconds[then] - covered)
+
+
 def _together(problem: Problem, found: list[_Exposed], factor: float, *, last: _Exposed | None = None) -> float:
     """The most that a set of launches is exposed, of those that begin with the most exposed one, and the last."""
     chosen = [other for other in found if other.seconds > 0]

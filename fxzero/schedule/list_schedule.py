@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxzero.graph import collectives as c10d
-from fxzero.graph import swap_ops
 from fxzero.schedule.clock import Clock
 from fxzero.schedule.least_memory import Reserve
 from fxzero.schedule.out_of_turn import OutOfTurn
-from fxzero.schedule.problem import CARRIED, LAUNCH, ON_HOST, RUN, WAIT, Problem
+from fxzero.schedule.problem import CARRIED, LAUNCH, ON_HOST, RUN, WAIT, Problem, compute_seconds
 
 _MOST_TRIED, _MOST_EARLY = 64, 200  # calls that do not fit, or are too early too, before a heap is left alone
 
@@ -31,8 +30,9 @@ class Policy:
     """What a list schedule prefers.
 
     Args:
-        compute: the priority of compute: BY_WAY, BY_PROGRAM (updates last), BY_PLACE in the way out (updates last), or
-            BY_SLACK: by program, unless a call has a way to the end that is longer than all compute that is left.
+        compute: the priority of compute: BY_WAY, BY_PROGRAM, BY_PLACE in the way out, or BY_SLACK: by program, unless a
+            call has a way to the end that is longer than all compute that is left. Updates come last, unless a launch
+            for the next step waits for them.
         ahead: how many fetches may be launched and unread when another one is launched.
         queue_s: seconds of work that lanes have queued beyond the call that compute is given.
         fetch_first: a lane takes fetches before what gives memory back.
@@ -40,6 +40,8 @@ class Policy:
             take the memory of what is read before it.
         early, light: how early compute may run, of `OutOfTurn`: in mean seconds of a message, and whether calls that
             leave next to nothing behind may run however early.
+        inputs_first: gradients of inputs come before products that are only sent, which come where they are sent: what
+            was gathered is given back before memory is needed for these. Not with BY_WAY.
     """
 
     compute: str = BY_PROGRAM
@@ -49,6 +51,7 @@ class Policy:
     in_turn: bool = True
     early: float = math.inf
     light: bool = False
+    inputs_first: bool = False
 
 
 def ways_to_end(problem: Problem) -> list[float]:
@@ -84,8 +87,9 @@ def list_schedule(
     ways: Sequence[float],
     rank: Sequence[float] | None = None,
     before: Clock | None = None,
+    at_most_s: float = math.inf,
 ) -> list[int]:
-    """An order within the bound on memory.
+    """An order within the bound on memory; empty if it was given up.
 
     Args:
         problem: what is ordered.
@@ -95,8 +99,10 @@ def list_schedule(
         ways: of `ways_to_end`.
         rank: call -> priority of a launch among those of its lane, lowest first; default: by policy.
         before: of the step before, where that has launched something for this one.
+        at_most_s: an order that is sure to take more seconds is given up.
     """
-    return _Run(problem, policy, way_out, bound_bytes, ways, rank, before).order
+    run = _Run(problem, policy, way_out, bound_bytes, ways, rank, before)
+    return run.order if run.go(at_most_s) else []
 
 
 class _Run:
@@ -119,9 +125,14 @@ class _Run:
         self.compute: list[tuple[float, int]] = []
         self.by_way: list[tuple[float, int]] = []  # the same calls
         self.left = sum(s for s, lane in zip(problem.seconds, problem.lane, strict=True) if lane == 0)
+        self.to_do = [0.0] * len(problem.lanes)  # seconds of each lane alone
+        for call in range(len(problem)):
+            self.to_do[0] += compute_seconds(problem, call)
+            if problem.lane[call] > 0:
+                self.to_do[problem.lane[call]] += problem.seconds[call]
         self.waits: list[tuple[float, int]] = []  # (when done, wait)
         self.launches: dict[tuple[int, bool], list[tuple[float, int]]] = {}  # (lane, is a fetch) -> by priority
-        self.fetches, self.fed_by = fetches_of(problem)
+        self.fetches, self.fed_by = problem.fetched
         self.unread: set[int] = set()
         self.turns = {lane: deque[int]() for lane in range(len(problem.lanes))}  # fetches that are not launched yet
         if policy.in_turn:
@@ -134,16 +145,36 @@ class _Run:
         for call in range(len(problem)):
             if not self.missing[call]:
                 self._ready(call)
-        while len(self.order) < len(problem):
+
+    def go(self, at_most_s: float) -> bool:
+        """Order all calls, unless that is sure to take more seconds."""
+        while len(self.order) < len(self.problem):
+            if self._at_least_s() > at_most_s:
+                return False
             self._step()
+        return True
+
+    def _at_least_s(self) -> float:
+        """Seconds that the step will take, whatever follows."""
+        problem, now = self.problem, self.clock.now
+        found = self.to_do[0]
+        if not problem.leads:  # else lanes may go on in the next step
+            for lane in range(1, len(problem.lanes)):
+                under_way = max(0.0, self.clock.free(lane) - now) / problem.hindrance[lane]
+                found = max(found, under_way + self.to_do[lane])
+        return now + found
 
     def _priorities(self, way_out: Sequence[int]) -> list[float]:
         if self.policy.compute == BY_WAY:
             return [-way for way in self.ways]
         place = [0.0] * len(self.problem)
         for index, call in enumerate(way_out):
-            is_update = self.problem.nodes[call].meta["phase"] == "update"
-            place[call] = (index if self.policy.compute == BY_PLACE else call) + is_update * len(self.problem)
+            is_last = self.problem.nodes[call].meta["phase"] == "update" and call not in self.problem.leading
+            place[call] = (index if self.policy.compute == BY_PLACE else call) + is_last * len(self.problem)
+        if self.policy.inputs_first:
+            own = list(place)
+            for call, launch in self.problem.products.items():  # behind the call before the launch, in their own order
+                place[call] = own[launch] - 1 + own[call] / (2 * len(place))
         return place
 
     def _ready(self, call: int) -> None:
@@ -179,7 +210,7 @@ class _Run:
             until += self.problem.seconds[call]
         elif wait is not None:
             until = max(until, self.clock.due(wait))
-        if self._launch(until):
+        if self._launch(until, idle=call is None and wait is not None):
             if call is not None:
                 self._wait_for_compute(call)
             if wait is not None:
@@ -208,10 +239,14 @@ class _Run:
             heapq.heappush(ready, item)
         return found
 
-    def _launch(self, until: float) -> bool:
-        """Issue one launch for a lane that would run dry before `until`; whether there was one."""
+    def _launch(self, until: float, *, idle: bool) -> bool:
+        """Issue one launch for a lane that would run dry before `until`; whether there was one.
+
+        If compute is idle until then, also one whose issue takes compute less time than that: it costs nothing there.
+        """
         for lane in range(1, len(self.problem.lanes)):
-            if self.clock.free(lane) > until + self.policy.queue_s:
+            runs_dry = self.clock.free(lane) <= until + self.policy.queue_s
+            if not runs_dry and not idle:
                 continue
             for fetch in (self.policy.fetch_first, not self.policy.fetch_first):
                 heap = self.launches.get((lane, fetch))
@@ -220,6 +255,8 @@ class _Run:
                 if not heap or (fetch and len(self.unread) > self.policy.ahead):
                     continue
                 call = heap[0][1] if not fetch or not self.policy.in_turn else self._in_turn(lane)
+                if not runs_dry and not 0 < self.problem.launch_s[call] <= until - self.clock.now:
+                    continue
                 if self.missing[call] or not self.reserve.fits(call):
                     continue
                 self._take(call)
@@ -239,6 +276,9 @@ class _Run:
         self.reserve.take(call)
         self.order.append(call)
         self.clock.issue(call)
+        self.to_do[0] -= compute_seconds(problem, call)
+        if lane > 0:
+            self.to_do[lane] -= problem.seconds[call]
         if kind == LAUNCH and call in self.fetches:
             self.unread.add(call)
         elif kind == RUN and lane == 0:
@@ -251,39 +291,12 @@ class _Run:
                 self._ready(other)
 
 
-def fetches_of(problem: Problem) -> tuple[set[int], dict[int, frozenset[int]]]:
-    """The launches that bring what backward or forward reads, and call -> those of them that it reads.
-
-    Not those for the next step: what lanes have to do for this one comes first.
-
-    Args:
-        problem: what is ordered.
-    """
-    fetches: set[int] = set()
-    handed: dict[int, frozenset[int]] = {}
-    for call, node in enumerate(problem.nodes):
-        fetches_here = c10d.gathers_parameters(node) and call not in problem.leads
-        if problem.kind[call] == LAUNCH and (fetches_here or node.target is swap_ops.swap_in):
-            fetches.add(call)
-            handed[call] = frozenset((call,))
-        elif found := frozenset[int]().union(
-            *(handed.get(n, ()) for n in problem.reads[call] if _hands_on(problem, n))
-        ):
-            handed[call] = found
-    return fetches, handed
-
-
-def _hands_on(problem: Problem, call: int) -> bool:
-    """Whether readers of a call read what was fetched: it is the launch, its wait, or takes no time."""
-    return problem.kind[call] in (LAUNCH, WAIT) or problem.lane[call] < 0
-
-
 def waits_at_readers(problem: Problem, order: Sequence[int]) -> list[int]:
     """The order with each wait for a fetch, and what only hands it on, moved to its first reader.
 
     Nothing gets slower by it, and where a transfer takes longer than was thought, compute does not stand still early.
     """
-    fetches, handed = fetches_of(problem)
+    fetches, handed = problem.fetched
     moved: set[int] = set()
     for call, kind in enumerate(problem.kind):
         brought = call in handed or kind == CARRIED or any(other in moved for other in problem.reads[call])

@@ -20,7 +20,6 @@ from fxzero.schedule.list_schedule import (
     BY_SLACK,
     BY_WAY,
     Policy,
-    fetches_of,
     list_schedule,
     ranks,
     waits_at_readers,
@@ -48,6 +47,7 @@ IN_TURN = (  # that keep compute near its turn
     Policy(fetch_first=False, early=2, light=True),
     Policy(fetch_first=False, early=0, light=True),
     Policy(early=4),
+    Policy(fetch_first=False, early=4, inputs_first=True),
 )
 LEAST_IN_TURN, IN_TURN_BY_CALLS = 1, 100_000  # that are tried: at least, and for all calls together
 ENOUGH = 0.995  # of the lower bound: nothing further is tried
@@ -58,6 +58,7 @@ MOST_DELAYS_IN_TURN, DELAYS_IN_TURN_BY_CALLS = 60, 200_000  # the same, of polic
 MOST_STALLS, LEAST_STALL = 4, 1e-3  # that are looked at in one round; of the step
 MOST_LAUNCHES = 4  # before a stall
 NO_GAIN = 1e-5  # of the step
+IN_A_CHAIN = 0.01  # of the step: so much longer than the best one may an order seem to take
 URGE = 4.0  # times the time lost by it, a launch becomes more urgent
 
 
@@ -159,7 +160,15 @@ class _Search:
                 self._before = clock
         return found.seconds
 
-    def _listed(self, policy: Policy, way_out: list[int], *, limit: int, rank: list[float] | None = None) -> list[int]:
+    def _listed(
+        self,
+        policy: Policy,
+        way_out: list[int],
+        *,
+        limit: int,
+        rank: list[float] | None = None,
+        at_most_s: float = math.inf,
+    ) -> list[int]:
         return list_schedule(
             self.problem,
             policy,
@@ -168,23 +177,27 @@ class _Search:
             ways=self.ways,
             rank=rank,
             before=self._before,
+            at_most_s=at_most_s,
         )
 
-    def make(self, policy: Policy, way_out: list[int], *, room: float = 1.0) -> bool:
-        """Consider a list schedule; whether it is the fastest one so far."""
+    def make(self, policy: Policy, way_out: list[int], *, room: float = 1.0) -> float:
+        """Consider a list schedule; the seconds that it takes, infinite if it was given up for being slower."""
         problem, limit = self.problem, self.limit
         if room < 1.0:
             smallest = int(memory_of(problem, way_out).max())
             limit = smallest + int(room * (limit - smallest))
-        order = self._listed(policy, way_out, limit=limit)
+        # in a chain it counts from the end of the best order, not of its own
+        at_most = self._seconds * ((1 + IN_A_CHAIN) if problem.leads else (1 + 1e-9))
+        order = self._listed(policy, way_out, limit=limit, at_most_s=at_most)
         self._made += 1
+        if not order:
+            return math.inf
         how = f"{policy}" + (f", {room:.0%} of the room" if room < 1.0 else "")
         seconds = self.consider(order, how)
         self.consider(waits_at_readers(problem, order), f"{how}, waits at readers")
-        faster = seconds < self._seconds * (1 - NO_GAIN)
-        if faster:
+        if seconds < self._seconds * (1 - NO_GAIN):
             self._seconds, self.policy, self.way_out, self.order = seconds, policy, way_out, order
-        return faster
+        return seconds
 
     def in_part_of_the_room(self) -> None:
         """What is fetched early under a wider bound may leave compute less room."""
@@ -243,8 +256,8 @@ class _Search:
 
     def _delay_before(self, wait: int, policy: Policy, most: int, tried: set[tuple[int, bool, float]]) -> bool:
         """Try what was launched before a stall later; whether something was faster."""
-        problem, way_out, faster, known = self.problem, self.way_out, False, self._seconds
-        fetches, _ = fetches_of(problem)
+        problem, way_out, known = self.problem, self.way_out, self._seconds
+        fetches, _ = problem.fetched
         until = problem.launch_of[wait] if problem.kind[wait] == CARRIED else wait
         before = self.order[: self.order.index(until)]
         launches = [call for call in before if problem.kind[call] == LAUNCH and call not in fetches]
@@ -254,12 +267,23 @@ class _Search:
                     continue
                 tried.add((launch, with_work, known))
                 group = delayed_group(problem, launch, with_work=with_work)
-                for order in delays(problem, way_out, group, launch=launch, bound_bytes=self.limit):
-                    for compute in (BY_PROGRAM, BY_PLACE):
-                        if self._made >= most:
-                            return faster
-                        faster |= self.make(replace(policy, compute=compute), order)
-        return faster
+                orders = delays(problem, way_out, group, launch=launch, bound_bytes=self.limit)
+                for compute in (BY_PROGRAM, BY_PLACE):
+                    self._make_from(orders, replace(policy, compute=compute), most)
+                if self._made >= most:
+                    return self._seconds < known
+        return self._seconds < known
+
+    def _make_from(self, orders: list[list[int]], policy: Policy, most: int) -> None:
+        """Consider list schedules from several ways out, the first and the last one first.
+
+        Where these two take equally long, or both are given up, it makes no difference how long something is delayed,
+        nor would it in those between.
+        """
+        ends = [self.make(policy, order) for order in (orders[:1] + orders[1:][-1:])[: most - self._made]]
+        if len(ends) == 2 and ends[0] != ends[1] and abs(ends[1] - ends[0]) > NO_GAIN * ends[0]:
+            for order in orders[1:-1][: most - self._made]:
+                self.make(policy, order)
 
 
 def _way_out(problem: Problem, limit: int) -> list[int]:

@@ -22,7 +22,7 @@ from fxzero.cost.allocator import allocator_of
 from fxzero.cost.lifetimes import storages
 from fxzero.cost.tasks import Task
 from fxzero.errors import RewriteError
-from fxzero.graph import StepGraph
+from fxzero.graph import StepGraph, swap_ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph.lanes import COMPUTE, HOST, is_launch, is_wait, launch_of
 from fxzero.graph.step_graph import device_of
@@ -134,6 +134,47 @@ class Problem:
                 found[self.launch_of[wait]] = min(lead, found.get(self.launch_of[wait], lead))
         return found
 
+    @cached_property
+    def leading(self) -> set[int]:
+        """The launches for the next step and all calls that must come before one of them."""
+        found = set(self.leads)
+        for call in reversed(range(len(self))):
+            if not found.isdisjoint(self.after[call]):
+                found.add(call)
+        return found
+
+    @cached_property
+    def fetched(self) -> tuple[set[int], dict[int, frozenset[int]]]:
+        """The launches that bring what backward or forward reads, and call -> those of them that it reads.
+
+        Not those for the next step: what lanes have to do for this one comes first.
+        """
+        fetches: set[int] = set()
+        handed: dict[int, frozenset[int]] = {}
+        for call, node in enumerate(self.nodes):
+            fetches_here = c10d.gathers_parameters(node) and call not in self.leads
+            if self.kind[call] == LAUNCH and (fetches_here or node.target is swap_ops.swap_in):
+                fetches.add(call)
+                handed[call] = frozenset((call,))
+            elif found := frozenset[int]().union(*(handed.get(n, ()) for n in self.reads[call] if _hands_on(self, n))):
+                handed[call] = found
+        return fetches, handed
+
+    @cached_property
+    def products(self) -> dict[int, int]:
+        """Call of backward -> the launch that sends what it makes, if it leads to nothing else."""
+        found: dict[int, int] = {}
+        for call in reversed(range(len(self))):
+            if self.nodes[call].meta["phase"] != "backward":
+                continue
+            if self.kind[call] == LAUNCH and call not in self.fetched[0]:
+                found[call] = call
+            elif self.kind[call] == RUN and self.after[call]:
+                launches = {found.get(other, -1) for other in self.after[call]}
+                if len(launches) == 1 and -1 not in launches:
+                    found[call] = launches.pop()
+        return {call: launch for call, launch in found.items() if call != launch}
+
     @classmethod
     def of(
         cls,
@@ -191,6 +232,11 @@ def compute_seconds(problem: Problem, call: int) -> float:
     if problem.kind[call] == LAUNCH:
         return problem.launch_s[call]
     return problem.seconds[call] if problem.lane[call] == 0 else 0.0
+
+
+def _hands_on(problem: Problem, call: int) -> bool:
+    """Whether readers of a call read what was fetched: it is the launch, its wait, or takes no time."""
+    return problem.kind[call] in (LAUNCH, WAIT) or problem.lane[call] < 0
 
 
 def closure(ways: list[list[int]], call: int) -> set[int]:

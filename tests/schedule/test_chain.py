@@ -17,12 +17,14 @@ from fxzero.passes.gather_for_next_step import gather_for_next_step
 from fxzero.schedule import chain
 from fxzero.schedule.bound import lower_bound
 from fxzero.schedule.clock import Clock
+from fxzero.schedule.evaluate import peak_of as peak_of_order
 from fxzero.schedule.evaluate import times_of
-from fxzero.schedule.list_schedule import Policy, list_schedule, ranks, ways_to_end
+from fxzero.schedule.list_schedule import Policy, _Run, list_schedule, ranks, ways_to_end
 from fxzero.schedule.local_search import find_schedule
 from fxzero.schedule.problem import CARRIED, LAUNCH, RUN, WAIT, Problem
+from tests.schedule.chains import carrying_step
 from tests.schedule.orders import random_order
-from tests.schedule.small import drawn_problem
+from tests.schedule.small import all_orders, drawn_problem
 from tests.schedule.steps import rewritten, tasks_of
 
 LINKS = ("h100_ethernet", "cpu")
@@ -107,6 +109,41 @@ def test_a_chain_of_calls_that_counts_too_much_is_found() -> None:
         assert seconds_in_a_chain(problem, order)[-1] < lower_bound(problem).seconds
 
 
+def above_the_bound(problem: Problem) -> float:
+    """Seconds of the fastest order within each bound on memory that makes a difference, less the lower bound."""
+    tried = [(peak_of_order(problem, order), seconds_in_a_chain(problem, order)[-1]) for order in all_orders(problem)]
+    limits = sorted({peak for peak, _ in tried})
+    return min(
+        min(seconds for peak, seconds in tried if peak <= limit)
+        - lower_bound(problem, bound_bytes=limit, places=8).seconds
+        for limit in limits
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_order_of_a_small_chain_is_below_its_bound(seed: int) -> None:
+    assert above_the_bound(carrying_step(random.Random(seed))) >= -1e-9
+
+
+def test_a_reduction_and_the_gather_behind_it_are_covered_by_nothing_else() -> None:
+    """Five seconds each. Beside them: a free call and an update of one, a product of four that is sent for two.
+
+    So compute, of 8 seconds, stands still for 10 - 1 - 1 - (4 - 2).
+    """
+    drawn = carrying_step(random.Random(0))
+    seconds = [0.0, 1.0, 1.0, 4.0, 2.0, 0.0, 1.0, 1.0, 5.0, 0.0, 0.0, 5.0]
+    problem = replace(drawn, seconds=seconds, launch_s=[0.0] * 12, slowdown=[1.0, 1.0], hindrance=[1.0, 1.0])
+    assert lower_bound(problem).seconds == 14.0
+    assert min(seconds_in_a_chain(problem, order)[-1] for order in all_orders(problem)) == 14.0
+
+
+def test_calls_of_the_next_step_that_are_not_counted_show() -> None:
+    """The planted fault: nothing of the next step is taken to run before what it waits for."""
+    behind = chain.exposed_behind
+    with mock.patch.object(chain, "exposed_behind", lambda *args, **keys: behind(*args, **{**keys, "free": set()})):
+        assert min(above_the_bound(carrying_step(random.Random(seed))) for seed in range(12)) < -1e-9
+
+
 # ---- what is carried
 
 
@@ -137,6 +174,17 @@ def test_costs_carry_what_forward_would_wait_for(tmp_path: Path) -> None:
         gather_for_next_step.run(step, hardware=machine_with(bytes_s, tmp_path / f"{bytes_s}.toml"))
         counts.append(len(names_carried(step)))
     assert counts[0] > counts[1] > counts[2] >= 0, counts
+
+
+def test_lanes_that_compute_hinders_carry_more(tmp_path: Path) -> None:
+    counts = []
+    for hindrance in (1.0, 3.0):
+        file = Path(machine_with(3e8, tmp_path / f"{hindrance}.toml"))
+        file.write_text(replace(Hardware.load(str(file)), beside_compute={"net": hindrance}).to_toml())
+        step = uncarried()
+        gather_for_next_step.run(step, hardware=str(file))
+        counts.append(len(names_carried(step)))
+    assert counts[0] < counts[1], counts
 
 
 def test_what_is_carried_fits_into_memory(tmp_path: Path) -> None:
@@ -180,3 +228,28 @@ def test_launches_are_issued_while_compute_stands_still() -> None:
     listed = list_schedule(problem, Policy(), way_out=list(range(6)), bound_bytes=10**9, ways=ways_to_end(problem))
     assert times_of(problem, listed).seconds == 9.5  # launch, both gathers, the last call
     assert times_of(problem, [0, 1, 2, 3, 4, 5]).seconds > 9.5
+
+
+def test_launches_are_issued_while_compute_stands_still_though_their_lane_is_busy() -> None:
+    kind = [LAUNCH, WAIT, RUN] * 3
+    reads: list[list[int]] = [[], [0], [1], [], [3], [2, 4], [], [6], [5, 7]]
+    launch_of = [-1, 0, -1, -1, 3, -1, -1, 6, -1]
+    drawn = drawn_problem(
+        random.Random(0), kind, reads, launch_of, ["forward"] * 9, slowdown=1, hindrance=1, least_s=1, launch_s=0.5
+    )
+    problem = replace(drawn, seconds=[4.0, 0.0, 8.0, 4.0, 0.0, 1.0, 4.0, 0.0, 1.0], launch_s=[0.5, 0, 0] * 3)
+    listed = list_schedule(problem, Policy(), way_out=list(range(9)), bound_bytes=10**9, ways=ways_to_end(problem))
+    assert times_of(problem, listed).seconds == 14.5  # a launch, its gather, all that is computed
+
+
+def test_updates_that_a_gather_for_the_next_step_waits_for_come_before_others() -> None:
+    """The others then run beside that gather."""
+    problem = chained()
+    assert problem.leading > set(problem.leads)
+    priority = _Run(problem, Policy(), range(len(problem)), 10**9, ways_to_end(problem), None, None).priority
+    others = [
+        call
+        for call, node in enumerate(problem.nodes)
+        if node.meta["phase"] == "update" and call not in problem.leading
+    ]
+    assert others and min(priority[call] for call in others) > max(priority[call] for call in problem.leading)

@@ -8,7 +8,7 @@ import pytest
 
 from fxzero.cost.compute import computes
 from fxzero.schedule.least_memory import least_memory_order
-from fxzero.schedule.list_schedule import Policy, fetches_of, list_schedule, ways_to_end
+from fxzero.schedule.list_schedule import Policy, list_schedule, ways_to_end
 from fxzero.schedule.problem import RUN, Problem, closure
 from tests.schedule.steps import problem_of, rewritten
 
@@ -22,7 +22,7 @@ def most_unread(problem: Problem, ahead: float) -> int:
         bound_bytes=10**9,
         ways=ways_to_end(problem),
     )
-    fetches, fed_by = fetches_of(problem)
+    fetches, fed_by = problem.fetched
     unread: set[int] = set()
     most = 0
     for call in order:
@@ -48,7 +48,7 @@ def test_a_decay_of_weights_brings_no_gather_to_the_front(hardware: str) -> None
     problem = problem_of(rewritten(zero=3, regather=False), hardware)
     order = least_memory_order(problem)
     position = {call: index for index, call in enumerate(order)}
-    fetches, _ = fetches_of(problem)
+    fetches, _ = problem.fetched
     computed = [c for c, n in enumerate(problem.nodes) if n.meta["phase"] == "forward" and computes(n)]
     read_by = {launch: min(c for c in computed if launch in closure(problem.before, c)) for launch in fetches}
     for launch, reader in read_by.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,11 +24,21 @@ from fxzero.graph.verify import verify
 from fxzero.passes.schedule_step import schedule_step
 from fxzero.schedule.evaluate import memory_of, peak_of, times_of
 from fxzero.schedule.least_memory import Reserve, least_memory_order
-from fxzero.schedule.list_schedule import BY_PROGRAM, BY_WAY, Policy, list_schedule, waits_at_readers, ways_to_end
+from fxzero.schedule.list_schedule import (
+    BY_PLACE,
+    BY_PROGRAM,
+    BY_WAY,
+    Policy,
+    _Run,
+    list_schedule,
+    waits_at_readers,
+    ways_to_end,
+)
 from fxzero.schedule.local_search import IN_TURN, POLICIES, find_schedule
-from fxzero.schedule.problem import Problem
+from fxzero.schedule.problem import Problem, closure
 from tests.numerics.local_ranks import run_ranks
 from tests.schedule.orders import random_order, with_turned
+from tests.schedule.small import small_problem
 from tests.schedule.steps import job, problem_of, rewritten, rewritten_anew
 from tests.schedule.test_evaluate import PLANS
 
@@ -197,3 +208,65 @@ def test_other_bits_would_show(trained: Any) -> None:
     scale = next(n for n in again.calls(torch.ops.aten.mul.Tensor) if n.meta["phase"] == "backward")
     scale.replace_all_uses_with(scale.args[0])
     assert not same(run(again), outcome)
+
+
+# ---- orders that are given up
+
+
+def given_up_too_early(problem: Problem, policy: Policy) -> int:
+    """How many of some limits on time lead to another order, or to none though the order takes no longer than that."""
+    way_out = least_memory_order(problem)
+    keys: dict[str, Any] = {"way_out": way_out, "bound_bytes": peak_of(problem, way_out), "ways": ways_to_end(problem)}
+    whole = list_schedule(problem, policy, **keys)
+    seconds = times_of(problem, whole).seconds
+    found = 0
+    for part in (0.5, 0.9, 0.99, 1 + 1e-9, 1.1):
+        order = list_schedule(problem, policy, at_most_s=part * seconds, **keys)
+        found += order not in (whole, []) or (part > 1 and order != whole)
+    return found
+
+
+def test_only_orders_that_take_longer_are_given_up() -> None:
+    given_up = 0
+    for seed in range(60):
+        problem = small_problem(random.Random(seed), num_launches=4, num_runs=6)
+        for policy in (*POLICIES, *IN_TURN):
+            assert not given_up_too_early(problem, policy)
+        way_out = least_memory_order(problem)
+        given_up += not list_schedule(
+            problem,
+            Policy(),
+            way_out=way_out,
+            bound_bytes=peak_of(problem, way_out),
+            ways=ways_to_end(problem),
+            at_most_s=0.99 * times_of(problem, way_out).seconds,
+        )
+    assert given_up
+
+
+def test_giving_up_by_what_lanes_do_while_compute_runs_shows() -> None:
+    """The planted fault: a lane is taken to be hindered though compute stands still."""
+    found = 0
+    for seed in range(60):
+        problem = small_problem(random.Random(seed), num_launches=4, num_runs=6)
+        with mock.patch.object(_Run, "_at_least_s", lambda run: run.clock.now + sum(run.to_do)):
+            found += sum(given_up_too_early(problem, policy) for policy in POLICIES)
+    assert found
+
+
+# ---- gradients of inputs first
+
+
+def test_products_that_are_only_sent_come_where_they_are_sent() -> None:
+    problem = problem_of(rewritten(zero=3, depth=6))
+    products = problem.products
+    assert products
+    for call, launch in products.items():
+        assert launch in closure(problem.after, call) and not c10d.gathers_parameters(problem.nodes[launch])
+        assert all(other == launch or products[other] == launch for other in problem.after[call])
+    way_out = least_memory_order(problem)
+    for compute in (BY_PROGRAM, BY_PLACE):
+        policy = Policy(compute=compute, inputs_first=True)
+        run = _Run(problem, policy, way_out, 10**12, ways_to_end(problem), None, None)
+        for call, launch in products.items():
+            assert run.priority[launch] - 1 <= run.priority[call] < run.priority[launch]
