@@ -14,7 +14,7 @@ from fxzero.errors import PlanError
 from fxzero.graph import Sharding, StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
-from fxzero.graph.edit import Editor, evaluate
+from fxzero.graph.edit import Editor, value_of
 from fxzero.graph.step_graph import identifier
 
 
@@ -65,4 +65,4 @@ def _gather_kept(step: StepGraph, before: fx.Node, launch: fx.Node, inner: str, 
     with editor.after(arrived):
         kept = editor.local_shard(arrived, sharding, stem=f"{identifier(name)}_node")
     launch.args = (kept, node, inner)
-    launch.meta["val"] = evaluate(launch, editor.mode)
+    launch.meta["val"] = value_of(step, launch, editor.mode)

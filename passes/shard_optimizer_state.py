@@ -14,7 +14,7 @@ from fxzero import compat
 from fxzero.graph import Sharding, StepGraph, ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
-from fxzero.graph.edit import Editor, evaluate
+from fxzero.graph.edit import Editor, value_of
 from fxzero.graph.step_graph import first_argument, identifier, sharding_of, yields_tensor
 
 aten = torch.ops.aten
@@ -115,7 +115,7 @@ class _RowWiseUpdate:
         for source in aligned:
             if source not in self.rows:
                 node.replace_input_with(source, self._take_rows(source, node))
-        node.meta["val"] = evaluate(node, self.editor.mode)
+        node.meta["val"] = value_of(self.editor.step, node, self.editor.mode)
         node.meta["sharding"] = self.sharding
         self.rows.add(node)
         self.edits += 1

@@ -23,9 +23,14 @@ READY = "computes"
 
 
 def rank_environment(threads: int) -> dict[str, str]:
-    """Of a process that stands for a rank: so many threads, and this fxzero."""
+    """Of a process that stands for a rank: so many threads, this fxzero, and stacks if it crashes."""
     paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(paths)}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONFAULTHANDLER": "1",
+    }
 
 
 @contextlib.contextmanager

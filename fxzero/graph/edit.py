@@ -13,6 +13,7 @@ from fxzero import compat
 from fxzero.errors import RewriteError
 from fxzero.graph import collectives as c10d
 from fxzero.graph import ops
+from fxzero.graph.call_signature import call_signature, has_symbols
 from fxzero.graph.randomness import is_random
 from fxzero.graph.step_graph import AuxiliaryState, Sharding, StateEntry, StepGraph, identifier, yields_scalar
 
@@ -35,6 +36,33 @@ def evaluate(node: fx.Node, mode: Any) -> Any:
     kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["val"])
     with mode:
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def value_of(step: StepGraph, node: fx.Node, mode: Any) -> Any:
+    """The same as `evaluate`; a call like one of before yields the same fake tensors.
+
+    Args:
+        step: the graph of the node.
+        node: a call.
+        mode: `fake_mode` of the graph.
+    """
+    inputs = [source.meta["val"] for source in node.all_input_nodes]
+    if yields_scalar(node) or not all(map(_holds_known_tensors, inputs)):
+        return evaluate(node, mode)
+    key = call_signature(node, {})
+    if key in step.made:
+        return step.made[key]
+    found = evaluate(node, mode)
+    if _holds_known_tensors(found):
+        step.made[key] = found
+    return found
+
+
+def _holds_known_tensors(val: Any) -> bool:
+    """Whether a value is a tensor, or some of them, of sizes that are known before the step runs."""
+    if isinstance(val, (list, tuple)):
+        return all(map(_holds_known_tensors, val))
+    return isinstance(val, torch.Tensor) and not has_symbols(val)
 
 
 class Editor:
@@ -82,7 +110,7 @@ class Editor:
         node.meta = dict(self.meta)
         if sharding is not None:
             node.meta["sharding"] = sharding
-        node.meta["val"] = evaluate(node, self.mode)
+        node.meta["val"] = value_of(self.step, node, self.mode)
         return node
 
     def all_gather(self, shard: fx.Node, sharding: Sharding, *, stem: str) -> tuple[fx.Node, fx.Node]:
@@ -223,7 +251,7 @@ def retype(step: StepGraph, start: Iterable[fx.Node]) -> None:
         if node.op != "call_function" or node in dirty or not any(n in dirty for n in node.all_input_nodes):
             continue
         try:
-            new = evaluate(node, mode)
+            new = value_of(step, node, mode)
         except Exception as error:
             raise RewriteError.of(
                 where=f"{node.name} = {node.target}",

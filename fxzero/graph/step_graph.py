@@ -136,6 +136,7 @@ class StepGraph:
         remarks: pass -> what it has decided and why, as people are told it; no part of the text that ranks compare.
         evaluated: what calls were seen to yield by the verifier, by all that it depends on; copies share it, as they
             share fake tensors, so that it grows with each verification of any of them.
+        made: what calls that passes made yield, by all that it depends on; shared alike, but not with the verifier.
     """
 
     graph: fx.Graph
@@ -144,6 +145,7 @@ class StepGraph:
     facts: frozenset[str] = frozenset()
     remarks: dict[str, str] = field(default_factory=dict)
     evaluated: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def copy(self) -> StepGraph:
         """An independent copy; meta dicts are copied, the fake tensors in them shared."""
@@ -152,7 +154,7 @@ class StepGraph:
         returned = graph.graph_copy(self.graph, mapping)
         output = graph.output(returned)
         output.meta = dict(self.output.meta)
-        return StepGraph(graph, dict(self.mesh), self.title, self.facts, dict(self.remarks), self.evaluated)
+        return StepGraph(graph, dict(self.mesh), self.title, self.facts, dict(self.remarks), self.evaluated, self.made)
 
     @property
     def output(self) -> fx.Node:

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from fxzero.errors import VerifyError
+from fxzero.graph.call_signature import call_signature, has_symbols
 from fxzero.graph.collective_rules import check_collectives, check_release, check_sharding
 from fxzero.graph.compression_rules import check_compression
 from fxzero.graph.edit import describe, evaluate, fake_mode
@@ -79,14 +80,15 @@ def check_values(context: Context) -> Iterator[Violation]:
     a tensor is left out.
     """
     mode = fake_mode(context.step)
-    symbolic = {n for n in context.step.graph.nodes if n.op != "output" and _has_symbols(n.meta["val"])}
+    symbolic = {n for n in context.step.graph.nodes if n.op != "output" and has_symbols(n.meta["val"])}
     signatures: dict[fx.Node, Hashable] = {}
     evaluated = context.step.evaluated
     fix = "call retype() on what a pass changed, or let Editor make the node"
     for node in context.calls:
         if symbolic and (node in symbolic or any(n in symbolic for n in node.all_input_nodes)):
             continue
-        key = _call_signature(node, signatures)
+        # the type, because a number is not computed anew
+        key = (call_signature(node, signatures), yields_scalar(node) and type(node.meta["val"]))
         try:
             if key not in evaluated:
                 evaluated[key] = _expected(node, mode)
@@ -122,42 +124,6 @@ def _scalar_type(node: fx.Node, standing: str) -> str:
     except (ArithmeticError, ValueError):
         return standing
     return standing if isinstance(result, complex) else describe(result)
-
-
-def _has_symbols(val: Any) -> bool:
-    if isinstance(val, torch.Tensor):
-        return any(type(size) is not int for size in val.shape)
-    return any(_has_symbols(item) for item in val) if isinstance(val, (list, tuple)) else False
-
-
-def _call_signature(node: fx.Node, signatures: dict[fx.Node, Hashable]) -> Hashable:
-    """What the description of a call's value depends on; see [Note: evaluating once]."""
-
-    def freeze(arg: Any) -> Hashable:
-        if isinstance(arg, fx.Node):
-            if arg not in signatures:
-                signatures[arg] = _value_signature(arg.meta["val"])
-            return signatures[arg]
-        if isinstance(arg, (list, tuple)):
-            return tuple(freeze(item) for item in arg)
-        if isinstance(arg, dict):
-            return tuple((key, freeze(value)) for key, value in arg.items())
-        if isinstance(arg, slice):
-            return ("slice", freeze(arg.start), freeze(arg.stop), freeze(arg.step))
-        return (type(arg), arg)  # 1, 1.0 and True are equal, yet they promote differently
-
-    kwargs = tuple((name, freeze(arg)) for name, arg in node.kwargs.items())
-    # the type, because a number is not computed anew
-    return (node.target, freeze(node.args), kwargs, yields_scalar(node) and type(node.meta["val"]))
-
-
-def _value_signature(val: Any) -> Hashable:
-    if isinstance(val, torch.Tensor):
-        # a lazily conjugated or negated tensor yields other strides in some ops
-        return (val.dtype, tuple(val.shape), tuple(val.stride()), val.device, val.is_conj(), val.is_neg())
-    if isinstance(val, (list, tuple)):
-        return tuple(_value_signature(item) for item in val)
-    return (type(val), val)
 
 
 RULES: dict[str, Callable[[Context], Iterator[Violation]]] = {

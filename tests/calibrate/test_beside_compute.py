@@ -1,5 +1,6 @@
 """What messages and compute do to each other: found again from steps as the simulator tells them."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,8 +20,12 @@ from fxzero.graph.lanes import Event, is_launch, is_wait
 from fxzero.runtime.recording import Sample
 from fxzero.simulate.timeline import simulate
 
-CPU = torch.device("cpu")
 PLANTED = BesideCompute(launch_s=2e-4, launch_bytes_s=1e8, slowdown=1.5, hindrance=2.0, among_ranks=1.0)
+
+
+@functools.cache
+def programs(ranks: int = 2) -> dict[str, StepGraph]:
+    return {form: small_step(ranks, form, torch.device("cpu"), fast=True) for form in FORMS}
 
 
 def alone_s(form: str, size: float) -> float:
@@ -43,11 +48,10 @@ def seen(step: StepGraph, form: str, machine: BesideCompute) -> StepMeans:
 
 
 def figures(machine: BesideCompute, **changed: Mapping[str, Any]) -> tuple[BesideCompute, list[float]]:
-    programs = {form: small_step(2, form, CPU, fast=True) for form in FORMS}
-    steps = {form: seen(program, form, machine) for form, program in programs.items()}
+    steps = {form: seen(program, form, machine) for form, program in programs().items()}
     for form, values in changed.items():
         steps[form] = replace(steps[form], **values)
-    found, rows = beside_compute(steps, programs, alone_s)
+    found, rows = beside_compute(steps, programs(), alone_s)
     return found, [row.residual for row in rows]
 
 
@@ -77,11 +81,11 @@ def test_steps_that_say_nothing_of_it_change_nothing() -> None:
 
 
 def seen_alone() -> list[float]:
-    return list(seen(small_step(2, ALONE, CPU, fast=True), ALONE, PLANTED).compute_s)
+    return list(seen(programs()[ALONE], ALONE, PLANTED).compute_s)
 
 
 def test_a_message_travels_from_where_all_have_launched_it() -> None:
-    step = small_step(2, BY_MESSAGES, CPU, fast=True)
+    step = programs()[BY_MESSAGES]
     launches = [node for node in step.calls() if is_launch(node)][:2]
     events = []
     for number, launch in enumerate(launches):
@@ -102,12 +106,11 @@ def test_a_message_travels_from_where_all_have_launched_it() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_forms_of_the_small_step_compute_the_same(ranks: int) -> None:
-    programs = {form: small_step(ranks, form, CPU, fast=True) for form in FORMS}
     calls = {
         form: [node.target for node in step.calls() if not is_launch(node) and not is_wait(node)]
-        for form, step in programs.items()
+        for form, step in programs(ranks).items()
     }
     assert calls[ALONE] == calls[BY_MESSAGES] == calls[BY_ALL_REDUCES] and len(calls[ALONE]) > 100
-    kinds = {form: {node.target for node in step.calls() if is_launch(node)} for form, step in programs.items()}
+    kinds = {form: {node.target for node in step.calls() if is_launch(node)} for form, step in programs(ranks).items()}
     messages = {c10d.all_gather, c10d.reduce_scatter}
     assert kinds == {ALONE: set(), BY_MESSAGES: messages, BY_ALL_REDUCES: {c10d.all_reduce}}

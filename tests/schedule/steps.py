@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import fx, nn
 
 from fxzero import Plan, StepGraph
 from fxzero.capture import Inventory, capture_step
+from fxzero.capture.options import CaptureOptions
 from fxzero.capture.rehearsal import rehearse
 from fxzero.cost.hardware import Hardware
 from fxzero.cost.tasks import Task, step_tasks
@@ -55,19 +57,42 @@ def rewritten(depth: int = 3, **keys: Any) -> StepGraph:
     """A copy of a program, verified after each pass when it was first asked for; keys as of `rewritten_anew`."""
     name = f"{depth} {sorted(keys.items())}"
     if name not in _rewritten:
-        _rewritten[name] = rewritten_anew(depth, **keys)
+        _rewritten[name] = _rewritten_from(_captured_once, depth, **keys)
     return _rewritten[name].copy()
 
 
 _rewritten: dict[str, StepGraph] = {}
+_captured: dict[str, StepGraph] = {}
 
 
 def rewritten_anew(depth: int = 3, *, world: int = 4, backend: str = "nccl", **keys: Any) -> StepGraph:
-    model, optimizer, batch = job(depth)
+    return _rewritten_from(_captured_anew, depth, world=world, backend=backend, **keys)
+
+
+def _rewritten_from(
+    capture: Callable[[int, CaptureOptions], StepGraph],
+    depth: int,
+    *,
+    world: int = 4,
+    backend: str = "nccl",
+    **keys: Any,
+) -> StepGraph:
     plan = Plan(**{"bucket_bytes": 1024, **keys}).resolve(world)
-    step = capture_step(rehearse(Inventory.of(model, optimizer))[0], None, batch, {}, options=captured_as(plan)).step
+    step = capture(depth, captured_as(plan))
     step.mesh = dict(plan.axes)
     return recipe(plan, backend=backend).run(step)
+
+
+def _captured_once(depth: int, options: CaptureOptions) -> StepGraph:
+    name = f"{depth} {options}"
+    if name not in _captured:
+        _captured[name] = _captured_anew(depth, options)
+    return _captured[name].copy()
+
+
+def _captured_anew(depth: int, options: CaptureOptions) -> StepGraph:
+    model, optimizer, batch = job(depth)
+    return capture_step(rehearse(Inventory.of(model, optimizer))[0], None, batch, {}, options=options).step
 
 
 def tasks_of(step: StepGraph, hardware: str = "h100") -> dict[fx.Node, Task]:
