@@ -83,19 +83,19 @@ def predict(
     Args:
         steps: its programs, one a microbatch; equal ones are the same object.
         hardware: the machine.
-        recorded: signature of an op -> measured seconds (`step_tasks`). Where it knows the step, what lanes and compute
-            do to each other is in it, and is not counted again.
+        recorded: signature of an op -> measured seconds (`step_tasks`). Where it knows the step, what lanes, ranks
+            and compute do to each other is in it, and is not counted again.
 
     Raises:
         SimulationError: if a cost makes no sense, or there is none because a shape is known only when the step runs.
     """
     tasks: dict[fx.Node, Task] = {}
     programs = {id(step): step for step in steps}.values()
-    for step in programs:
-        _check_shapes(step)
-        tasks |= step_tasks(step, hardware, recorded=recorded)
     measured = recorded is not None and any(knows(recorded, step) for step in programs)
     machine = hardware.undisturbed() if measured else hardware
+    for step in programs:
+        _check_shapes(step)
+        tasks |= step_tasks(step, machine, recorded=recorded)
     return Prediction(machine, tasks, _simulated(steps, tasks, machine))
 
 

@@ -15,7 +15,9 @@ from torch import nn
 
 import fxzero
 from fxzero.cost.hardware import known_hardware
-from fxzero.cost.recorded import Machine, RecordedCosts
+from fxzero.cost.recorded import Machine, RecordedCosts, signatures
+from fxzero.cost.signature import signature
+from fxzero.cost.tasks import step_tasks
 from fxzero.errors import CaptureError
 from fxzero.graph.lanes import COMPUTE, Event, is_launch
 from fxzero.simulate.prediction import Prediction, predict
@@ -146,6 +148,18 @@ def test_a_shape_that_only_the_run_knows_is_said_not_guessed() -> None:
     assert step.record(x, steps=1).step_seconds > 0
     with pytest.raises(SimulationError, match="expected a shape that is known before the step runs"):
         step.profile(x, path=None, steps=1)
+
+
+def test_calls_without_recorded_costs_are_told_as_the_search_takes_them(rewritten: Rewritten) -> None:
+    """What some calls were measured to take has in it what ranks wait for each other: it counts for no other call."""
+    graph = rewritten(2, zero=3)
+    known, *_ = signatures(graph)
+    hardware = replace(known_hardware("cpu"), contention={"ranks": 2.0})
+    found = predict((graph,), hardware, recorded={known: 1e-3})
+    assert dict(found.tasks) == step_tasks(graph, hardware.undisturbed(), recorded={known: 1e-3})
+    without = predict((graph,), hardware).tasks  # the twin: all of them
+    product = next(node for node in graph.calls() if "addmm" in node.name and signature(node, graph.mesh) != known)
+    assert without[product].seconds == pytest.approx(2 * found.tasks[product].seconds)
 
 
 def test_recorded_costs_are_kept_and_predicted_with(step: Any, tmp_path: Path) -> None:
