@@ -55,6 +55,15 @@ def test_parameters_that_are_alike_are_tried_once_and_share_no_state(monkeypatch
     assert len({id(value) for state in on_meta for value in state.values()}) == 9
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_groups_with_other_state_are_told_apart(device: str) -> None:
+    one, other = (nn.Parameter(torch.randn(4, 5)) for _ in range(2))
+    optimizer = torch.optim.Adam([{"params": [one]}, {"params": [other], "amsgrad": True}])
+    states = priming.InitialStates(optimizer)
+    keys = [set(states.of(index, torch.randn(4, 5).to(device))) for index in (0, 1)]
+    assert keys[1] - keys[0] == {"max_exp_avg_sq"}
+
+
 class KeepsLists(torch.optim.SGD):
     """Keeps a Python object that its steps change."""
 
