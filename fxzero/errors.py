@@ -67,6 +67,10 @@ class VerifyError(FxzeroError):
     """Raised when a graph breaks a rule after a pass: a bug in fxzero, not in the user's program."""
 
 
+class LoweringError(FxzeroError):
+    """Raised when a region of the program cannot be compiled, or there is no compiler for the lowering asked."""
+
+
 class GradientOverflowError(FxzeroError):
     """Raised when too many steps in a row were skipped because gradients overflow at every loss scale."""
 

@@ -215,7 +215,7 @@ class Plan:
     all_gather: str = _key("auto", one_of("auto", "native", "send_recv"))
     reduce_scatter: str = _key("auto", one_of("auto", "native", "send_recv", "all_to_all"))
     bucket_form: str = _key("auto", one_of("auto", "coalesced", "separate"))
-    lowering: str = _key("eager", one_of("eager", reserved=("inductor", "triton")))
+    lowering: str = _key("eager", one_of("eager", "inductor", reserved=("triton",)))
     precision: str = _key("fp32", one_of("fp32", "bf16", "fp16", "autocast:bf16", "autocast:fp16"))
     reduce_dtype: str = _key("fp32", one_of("fp32", "bf16", "fp16"))
     keep_fp32: tuple[str, ...] = _key((), patterns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from fxzero.decide import Decision, check_budget, decided_recipe
 from fxzero.graph import StepGraph
 from fxzero.graph.placement import NOTHING_PLACED, Placement
 from fxzero.graph.step_graph import CARRIED_KINDS
+from fxzero.lower.lower_regions import lower_regions
 from fxzero.pass_manager import PassRecord
 from fxzero.plan import Plan
 from fxzero.runtime.agreement import agreed_text
@@ -113,6 +115,7 @@ class Programs:
         self._groups, self._backend = groups, backend
         self._compiled: dict[tuple[Signature, Accumulation], list[Compiled]] = {}
         self._has_run = False
+        self._place_on_host = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.costs: RecordedCosts | None = None
 
     def forget(self) -> None:
@@ -228,7 +231,8 @@ class Programs:
         with _timed(seconds, "passes"):
             step = pipeline.run(capture.step)
         with _timed(seconds, "lower"):
-            program = Program(step, groups=self._groups, swapper=self._state.homes.swapper)
+            lowered = {} if plan.lowering == "eager" else lower_regions(step, place=self._place_on_host).regions
+            program = Program(step, groups=self._groups, swapper=self._state.homes.swapper, lowered=lowered)
         text = agreed_text(step, plan=plan.fingerprint(), passes=pipeline.describe())
         return Compiled(capture.step, step, program, capture, text, list(pipeline.records), seconds, place, decision)
 

@@ -26,6 +26,7 @@ from fxzero.passes.choose_buckets import choose_buckets
 from fxzero.passes.choose_collective_algorithms import choose_collective_algorithms
 from fxzero.passes.compress_with_powersgd import compress_with_powersgd, powersgd_states
 from fxzero.passes.compress_with_top_k import compress_with_top_k, top_k_states
+from fxzero.passes.cut_regions import cut_regions
 from fxzero.passes.delay_weight_gradients import delay_weight_gradients
 from fxzero.passes.gather_for_next_step import gather_for_next_step
 from fxzero.passes.gather_within_nodes import gather_within_nodes
@@ -83,6 +84,7 @@ ALL_PASSES: tuple[Pass, ...] = (
     offload_state,
     place_swaps,
     schedule_step,
+    cut_regions,
 )
 
 
@@ -214,6 +216,8 @@ def recipe(
     passes += _offloading(plan, decided)
     if plan.schedule == "cost":
         passes.append(schedule_step.using(**machine, **_recorded(plan, costs)))
+    if plan.lowering != "eager":
+        passes.append(cut_regions)
     return Pipeline(passes, disable=plan.disable)
 
 

@@ -32,6 +32,7 @@ def test_the_doc_has_exactly_the_classes() -> None:
         "PipelineError",
         "RewriteError",
         "VerifyError",
+        "LoweringError",
         "GradientOverflowError",
         "OffloadError",
         "HardwareError",

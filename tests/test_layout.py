@@ -23,6 +23,7 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "fxzero": EVERYTHING,
     "errors": frozenset(),
     "compat": frozenset({"errors"}),
+    "compat_inductor": frozenset({"errors"}),
     "plan_values": frozenset({"errors"}),
     "plan_buckets": frozenset({"errors"}),
     "plan_compression": frozenset({"errors"}),
@@ -45,15 +46,17 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     | {"plan_buckets", "plan_compression", "plan_offload", "graph", "capture", "cost", "passes", "pass_manager"},
     "decide": BASE | {"plan_buckets", "plan_offload", "graph", "cost", "passes", "pass_manager", "recipe"},
     "kernels": frozenset(),
-    "runtime": BASE | {"plan_offload", "graph", "kernels", "capture"},
+    "lower": BASE | {"compat_inductor", "graph", "kernels"},
+    "runtime": BASE | {"plan_offload", "graph", "kernels", "capture", "lower"},
     "calibrate": BASE | {"graph", "cost", "simulate", "runtime"},
     "report": BASE | {"graph", "cost", "simulate", "pass_manager", "decide"},
-    "programs": BASE | {"graph", "capture", "cost", "decide", "pass_manager", "runtime"},
+    "programs": BASE | {"graph", "capture", "cost", "decide", "lower", "pass_manager", "runtime"},
     "profile": BASE | {"graph", "cost", "simulate", "runtime"},
     "compile": EVERYTHING,
     "backend": EVERYTHING,
     "cli": EVERYTHING,
 }
+PRIVATE_NAMES_LIVE_IN = ("fxzero.compat", "fxzero.compat_inductor")  # what runs anywhere, and torch's compiler
 KERNELS_MAY_IMPORT = frozenset({"torch", "triton"}) | sys.stdlib_module_names
 
 # Underscored, yet public: the namespace of torch's functional collectives.
@@ -149,7 +152,7 @@ def dotted_name(node: ast.expr, names: dict[str, str]) -> str | None:
 
 def private_torch_faults(source: str, *, module: str) -> list[str]:
     """Imports of, and dotted expressions that reach, an underscored name of torch outside fxzero.compat."""
-    if module == "fxzero.compat":
+    if module in PRIVATE_NAMES_LIVE_IN:
         return []
     tree = ast.parse(source)
     found: set[tuple[int, str]] = set()

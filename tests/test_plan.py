@@ -41,7 +41,7 @@ KEYS = {
     "all_gather": st.sampled_from(["auto", "native", "send_recv"]),
     "reduce_scatter": st.sampled_from(["auto", "native", "send_recv", "all_to_all"]),
     "bucket_form": st.sampled_from(["auto", "coalesced", "separate"]),
-    "lowering": st.just("eager"),
+    "lowering": st.sampled_from(["eager", "inductor"]),
     "precision": st.sampled_from(["fp32", "bf16", "fp16", "autocast:bf16", "autocast:fp16"]),
     "reduce_dtype": st.sampled_from(["fp32", "bf16", "fp16"]),
     "keep_fp32": st.lists(st.sampled_from(["*.norm", "head", "layers.[01].*"]), max_size=3),
@@ -420,11 +420,10 @@ def test_axes_need_a_mesh() -> None:
             ["Plan.bucket_form: expected 'auto' or 'coalesced' or 'separate', got 'packed';"],
         ),
         (
-            {"lowering": "inductor"},
-            ["Plan.lowering: expected 'eager', got 'inductor'; reserved, not built yet"],
+            {"lowering": "triton"},
+            ["Plan.lowering: expected 'eager' or 'inductor', got 'triton'; reserved, not built yet"],
         ),
-        ({"lowering": "triton"}, ["Plan.lowering: expected 'eager', got 'triton'; reserved, not built yet"]),
-        ({"lowering": "jit"}, ["Plan.lowering: expected 'eager', got 'jit'; choose from: eager"]),
+        ({"lowering": "jit"}, ["Plan.lowering: expected 'eager' or 'inductor', got 'jit'; choose from: eager"]),
         ({"lowering": "Eager"}, ["got 'Eager'; did you mean 'eager'?"]),
         ({"lowering": None}, ["got None; choose from: eager"]),
         (

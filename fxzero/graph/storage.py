@@ -4,7 +4,8 @@
 The graph is functional; its program need not be. A pointwise op whose first input has the output's layout and is
 read by nothing afterwards, under any name that shares its memory, runs as its in-place form. An updated parameter
 or optimizer state so comes to stand in the memory of the old one and needs no copy: the same in-place ops, in the
-same order, that eager optimizers run. A tensor that is being moved or sent is read until that is waited for.
+same order, that eager optimizers run. A tensor that is being moved or sent is read until that is waited for. A
+region writes over state that goes into it, and hands out other values in memory of their own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import fx
 from fxzero import compat
 from fxzero.graph import collectives as c10d
 from fxzero.graph import swap_ops
+from fxzero.graph.regions import region_of
 from fxzero.graph.step_graph import CARRIED_KINDS, STATE_KINDS, StepGraph, is_getitem, is_view, yields_tensor
 
 aten = torch.ops.aten
@@ -103,7 +105,7 @@ class InPlace:
             return None
         if first is not root and first not in self.forms and not swap_ops.is_wait(first):
             return None
-        if root.op != "placeholder" and not _is_fresh(root):
+        if root.op != "placeholder" and (not _is_fresh(root) or region_of(root) != region_of(node)):
             return None
         sharing = {*self.members.get(root, ())}
         for member in list(sharing):
@@ -113,9 +115,17 @@ class InPlace:
             return None
         if any(n is not first and n in sharing for n in node.all_input_nodes):
             return None
+        if region_of(node) is not None and not _is_one_input(sharing, region_of(node)):
+            return None
         readers = {done_with(user): None for member in sharing for user in member.users if user is not node}
         self.written_after[node] = [reader for reader in readers if reader is not node]
         return form
+
+
+def _is_one_input(sharing: set[fx.Node], region: int | None) -> bool:
+    """Whether memory goes into a region under one name: a compiler takes inputs for apart."""
+    outside = (member for member in sharing if region_of(member) != region)
+    return sum(any(region_of(user) == region for user in member.users) for member in outside) <= 1
 
 
 def done_with(user: fx.Node) -> fx.Node:

@@ -18,6 +18,7 @@ from fxzero.graph import collectives as c10d
 from fxzero.graph.blocked_runs import BlockedRun, block_elements, blocked_runs
 from fxzero.graph.step_graph import STATE_KINDS, device_of, first_argument, yields_tensor
 from fxzero.graph.storage import InPlace
+from fxzero.lower.lower_regions import LoweredRegion
 from fxzero.runtime import gloo, send_recv
 from fxzero.runtime.swap_lines import SWAPPER_METHODS, SwapLines
 
@@ -32,6 +33,7 @@ class Program:
         step: the final graph.
         groups: mesh axis -> the process group that carries it.
         swapper: what moves tensors off the device and back, where the graph does.
+        lowered: the functions of its regions, by number; a region without one runs call by call.
         name: where tracebacks say that they are.
 
     Attributes:
@@ -40,12 +42,21 @@ class Program:
         source: the Python text; ops in place end with an underscore.
     """
 
-    def __init__(self, step: StepGraph, *, groups: Mapping[str, Any], swapper: Any = None, name: str = "step") -> None:
+    def __init__(
+        self,
+        step: StepGraph,
+        *,
+        groups: Mapping[str, Any],
+        swapper: Any = None,
+        lowered: Mapping[int, LoweredRegion] | None = None,
+        name: str = "step",
+    ) -> None:
         self.step = step
         self.entries = [node.meta["entry"] for node in step.placeholders]
         self.groups = dict(groups)
         self.swapper = swapper
-        self._emitter = Emitter(step, self.groups, swapper)
+        self.lowered = lowered or {}
+        self._emitter = Emitter(step, self.groups, swapper, self.lowered)
         self.source = self._emitter.text()
         self.outputs = self._emitter.outputs
         self.file = f"<fxzero {name} {id(self):x}>"
@@ -135,9 +146,16 @@ class Emitter:
         line_nodes: number of a line, from 1 -> the call that stands there.
     """
 
-    def __init__(self, step: StepGraph, groups: Mapping[str, Any], swapper: Any) -> None:
+    def __init__(
+        self,
+        step: StepGraph,
+        groups: Mapping[str, Any],
+        swapper: Any,
+        lowered: Mapping[int, LoweredRegion] | None = None,
+    ) -> None:
         self.step = step
         self.groups = groups
+        self.region_at = {node: region for region in (lowered or {}).values() for node in region.calls}
         self.names: dict[str, Any] = {f"swap_{name}": getattr(swapper, name, None) for name in SWAPPER_METHODS}
         self.constants: dict[int, str] = {}
         self.lines: list[str] = []
@@ -152,7 +170,7 @@ class Emitter:
         self.ahead = c10d.launched_for_next(step)
         self.device = device_of(step)
         runs = blocked_runs(step, self.in_place, device=self.device)
-        self.run_of = {node: run for run in runs for node in run.nodes}
+        self.run_of = {node: run for run in runs for node in run.nodes if run.nodes[-1] not in self.region_at}
         self.indent = "    "
         self.block_names: dict[fx.Node, str] = {}
 
@@ -165,10 +183,13 @@ class Emitter:
         for first in self.step.graph.nodes:
             if first in written:
                 continue
-            run = self.run_of.get(first)
-            nodes = (first,) if run is None else run.nodes
+            run, region = self.run_of.get(first), self.region_at.get(first)
+            nodes = region.calls if region is not None else (first,) if run is None else run.nodes
             written.update(nodes)
-            if run is not None:
+            if region is not None:
+                left = self.region(region, [name for node in nodes for name in dying.pop(node, ())])
+                dying[nodes[-1]] = left
+            elif run is not None:
                 self.blocked(run)
             elif first.op == "call_function":
                 self.call(first)
@@ -204,6 +225,46 @@ class Emitter:
             if any(user not in run.calls for user in node.users):
                 self.lines.append(f"    {node.name} = {whole[self.in_place.storage[node]]}")
         self.lines.append(f"    del {names.rstrip(', ')}")
+
+    def region(self, lowered: LoweredRegion, dying: list[str]) -> list[str]:
+        """Write the lines of a region: its inputs go into a list and die with it.
+
+        Args:
+            lowered: the region and what runs it.
+            dying: variables that nothing needs after it.
+
+        Returns:
+            Those of them that are there still.
+        """
+        form, calls = lowered.form, set(lowered.calls)
+        inputs = ", ".join(self._region_input(node) for node in form.inputs)
+        self.lines.append(f"    values = [{inputs}]")
+        read_after = {name for node in calls for line in self.copies.get(node, ()) for name in re.findall(r"\w+", line)}
+        kept = self._returned_names()
+        named = {
+            source.name: node
+            for source, node in form.written.items()
+            if node.name in kept or any(user.op != "output" and user not in calls for user in node.users)
+        }
+        stay = read_after | {*named}
+        handed = [node.name for node in form.inputs if node.name in dying and node.name not in stay]
+        if handed:
+            self.lines.append(f"    del {', '.join(handed)}")
+        returned = "".join(f"{node.name}, " for node in form.outputs)
+        function = self._bind(lowered.name, lowered.function)
+        self.lines.append(f"    {f'({returned}) = ' if returned else ''}{function}(values)")
+        self.line_nodes[len(self.lines)] = lowered.calls[-1]
+        self.lines += [f"    {node.name} = {source}" for source, node in named.items()]
+        inside = {node.name for node in calls} - {node.name for node in (*form.outputs, *named.values())}
+        return [name for name in dying if name not in inside and name not in handed]
+
+    def _region_input(self, node: fx.Node) -> str:
+        """What a region takes for a node: numbers of the host as 0-dim tensors of the widest dtype."""
+        if yields_tensor(node):
+            return node.name
+        number = self._bind("number", torch.tensor)
+        double, long = self._bind("float64", torch.float64), self._bind("int64", torch.int64)
+        return f"{number}({node.name}, dtype={long if isinstance(node.meta['val'], int) else double})"
 
     def call(self, node: fx.Node) -> None:
         """Write the line of one call."""
@@ -307,13 +368,17 @@ class Emitter:
         root = self.in_place.storage[node]
         return root.op == "placeholder" and root.meta["entry"].kind in STATE_KINDS
 
-    def _dying(self) -> dict[fx.Node, list[str]]:
-        """Node -> names of variables that nothing needs after it."""
-        kept = {
+    def _returned_names(self) -> set[str]:
+        """The variables that the program returns."""
+        return {
             self.aside.get(node, node.name)
             for key, node in self.step.results.items()
             if key[0] not in STATE_KINDS or not yields_tensor(node)
         }
+
+    def _dying(self) -> dict[fx.Node, list[str]]:
+        """Node -> names of variables that nothing needs after it."""
+        kept = self._returned_names()
         last: dict[str, fx.Node] = {}
         for node in self.step.graph.nodes:
             if node.op == "output":

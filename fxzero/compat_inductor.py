@@ -1,0 +1,90 @@
+"""The private names of torch's compiler that fxzero uses; one function each, for torch 2.11 to 2.13.
+
+Beside compat.py, of which it is the second half: a thin door, no fxzero logic, no state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def decomposed(module: fx.GraphModule, fakes: list[torch.Tensor]) -> fx.GraphModule:
+    """The module in the ops that Inductor has kernels or patterns for, traced on fake tensors."""
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(module, decomposition_table=select_decomp_table())(*fakes)
+
+
+def inductor_source(module: fx.GraphModule, fakes: list[torch.Tensor], mode: Any) -> tuple[str, list[int]]:
+    """The Python text that Inductor writes for a decomposed module, whose `call(list of tensors)` runs it.
+
+    All outputs keep the strides of the graph. Compiles what the text needs, so that loading it finds that ready.
+
+    Returns:
+        The text, and the inputs that its kernels take for aligned (GPU).
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    output = module.graph.output_node()
+    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]
+    with tracing(TracingContext(mode)):
+        compiled: Any = compile_fx_inner(module, fakes, is_inference=True)
+    return compiled.source_code, list(compiled.inputs_to_check)
+
+
+def inductor_options(options: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """Within the block Inductor's options have these values; names that a version lacks are left out."""
+    from torch._inductor import config
+
+    return config.patch({name: value for name, value in options.items() if _has(config, name)})
+
+
+def _has(config: Any, name: str) -> bool:
+    for part in name.split("."):
+        if not hasattr(config, part):
+            return False
+        config = getattr(config, part)
+    return True
+
+
+def find_cpp_compiler() -> str | None:
+    """The C++ compiler that Inductor would use; None where it finds none."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return str(get_cpp_compiler())
+    except (InvalidCxxCompiler, RuntimeError):
+        return None
+
+
+def vector_instructions() -> str:
+    """The vector instructions that Inductor compiles for on this CPU."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    return str(pick_vec_isa())
+
+
+@contextlib.contextmanager
+def inductor_cache(folder: str) -> Iterator[None]:
+    """Within the block Inductor keeps what it compiles below `folder`."""
+    import os
+
+    names = {"TORCHINDUCTOR_CACHE_DIR": folder}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

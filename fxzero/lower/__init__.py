@@ -1,0 +1,1 @@
+"""Lowering: the regions of a program become compiled functions, each distinct one once."""

@@ -1,0 +1,86 @@
+"""A region's text compiled by Inductor: the Python text of a function, with its kernels beside it on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxzero import compat, compat_inductor
+from fxzero.errors import LoweringError
+from fxzero.lower.region_text import read_region
+
+aten = torch.ops.aten
+
+# Values at which a compiled region is checked for what fxzero has checked already, or keeps in files of its own.
+OPTIONS: dict[str, Any] = {
+    "size_asserts": False,
+    "alignment_asserts": False,
+    "scalar_asserts": False,
+    "fx_graph_cache": False,  # pickles
+    "fx_graph_remote_cache": False,
+    "fallback_random": True,
+    "triton.cudagraphs": False,
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What Inductor made of a region.
+
+    Args:
+        source: a Python module whose `call(inputs)` empties the list and returns the outputs.
+        aligned: indices of inputs that its kernels take to start at a multiple of 16 bytes (GPU).
+    """
+
+    source: str
+    aligned: tuple[int, ...]
+
+
+def compile_region(text: str, *, threads: int) -> Compiled:
+    """Compile the region of a canonical text.
+
+    Args:
+        text: see `fxzero.lower.region_text`.
+        threads: processes that compile its kernels beside each other.
+
+    Raises:
+        LoweringError: with what Inductor says.
+    """
+    mode = compat.new_fake_mode()
+    module, fakes = read_region(text, mode)
+    try:
+        with mode:
+            traced = compat_inductor.decomposed(module, fakes)
+        _write_back(traced, text)
+        with compat_inductor.inductor_options({**OPTIONS, "compile_threads": threads}):
+            source, aligned = compat_inductor.inductor_source(traced, fakes, mode)
+    except Exception as error:
+        raise LoweringError.of(
+            where="a region",
+            expected="a program that Inductor compiles",
+            got=f"{type(error).__name__}: {error}",
+            fix="set lowering='eager'",
+        ) from error
+    return Compiled(source, tuple(aligned))
+
+
+def _write_back(traced: torch.fx.GraphModule, text: str) -> None:
+    """Let the last outputs go into the memory of the inputs that they are written to."""
+    import json
+
+    written = json.loads(text)["written"]
+    if not written:
+        return
+    graph = traced.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    output = graph.output_node()
+    returned = list(output.args[0])  # type: ignore[arg-type]
+    values = returned[len(returned) - len(written) :]
+    with graph.inserting_before(output):
+        for name, value in zip(written, values, strict=True):
+            copy = graph.call_function(aten.copy_.default, (placeholders[int(name[1:])], value))
+            copy.meta["val"] = placeholders[int(name[1:])].meta["val"]
+    output.args = (tuple(returned[: len(returned) - len(written)]),)
+    traced.recompile()

@@ -1,0 +1,178 @@
+"""A region as text: what a compiler needs to know of it, and nothing else, so that equal regions have equal text.
+
+[Note: canonical form]
+Inputs are named i0, i1 .. in the order of their first reading, calls c0, c1 .. in program order. Of an input the text
+has dtype, shape, strides and device; numbers of the host are 0-dim inputs, so that their values are no part of it.
+The text is JSON: it is compared, hashed, stored beside what was compiled from it, shown to people, and read back to
+compile from; no Python object is ever stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxzero.errors import LoweringError
+from fxzero.graph.number_arguments import with_tensors
+from fxzero.graph.regions import Region
+from fxzero.graph.step_graph import is_getitem
+from fxzero.graph.storage import InPlace
+
+
+@dataclass(frozen=True)
+class RegionText:
+    """A region's canonical text, and what its inputs and outputs are in the program it comes from.
+
+    Args:
+        text: see [Note: canonical form].
+        inputs: the nodes that i0, i1 .. stand for.
+        outputs: the nodes whose values the compiled function returns.
+        written: node of an input -> the node whose value stands in its memory afterwards.
+    """
+
+    text: str
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    written: dict[fx.Node, fx.Node]
+
+    @property
+    def key(self) -> str:
+        """Hexadecimal digest of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:32]
+
+
+def region_text(region: Region, in_place: InPlace) -> RegionText:
+    """The canonical text of a region.
+
+    Args:
+        region: of a program.
+        in_place: the memory of that program.
+    """
+    inputs = region.inputs
+    names = {node: f"i{index}" for index, node in enumerate(inputs)}
+    names |= {node: f"c{index}" for index, node in enumerate(region.calls)}
+    written = _written(region, in_place)
+    in_memory = set(written.values())
+    outputs = tuple(node for node in region.outputs if node not in in_memory)
+    document = {
+        "inputs": [_type(node) for node in inputs],
+        "calls": [_call(node, names) for node in region.calls],
+        "outputs": [names[node] for node in outputs],
+        "written": {names[source]: names[node] for source, node in written.items()},
+    }
+    return RegionText(json.dumps(document, separators=(",", ":")), inputs, outputs, written)
+
+
+def _written(region: Region, in_place: InPlace) -> dict[fx.Node, fx.Node]:
+    """Input -> the last call whose value the program wants in its memory."""
+    inside = set(region.calls)
+    written: dict[fx.Node, fx.Node] = {}
+    source_of: dict[fx.Node, fx.Node] = {}
+    for node in region.calls:
+        first = node.args[0] if node.args else None
+        if node not in in_place.forms or not isinstance(first, fx.Node):
+            continue
+        source = source_of.get(first) if first in inside else first
+        if source is not None:
+            source_of[node] = source
+            written[source] = node
+    return written
+
+
+def _type(node: fx.Node) -> list[Any]:
+    val = node.meta["val"]
+    if isinstance(val, torch.Tensor):
+        return [str(val.dtype).removeprefix("torch."), list(val.shape), list(val.stride()), val.device.type]
+    dtype = "int64" if isinstance(val, int) else "float64"
+    return [dtype, [], [], "number"]
+
+
+def _call(node: fx.Node, names: dict[fx.Node, str]) -> dict[str, Any]:
+    target: Any = node.target
+    op = "getitem" if is_getitem(node) else target.name() + ("" if "." in target.name() else ".default")
+    call: dict[str, Any] = {"op": op, "args": _plain(node.args, names)}
+    if node.kwargs:
+        call["kwargs"] = {key: _plain(value, names) for key, value in node.kwargs.items()}
+    return call
+
+
+def _plain(value: Any, names: dict[fx.Node, str]) -> Any:
+    """An argument in JSON: objects of torch as one-element objects, floats by `repr` where JSON has none."""
+    if isinstance(value, fx.Node):
+        return {"node": names[value]}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, names) for item in value]
+    if isinstance(value, torch.dtype | torch.layout | torch.memory_format):
+        return {"torch": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": value.type}
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return {"float": repr(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise LoweringError.of(
+        where="a region",
+        expected="arguments that are tensors, numbers, dtypes or devices",
+        got=f"{type(value).__name__} {value!r}",
+        fix="set lowering='eager'",
+    )
+
+
+def read_region(text: str, mode: Any) -> tuple[fx.GraphModule, list[torch.Tensor]]:
+    """The region of a text as a module that returns its outputs and then what is written, with fake inputs.
+
+    Args:
+        text: of a `RegionText`.
+        mode: fake mode in which the inputs are made.
+    """
+    document = json.loads(text)
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    fakes: list[torch.Tensor] = []
+    for index, (dtype, shape, strides, device) in enumerate(document["inputs"]):
+        node = nodes[f"i{index}"] = graph.placeholder(f"i{index}")
+        place = "cpu" if device == "number" else device
+        with mode:
+            fakes.append(torch.empty_strided(shape, strides, dtype=getattr(torch, dtype), device=place))
+        # what tells a call with a number of the host from one with a tensor of no dimensions
+        node.meta["val"] = 0.5 if device == "number" else fakes[-1]
+    for index, call in enumerate(document["calls"]):
+        args, kwargs = (_argument(call.get(part, empty), nodes) for part, empty in (("args", []), ("kwargs", {})))
+        node = graph.call_function(_op(call["op"]), tuple(args), kwargs)
+        node.target = with_tensors(node) if call["op"] != "getitem" else node.target  # type: ignore[assignment]
+        nodes[f"c{index}"] = node
+    returned = [*document["outputs"], *document["written"].values()]
+    graph.output(tuple(nodes[name] for name in returned))
+    return fx.GraphModule(torch.nn.Module(), graph), fakes
+
+
+def _argument(value: Any, nodes: dict[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_argument(item, nodes) for item in value]
+    if not isinstance(value, dict):
+        return value
+    read: dict[str, Callable[[Any], Any]] = {
+        "node": nodes.__getitem__,
+        "torch": lambda name: getattr(torch, name),
+        "device": torch.device,
+        "float": float,
+    }
+    if len(value) == 1 and (kind := next(iter(value))) in read:
+        return read[kind](value[kind])
+    return {key: _argument(item, nodes) for key, item in value.items()}
+
+
+def _op(name: str) -> Any:
+    if name == "getitem":
+        import operator
+
+        return operator.getitem
+    namespace, _, rest = name.partition("::")
+    packet, _, overload = rest.partition(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), overload)

@@ -1,0 +1,119 @@
+"""Compiled regions on disk: text files that a person can read, in a folder that only the user can write.
+
+[Note: what is stored]
+`<key>.json` holds a region's canonical text, `<key>.py` the Python module that was made of it; `key` is the digest of
+that text, of the version of torch and of the machine's instructions and threads. Its C++ or Triton kernels are in
+Inductor's own files below the same folder, and are built again where one is gone. Nothing is pickled. Running what
+others wrote would be as bad as unpickling it, so a folder that others could write to is refused. Several ranks of a
+host share it: a lock file per key makes one of them compile and the others read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxzero import compat_inductor
+from fxzero.errors import LoweringError
+from fxzero.lower.inductor import OPTIONS, Compiled
+
+VARIABLE = "FXZERO_CACHE_DIR"
+
+Function = Callable[[list[Any]], tuple[Any, ...]]
+
+
+def default_folder() -> Path:
+    """Where compiled regions are kept: $FXZERO_CACHE_DIR, else fxzero in the user's folder for caches."""
+    if VARIABLE in os.environ:
+        return Path(os.environ[VARIABLE])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxzero"
+
+
+class Store:
+    """Compiled regions in a folder.
+
+    Args:
+        folder: made where it is not there yet.
+
+    Raises:
+        LoweringError: others may write to the folder, or it cannot be made.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = (folder or default_folder()).absolute()
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = self.folder.stat()
+        except OSError as error:
+            raise self._refused(str(error)) from error
+        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise self._refused(f"owner {status.st_uid}, mode {stat.filemode(status.st_mode)}")
+        self._regions = self.folder / "regions"
+        self._regions.mkdir(mode=0o700, exist_ok=True)
+
+    def _refused(self, got: str) -> LoweringError:
+        return LoweringError.of(
+            where=f"the folder of compiled regions, {self.folder}",
+            expected="one that this user owns and nobody else can write to",
+            got=got,
+            fix=f"chmod 700 it, or set {VARIABLE} to another one",
+        )
+
+    def path(self, text: str) -> Path:
+        """The file that the module of a region's text is in, if there."""
+        machine = (torch.__version__, compat_inductor.vector_instructions(), torch.get_num_threads(), sorted(OPTIONS))
+        return self._regions / f"{hashlib.sha256(f'{machine}{text}'.encode()).hexdigest()[:32]}.py"
+
+    def get(self, text: str, make: Callable[[], Compiled]) -> tuple[Function, bool]:
+        """The function of a region, and whether it had to be made.
+
+        Args:
+            text: the region's canonical text.
+            make: compiles it, where it is not there.
+        """
+        path = self.path(text)
+        with self._locked(path), compat_inductor.inductor_cache(str(self.folder / "inductor")):
+            made = not self._holds(path, text)
+            if made:
+                compiled = make()
+                self._write(path.with_suffix(".json"), json.dumps({"region": text, "aligned": compiled.aligned}))
+                self._write(path, compiled.source)
+            return _load(path), made
+
+    def _holds(self, path: Path, text: str) -> bool:
+        try:
+            return path.exists() and json.loads(path.with_suffix(".json").read_text())["region"] == text
+        except (OSError, ValueError, KeyError):
+            return False  # written half, by a process that was ended
+
+    @staticmethod
+    def _write(path: Path, content: str) -> None:
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial.write_text(content)
+        partial.rename(path)
+
+    @contextlib.contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        with path.with_suffix(".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _load(path: Path) -> Function:
+    """The function of a module on disk."""
+    spec = importlib.util.spec_from_file_location(f"fxzero_region_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with compat_inductor.inductor_options({**OPTIONS, "compile_threads": 1}):
+        spec.loader.exec_module(module)
+    return module.call

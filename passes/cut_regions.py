@@ -1,0 +1,197 @@
+"""Calls between two scheduled points become regions, which repeat with the model's blocks.
+
+[Note: where regions are cut]
+A collective, a wait, a move, a random draw and whatever a compiler is not to touch stay where they are: fences. Between
+two of them, calls of one block of the model in one phase are a region, and those of one parameter's update. Backward's
+calls come together past updates that stand between them, since nothing in backward reads what an update makes. So the
+regions of a layer look the same in each layer, and as many distinct ones are compiled for 8 layers as for 126.
+
+Numbers of the host (bias corrections) are made right before the region that needs them. A sum of gradients that belongs
+to no module goes with what it follows. Releases come after the region of the last use: inside of it memory is free
+after the last use anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxzero import compat
+from fxzero.graph import StepGraph
+from fxzero.graph import collectives as c10d
+from fxzero.graph.blocks import repeated_blocks
+from fxzero.graph.call_signature import has_symbols
+from fxzero.graph.contract import graph_pass
+from fxzero.graph.edit import reorder
+from fxzero.graph.lanes import is_launch, is_wait
+from fxzero.graph.number_arguments import with_tensors
+from fxzero.graph.randomness import is_random
+from fxzero.graph.regions import mark
+from fxzero.graph.step_graph import is_getitem, is_view, yields_scalar, yields_tensor
+from fxzero.graph.swap_ops import is_off_device
+from fxzero.graph.synchronisation import host_values
+
+aten = torch.ops.aten
+
+Key = tuple[str, str]
+
+
+@dataclass
+class _Group:
+    """Calls of one key between two fences; `before` are numbers of the host that they need."""
+
+    key: Key | None
+    calls: list[fx.Node] = field(default_factory=list)
+    before: list[fx.Node] = field(default_factory=list)
+
+
+@graph_pass(requires=("captured",), provides=("regions-cut",), numerics="bitwise")
+def cut_regions(step: StepGraph, *, fewest_calls: int = 2) -> int:
+    """Mark runs of calls that are compiled as one, and bring together what belongs to one.
+
+    Args:
+        step: the graph, in its final order.
+        fewest_calls: that do more than name a part of a tensor; a run with fewer stays as it is.
+
+    Returns:
+        The number of regions.
+    """
+    cutter = _Cutter(step)
+    for node in step.calls():
+        cutter.take(node)
+    cutter.flush()
+    reorder(step, cutter.order)
+    number = 0
+    for group in cutter.groups:
+        if group.key is not None and _pays(group.calls, fewest_calls):
+            mark(number, group.calls)
+            number += 1
+    return number
+
+
+class _Cutter:
+    """Takes the calls of a program in order.
+
+    Attributes:
+        order: of all calls so far, up to the last fence.
+        groups: of all calls so far, in order.
+    """
+
+    def __init__(self, step: StepGraph) -> None:
+        self.order: list[fx.Node] = []
+        self.groups: list[_Group] = []
+        self._host = host_values(step) | {node for node in step.calls() if yields_scalar(node)}
+        self._blocks = repeated_blocks({node.meta["module"] for node in step.calls()})
+        self._open: list[_Group] = []  # since the last fence
+        self._place: dict[fx.Node, int] = {}  # of a call since the last fence: index of its group
+        self._waiting: dict[fx.Node, None] = {}  # numbers of the host that nothing has needed yet
+        self._releases: list[fx.Node] = []
+
+    def take(self, node: fx.Node) -> None:
+        """The next call."""
+        if node in self._host and not _reads_device(node, self._host):
+            self._waiting[node] = None
+        elif c10d.is_release(node):
+            self._releases.append(node)
+        elif is_launch(node) or is_wait(node) or is_random(node) or is_off_device(node):
+            numbers = self._needed(node)
+            self.flush()
+            self.order += [*numbers, node]
+        else:
+            self._join(node)
+
+    def flush(self) -> None:
+        """The calls since the last fence are in order."""
+        for group in self._open:
+            self.order += [*group.before, *group.calls]
+        self.order += [*self._waiting, *self._releases]
+        self.groups += self._open
+        self._open, self._place, self._waiting, self._releases = [], {}, {}, []
+
+    def _join(self, node: fx.Node) -> None:
+        key = self._key(node)
+        numbers = self._needed(node)
+        sources = (source for call in (node, *numbers) for source in call.all_input_nodes)
+        first = max((self._place[source] for source in sources if source in self._place), default=0)
+        place = self._find(key, first) if key is not None else None
+        if place is None:
+            place = len(self._open)
+            self._open.append(_Group(key))
+        self._open[place].before += numbers
+        self._open[place].calls.append(node)
+        self._place |= dict.fromkeys((node, *numbers), place)
+
+    def _find(self, key: Key, first: int) -> int | None:
+        """The group that a call of this key joins: the last one, updates passed over, if not before `first`."""
+        for place in reversed(range(first, len(self._open))):
+            group = self._open[place]
+            if group.key == key:
+                return place
+            if group.key is None or group.key[0] != "update":
+                return None
+        return None
+
+    def _key(self, node: fx.Node) -> Key | None:
+        """What a call's group has in common; None for what a compiler is not to touch."""
+        if is_getitem(node):
+            source = self._place.get(node.all_input_nodes[0])
+            return None if source is None else self._open[source].key
+        if not can_be_compiled(node):
+            return None
+        phase, module = node.meta["phase"], node.meta["module"]
+        if phase == "update":
+            return phase, node.meta.get("param") or ""
+        if phase == "backward" and not module:
+            return self._followed(phase)
+        return phase, self._blocks.get(module, "")
+
+    def _followed(self, phase: str) -> Key:
+        """The key of the last group that is no update's."""
+        keys = (group.key for group in reversed(self._open) if group.key is None or group.key[0] != "update")
+        last = next(keys, None)
+        return last if last is not None and last[0] == phase else (phase, "")
+
+    def _needed(self, node: fx.Node) -> list[fx.Node]:
+        """The numbers of the host that a call follows from and nothing has needed before, in order."""
+        wanted: set[fx.Node] = set()
+        stack = [node]
+        while stack:
+            found = [source for source in stack.pop().all_input_nodes if source in self._waiting]
+            wanted.update(found)
+            stack += found
+        needed = [number for number in self._waiting if number in wanted]
+        for number in needed:
+            del self._waiting[number]
+        return needed
+
+
+def can_be_compiled(node: fx.Node) -> bool:
+    """Whether a call may be part of a region: an op of torch on tensors of known sizes on the device."""
+    target: Any = node.target
+    if not compat.is_op(target) or target.namespace != "aten" or target in _NOT_COMPILED:
+        return False
+    vals = [source.meta["val"] for source in (node, *node.all_input_nodes)]
+    if any(has_symbols(val) or _is_complex(val) for val in vals):
+        return False
+    return with_tensors(node) is not None
+
+
+_NOT_COMPILED = {aten._local_scalar_dense.default, aten.mkldnn_rnn_layer.default, aten.equal.default}
+
+
+def _is_complex(val: Any) -> bool:
+    return isinstance(val, torch.Tensor) and val.is_complex()
+
+
+def _reads_device(node: fx.Node, host: set[fx.Node]) -> bool:
+    return any(source not in host for source in node.all_input_nodes if yields_tensor(source))
+
+
+def _pays(calls: Iterable[fx.Node], fewest: int) -> bool:
+    """Whether calls are worth compiling: some work together, and not only by handing products on."""
+    working = [node for node in calls if not is_view(node) and not is_getitem(node)]
+    return len(working) >= fewest and any(torch.Tag.pointwise in node.target.tags for node in working)  # type: ignore[union-attr]
