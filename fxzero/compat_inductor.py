@@ -6,6 +6,7 @@ Beside compat.py, of which it is the second half: a thin door, no fxzero logic, 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -63,6 +64,29 @@ def find_cpp_compiler() -> str | None:
         return str(get_cpp_compiler())
     except (InvalidCxxCompiler, RuntimeError):
         return None
+
+
+def has_onednn() -> bool:
+    """Whether this build of torch multiplies by oneDNN."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@functools.cache
+def mm_by_onednn() -> Any:
+    """The op `fxzero_lower::mm_onednn(a, b)`: the product of two float32 matrices on the CPU, by oneDNN.
+
+    Registered at the first call, as an op of one's own costs least: `torch.library.custom_op` takes 10 us a call more.
+    """
+    linear = torch.ops.mkldnn._linear_pointwise.default
+    library = torch.library.Library("fxzero_lower", "FRAGMENT")
+    library.define("mm_onednn(Tensor a, Tensor b) -> Tensor")
+    library.impl("mm_onednn", lambda a, b: linear(a, b.t(), None, "none", [], ""), "CPU")
+    library.impl("mm_onednn", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "Meta")
+    _LIBRARIES.append(library)
+    return torch.ops.fxzero_lower.mm_onednn.default
+
+
+_LIBRARIES: list[Any] = []  # an op lives as long as the library that it is registered in
 
 
 def vector_instructions() -> str:

@@ -231,7 +231,7 @@ class Programs:
         with _timed(seconds, "passes"):
             step = pipeline.run(capture.step)
         with _timed(seconds, "lower"):
-            lowered = {} if plan.lowering == "eager" else lower_regions(step, place=self._place_on_host).regions
+            lowered = None if plan.lowering == "eager" else lower_regions(step, place=self._place_on_host)
             program = Program(step, groups=self._groups, swapper=self._state.homes.swapper, lowered=lowered)
         text = agreed_text(step, plan=plan.fingerprint(), passes=pipeline.describe())
         return Compiled(capture.step, step, program, capture, text, list(pipeline.records), seconds, place, decision)

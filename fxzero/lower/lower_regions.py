@@ -15,6 +15,7 @@ from fxzero.graph import StepGraph
 from fxzero.graph.regions import regions
 from fxzero.graph.storage import InPlace
 from fxzero.lower.inductor import compile_region
+from fxzero.lower.products import Products
 from fxzero.lower.region_text import RegionText, region_text
 from fxzero.lower.store import Function, Store
 
@@ -42,11 +43,13 @@ class Lowered:
 
     Args:
         regions: number -> what runs it.
+        ops: calls that another op than their own runs.
         num_distinct: so many functions there are.
         num_compiled: so many of them were not on disk yet.
     """
 
     regions: Mapping[int, LoweredRegion]
+    ops: Mapping[fx.Node, Any]
     num_distinct: int
     num_compiled: int
 
@@ -65,11 +68,12 @@ def lower_regions(step: StepGraph, *, store: Store | None = None, place: tuple[i
     """
     in_place = InPlace(step)
     found = regions(step)
-    forms = {region.number: region_text(region, in_place) for region in found}
+    store = store or Store()
+    ops = Products(store).choose(step.calls())
+    forms = {region.number: region_text(region, in_place, ops=ops) for region in found}
     distinct = list(dict.fromkeys(form.text for form in forms.values()))
     index, ranks = place
     first = len(distinct) * index // ranks
-    store = store or Store()
     threads = max(1, (os.cpu_count() or 1) // ranks)
     functions: dict[str, Function] = {}
     num_compiled = 0
@@ -81,7 +85,7 @@ def lower_regions(step: StepGraph, *, store: Store | None = None, place: tuple[i
         form = forms[region.number]
         name = f"region_{distinct.index(form.text)}"
         lowered[region.number] = LoweredRegion(region.calls, form, functions[form.text], name)
-    return Lowered(lowered, len(distinct), num_compiled)
+    return Lowered(lowered, ops, len(distinct), num_compiled)
 
 
 def _maker(text: str, threads: int) -> Callable[[], Any]:

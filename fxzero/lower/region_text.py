@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +47,15 @@ class RegionText:
         return hashlib.sha256(self.text.encode()).hexdigest()[:32]
 
 
-def region_text(region: Region, in_place: InPlace) -> RegionText:
+def region_text(region: Region, in_place: InPlace, *, ops: Mapping[fx.Node, Any] | None = None) -> RegionText:
     """The canonical text of a region.
 
     Args:
         region: of a program.
         in_place: the memory of that program.
+        ops: calls that another op than their own runs.
     """
+    ops = ops or {}
     inputs = region.inputs
     names = {node: f"i{index}" for index, node in enumerate(inputs)}
     names |= {node: f"c{index}" for index, node in enumerate(region.calls)}
@@ -62,7 +64,7 @@ def region_text(region: Region, in_place: InPlace) -> RegionText:
     outputs = tuple(node for node in region.outputs if node not in in_memory)
     document = {
         "inputs": [_type(node) for node in inputs],
-        "calls": [_call(node, names) for node in region.calls],
+        "calls": [_call(node, ops.get(node, node.target), names) for node in region.calls],
         "outputs": [names[node] for node in outputs],
         "written": {names[source]: names[node] for source, node in written.items()},
     }
@@ -93,8 +95,7 @@ def _type(node: fx.Node) -> list[Any]:
     return [dtype, [], [], "number"]
 
 
-def _call(node: fx.Node, names: dict[fx.Node, str]) -> dict[str, Any]:
-    target: Any = node.target
+def _call(node: fx.Node, target: Any, names: dict[fx.Node, str]) -> dict[str, Any]:
     op = "getitem" if is_getitem(node) else target.name() + ("" if "." in target.name() else ".default")
     call: dict[str, Any] = {"op": op, "args": _plain(node.args, names)}
     if node.kwargs:

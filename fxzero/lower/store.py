@@ -71,8 +71,7 @@ class Store:
 
     def path(self, text: str) -> Path:
         """The file that the module of a region's text is in, if there."""
-        machine = (torch.__version__, compat_inductor.vector_instructions(), torch.get_num_threads(), sorted(OPTIONS))
-        return self._regions / f"{hashlib.sha256(f'{machine}{text}'.encode()).hexdigest()[:32]}.py"
+        return self._regions / f"{_digest(f'{self._machine()}{sorted(OPTIONS.items())}{text}')}.py"
 
     def get(self, text: str, make: Callable[[], Compiled]) -> tuple[Function, bool]:
         """The function of a region, and whether it had to be made.
@@ -89,6 +88,31 @@ class Store:
                 self._write(path.with_suffix(".json"), json.dumps({"region": text, "aligned": compiled.aligned}))
                 self._write(path, compiled.source)
             return _load(path), made
+
+    def answers(self, name: str, questions: list[str], measure: Callable[[str], str]) -> dict[str, str]:
+        """What was measured on this machine; what nobody has asked yet is measured now, by one process at a time.
+
+        Args:
+            name: of the file.
+            questions: to answer.
+            measure: answers one.
+        """
+        path = self._regions / f"{name}-{_digest(self._machine())}.json"
+        with self._locked(path):
+            try:
+                known = json.loads(path.read_text())
+            except (OSError, ValueError):
+                known = {}
+            missing = [question for question in questions if question not in known]
+            known |= {question: measure(question) for question in missing}
+            if missing:
+                self._write(path, json.dumps(known, indent=1, sort_keys=True))
+        return {question: known[question] for question in questions}
+
+    @staticmethod
+    def _machine() -> str:
+        """What compiled code and measured answers hold for."""
+        return f"{torch.__version__} {compat_inductor.vector_instructions()} {torch.get_num_threads()} threads"
 
     def _holds(self, path: Path, text: str) -> bool:
         try:
@@ -107,6 +131,10 @@ class Store:
         with path.with_suffix(".lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _load(path: Path) -> Function:

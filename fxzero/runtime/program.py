@@ -18,7 +18,7 @@ from fxzero.graph import collectives as c10d
 from fxzero.graph.blocked_runs import BlockedRun, block_elements, blocked_runs
 from fxzero.graph.step_graph import STATE_KINDS, device_of, first_argument, yields_tensor
 from fxzero.graph.storage import InPlace
-from fxzero.lower.lower_regions import LoweredRegion
+from fxzero.lower.lower_regions import Lowered, LoweredRegion
 from fxzero.runtime import gloo, send_recv
 from fxzero.runtime.swap_lines import SWAPPER_METHODS, SwapLines
 
@@ -33,7 +33,7 @@ class Program:
         step: the final graph.
         groups: mesh axis -> the process group that carries it.
         swapper: what moves tensors off the device and back, where the graph does.
-        lowered: the functions of its regions, by number; a region without one runs call by call.
+        lowered: the functions of its regions; None: each call runs by itself.
         name: where tracebacks say that they are.
 
     Attributes:
@@ -48,14 +48,14 @@ class Program:
         *,
         groups: Mapping[str, Any],
         swapper: Any = None,
-        lowered: Mapping[int, LoweredRegion] | None = None,
+        lowered: Lowered | None = None,
         name: str = "step",
     ) -> None:
         self.step = step
         self.entries = [node.meta["entry"] for node in step.placeholders]
         self.groups = dict(groups)
         self.swapper = swapper
-        self.lowered = lowered or {}
+        self.lowered = lowered
         self._emitter = Emitter(step, self.groups, swapper, self.lowered)
         self.source = self._emitter.text()
         self.outputs = self._emitter.outputs
@@ -151,11 +151,12 @@ class Emitter:
         step: StepGraph,
         groups: Mapping[str, Any],
         swapper: Any,
-        lowered: Mapping[int, LoweredRegion] | None = None,
+        lowered: Lowered | None = None,
     ) -> None:
         self.step = step
         self.groups = groups
-        self.region_at = {node: region for region in (lowered or {}).values() for node in region.calls}
+        self.region_at = {n: region for region in lowered.regions.values() for n in region.calls} if lowered else {}
+        self.ops = lowered.ops if lowered else {}
         self.names: dict[str, Any] = {f"swap_{name}": getattr(swapper, name, None) for name in SWAPPER_METHODS}
         self.constants: dict[int, str] = {}
         self.lines: list[str] = []
@@ -270,7 +271,7 @@ class Emitter:
         """Write the line of one call."""
         if c10d.is_release(node):
             return  # the memory goes with the last reference, which this node has
-        target: Any = self.in_place.forms.get(node, node.target)
+        target: Any = self.ops.get(node, self.in_place.forms.get(node, node.target))
         args = [self._argument(a) for a in node.args]
         if node in self.swaps:
             self.lines.append(f"    {self.swaps.line(node, args)}")

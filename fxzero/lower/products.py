@@ -1,0 +1,93 @@
+"""Matrix products by the library that is faster here, as measured once a shape.
+
+[Note: two libraries]
+On the CPU torch multiplies float32 matrices by the BLAS that it was built with (MKL, where it is), and has oneDNN
+beside it. Which is faster depends on processor, shape and layout: on an AMD EPYC with AVX-512, one thread, a head of
+512 x 8192 ran forward at 97 GFLOP/s by oneDNN and at 70 by MKL, the gradient of a 512 x 512 weight at 75 by both. So
+each distinct product is tried both ways, in turns, when a program with it is first lowered, and the answers are kept
+on disk for this machine. They are no part of the program that ranks agree on: each may multiply as is best where it
+runs. The two round differently, as two versions of one library do.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxzero import compat_inductor
+from fxzero.lower.store import Store
+
+aten = torch.ops.aten
+
+_LEAST_FLOPS = 2**23  # below, calling takes as long as computing
+_ROUNDS = 9
+_GAIN = 0.97  # of the time of torch's own, at most, for the other to be taken
+
+
+class Products:
+    """Which op computes the matrix products of a program, on this machine.
+
+    Args:
+        store: where answers are kept.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._known: dict[str, str] = {}
+
+    def choose(self, nodes: list[fx.Node]) -> dict[fx.Node, Any]:
+        """The products among these calls that another op than their own computes faster -> that op."""
+        signatures = {node: _signature(node) for node in nodes if _may_be_chosen(node)}
+        missing = set(signatures.values()) - self._known.keys()
+        if missing:
+            self._known |= self._store.answers("products", sorted(missing), _measure)
+        return {
+            node: compat_inductor.mm_by_onednn()
+            for node, signature in signatures.items()
+            if self._known[signature] == "onednn"
+        }
+
+
+def _may_be_chosen(node: fx.Node) -> bool:
+    if node.target is not aten.mm.default or not compat_inductor.has_onednn():
+        return False
+    a, b = (source.meta["val"] for source in node.args)  # type: ignore[union-attr]
+    if a.device.type != "cpu" or a.dtype != torch.float32 or not all(map(_is_dense, (a, b))):
+        return False
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1] >= _LEAST_FLOPS
+
+
+def _is_dense(val: torch.Tensor) -> bool:
+    """Whether a matrix stands row after row, or column after column."""
+    return val.is_contiguous() or val.t().is_contiguous()
+
+
+def _signature(node: fx.Node) -> str:
+    """Shapes and layouts of a product: `512x1408 * 1408x512t`, t where a factor stands column after column."""
+    factors = (source.meta["val"] for source in node.args)  # type: ignore[union-attr]
+    return " * ".join(f"{v.shape[0]}x{v.shape[1]}{'' if v.is_contiguous() else 't'}" for v in factors)
+
+
+def _measure(signature: str) -> str:
+    """The library that is faster for a product: "onednn" or "blas"."""
+    a, b = (_random(factor) for factor in signature.split(" * "))
+    seconds: dict[str, list[float]] = {"blas": [], "onednn": []}
+    ops: dict[str, Callable[..., Any]] = {"blas": aten.mm.default, "onednn": compat_inductor.mm_by_onednn()}
+    for round_ in range(_ROUNDS + 1):
+        for name, op in ops.items():
+            start = time.perf_counter()
+            op(a, b)
+            if round_:  # the first makes what a library keeps for a shape
+                seconds[name].append(time.perf_counter() - start)
+    blas, onednn = (statistics.median(seconds[name]) for name in ("blas", "onednn"))
+    return "onednn" if onednn < _GAIN * blas else "blas"
+
+
+def _random(factor: str) -> torch.Tensor:
+    rows, columns = map(int, factor.rstrip("t").split("x"))
+    return torch.rand(columns, rows).t() if factor.endswith("t") else torch.rand(rows, columns)
