@@ -27,9 +27,8 @@ from fxzero.graph.blocks import repeated_blocks
 from fxzero.graph.call_signature import has_symbols
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import reorder
-from fxzero.graph.lanes import is_launch, is_wait
 from fxzero.graph.number_arguments import with_tensors
-from fxzero.graph.randomness import is_random
+from fxzero.graph.region_rules import is_fence
 from fxzero.graph.regions import mark
 from fxzero.graph.step_graph import is_getitem, is_view, yields_scalar, yields_tensor
 from fxzero.graph.swap_ops import is_off_device
@@ -97,7 +96,7 @@ class _Cutter:
             self._waiting[node] = None
         elif c10d.is_release(node):
             self._releases.append(node)
-        elif is_launch(node) or is_wait(node) or is_random(node) or is_off_device(node):
+        elif is_fence(node) or is_off_device(node):
             numbers = self._needed(node)
             self.flush()
             self.order += [*numbers, node]

@@ -341,12 +341,14 @@ class _Reader:
                     node.meta["tier"] = _unquoted(tier)
                 case ["by", name]:
                     node.meta["algorithm"] = _unquoted(name)
+                case ["region", number] if number.isdecimal():
+                    node.meta["region"] = int(number)
                 case ["whole", *sizes] if re.fullmatch(r"\[[\d, ]*\]", ", ".join(sizes)):
                     stated["whole"] = tuple(ast.literal_eval(", ".join(sizes)))
                 case ["state", "of", name]:
                     stated["state of"] = _unquoted(name)
                 case _:
-                    expected = "a module, grad of, update of, for, shard, on, by, whole or state of"
+                    expected = "a module, grad of, update of, for, shard, on, by, region, whole or state of"
                     _fail("comment", expected, repr(part.strip()), "correct it; quote names that have spaces")
         return stated
 

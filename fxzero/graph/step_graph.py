@@ -13,6 +13,7 @@ Everything that a pass needs stands in `node.meta`:
     tier       where the value is, if not on the device: "host" or "nvme"
     algorithm  a collective that is not carried by the backend's own: "send_recv"
     bucket     a collective: the number of those that share its launch, where that was chosen by cost
+    region     number of the region that a call is compiled in
     stays      a gather of backward: it is left out, because what forward gathered stays
     results    output node only: one Result for each returned value
 """

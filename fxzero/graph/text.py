@@ -14,7 +14,7 @@ rank's part of 62 rows that are sharded over the axis dp. ATen ops go by their o
 operators as `py.mul`; other namespaces in front, `prims::copy_to`. A collective names the mesh axis and the bytes of
 the whole tensors. After `#` come the module (`d module` for what differentiates it), the parameters whose gradient the
 node is, the parameter whose update (or gather, or reduction) it belongs to, the tier that it rests on off the device,
-and the algorithm of a collective.
+the algorithm of a collective, and the region that a call is compiled in.
 
 [Note: sections and phases]
 Each section comes once, in program order: `backward` goes from the first to the last backward node, `update` is what
@@ -225,6 +225,8 @@ def comment_text(node: fx.Node, mesh: dict[str, int]) -> str:
         parts.append(f"on {_word(meta['tier'])}")
     if meta.get("algorithm") is not None:
         parts.append(f"by {_word(meta['algorithm'])}")
+    if meta.get("region") is not None:
+        parts.append(f"region {meta['region']}")
     return "; ".join(parts)
 
 

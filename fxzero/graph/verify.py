@@ -17,6 +17,7 @@ from fxzero.graph.call_signature import call_signature, has_symbols
 from fxzero.graph.collective_rules import check_collectives, check_release, check_sharding
 from fxzero.graph.compression_rules import check_compression
 from fxzero.graph.edit import describe, evaluate, fake_mode
+from fxzero.graph.region_rules import check_regions
 from fxzero.graph.rules import (
     Context,
     Summary,
@@ -139,6 +140,7 @@ RULES: dict[str, Callable[[Context], Iterator[Violation]]] = {
     "release": check_release,
     "random": check_random,
     "order": check_order,
+    "regions": check_regions,
     "synchronisation": check_synchronisation,
     "gradients": check_gradients,
     "values": check_values,

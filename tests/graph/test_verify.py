@@ -18,10 +18,12 @@ from fxzero.graph.compression_ops import dequantize_blockwise, dequantize_reduce
 from fxzero.graph.edit import Editor, replace_uses, retype
 from fxzero.graph.error_feedback_ops import drop_top_k, sum_top_k
 from fxzero.graph.randomness import is_random
+from fxzero.graph.regions import regions
 from fxzero.graph.step_graph import iter_views
 from fxzero.graph.swap_ops import OPS, swap_in, swap_out, swap_wait, wait_of
 from fxzero.graph.verify import RULES, verify
 from fxzero.passes.compress_with_top_k import compress_with_top_k
+from fxzero.passes.cut_regions import cut_regions
 from fxzero.passes.gather_for_next_step import gather_for_next_step
 from fxzero.passes.gather_within_nodes import gather_within_nodes
 from fxzero.passes.offload_activations import offload_activations
@@ -135,8 +137,11 @@ def graphs() -> dict[str, StepGraph]:
     swapped.title = "swapped by hand"
     assert offload_activations.run(swapped, names=(("relu", "host"),)) == 1
     assert offload_state.run(swapped, tiers={"parameter": "nvme", "optimizer": "host"}, on_host=0.5) > 0
+    cut = sharded.copy()
+    cut.title = "cut by hand"
+    assert cut_regions.run(cut) > 2
     graphs = {"captured": captured, "sharded": sharded, "packed": packed, "chosen": chosen, "kept": kept}
-    return graphs | {"swapped": swapped, "carried": carried}
+    return graphs | {"swapped": swapped, "carried": carried, "cut": cut}
 
 
 # ---- sound graphs
@@ -952,6 +957,27 @@ def update_without_gradient(step: StepGraph) -> None:
 @fault("gradients", "result of parameter 'outer.bias': expected one computed from its gradient")
 def gradient_without_its_name(step: StepGraph) -> None:
     del step.gradients()["outer.bias"].meta["grad_of"]
+
+
+# regions
+
+
+@fault("regions", "the calls of a region together, got a call of region 0 behind", graph="cut")
+def call_that_went_elsewhere(step: StepGraph) -> None:
+    step.output.prev.meta["region"] = 0
+
+
+@fault("regions", "an op that a region may hold, got _c10d_functional.wait_tensor", graph="cut")
+def wait_in_a_region(step: StepGraph) -> None:
+    wait = next(node for node in step.calls(c10d.wait) if node.next.meta.get("region") is not None)
+    wait.meta["region"] = wait.next.meta["region"]
+
+
+@fault("regions", "one phase in a region, got", graph="cut")
+def region_of_two_phases(step: StepGraph) -> None:
+    inside = (node for found in regions(step) for node in found.calls[1:] if node.meta["phase"] == "forward")
+    kept = next(node for node in inside if all(user.meta.get("phase") == "backward" for user in node.users))
+    kept.meta["phase"] = "backward"
 
 
 # swaps

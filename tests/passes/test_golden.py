@@ -56,6 +56,7 @@ PLANS = {
         Plan(zero=3, mesh={"dp": 4}, compress_gathers="int8", compress_reductions="int8", compress_below=50),
         "gloo",
     ),
+    "inductor_gloo": (Plan(zero=3, mesh={"dp": 4}, lowering="inductor"), "gloo"),
     "hybrid_gloo": (Plan(zero=2, mesh={"dp_replicate": 2, "dp": 2}), "gloo"),
 }
 
