@@ -27,6 +27,7 @@ from fxzero.cost.recorded import Machine, RecordedCosts
 from fxzero.errors import CaptureError, FxzeroError, PlanError
 from fxzero.graph import StepGraph
 from fxzero.graph.step_graph import CARRIED_KINDS, LAUNCHED
+from fxzero.lower.inductor import check_compiler
 from fxzero.plan import Plan
 from fxzero.profile import Profiled, costs_of
 from fxzero.programs import Compiled, Programs, joined_text
@@ -104,6 +105,8 @@ class TrainStep(Profiled):
         self._topology = Topology.of(plan, self._device.type)
         self.plan = self._topology.plan
         auxiliary = auxiliary_state(self.plan, dict(model.named_parameters()))
+        if self.plan.lowering == "inductor":
+            check_compiler(self._device)
         self._state = StepState(model, optimizer, self._topology, device=self._device, auxiliary=auxiliary, init=init)
         self._options = replace(captured_as(self.plan), device=self._device)
         self._programs = Programs(
@@ -268,7 +271,9 @@ class TrainStep(Profiled):
         from fxzero.report import report
 
         last = self._require_last()[-1]
-        return report(self.graphs, self.plan, last.records, last.seconds, decision=last.decision)
+        return report(
+            self.graphs, self.plan, last.records, last.seconds, decision=last.decision, lowered=last.program.lowered
+        )
 
     def _require_last(self) -> list[Compiled]:
         if not self._last:

@@ -68,7 +68,7 @@ class VerifyError(FxzeroError):
 
 
 class LoweringError(FxzeroError):
-    """Raised when a region of the program cannot be compiled, or there is no compiler for the lowering asked."""
+    """Raised when a region of the program cannot be compiled, or compiled ones cannot be kept."""
 
 
 class GradientOverflowError(FxzeroError):

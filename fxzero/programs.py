@@ -20,7 +20,7 @@ from fxzero.decide import Decision, check_budget, decided_recipe
 from fxzero.graph import StepGraph
 from fxzero.graph.placement import NOTHING_PLACED, Placement
 from fxzero.graph.step_graph import CARRIED_KINDS
-from fxzero.lower.lower_regions import lower_regions
+from fxzero.lower.lower_regions import Lowered, lower_regions
 from fxzero.pass_manager import PassRecord
 from fxzero.plan import Plan
 from fxzero.runtime.agreement import agreed_text
@@ -210,6 +210,11 @@ class Programs:
         options = replace(self._options, accumulation=place)
         return capture_step(inventory, self._loss, args, kwargs, options=options, fresh=self._state.fresh)
 
+    def _lowered(self, step: StepGraph) -> Lowered | None:
+        if self._plan.lowering == "eager":
+            return None
+        return lower_regions(step, place=self._place_on_host, fallback=self._plan.eager_fallback)
+
     def _compile(
         self, capture: Capture, place: Accumulation, beside: Sequence[StepGraph], placed: Placement | None
     ) -> Compiled:
@@ -231,8 +236,7 @@ class Programs:
         with _timed(seconds, "passes"):
             step = pipeline.run(capture.step)
         with _timed(seconds, "lower"):
-            lowered = None if plan.lowering == "eager" else lower_regions(step, place=self._place_on_host)
-            program = Program(step, groups=self._groups, swapper=self._state.homes.swapper, lowered=lowered)
+            program = Program(step, groups=self._groups, swapper=self._state.homes.swapper, lowered=self._lowered(step))
         text = agreed_text(step, plan=plan.fingerprint(), passes=pipeline.describe())
         return Compiled(capture.step, step, program, capture, text, list(pipeline.records), seconds, place, decision)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tabulate import tabulate
 
@@ -16,6 +17,7 @@ from fxzero.graph import collectives as c10d
 from fxzero.graph.step_graph import STATE_KINDS, num_bytes
 from fxzero.graph.swap_ops import swapped_bytes
 from fxzero.graph.synchronisation import synchronisations
+from fxzero.lower.lower_regions import Lowered
 from fxzero.pass_manager import PassRecord
 from fxzero.plan import Plan
 from fxzero.simulate.prediction import predict
@@ -35,6 +37,7 @@ def report(
     allocator: Allocator | None = None,
     decision: Decision | None = None,
     hardware: Hardware | None = None,
+    lowered: Lowered | None = None,
 ) -> str:
     """State, communication, memory, time, passes and compile time of a step, as text for a terminal.
 
@@ -46,6 +49,7 @@ def report(
         allocator: whose rules the peak follows; default: that of the graph's device.
         decision: what was decided for the last one.
         hardware: the machine that times are predicted for; default: the plan's.
+        lowered: the compiled regions of the last one, where it has any.
     """
     last = steps[-1]
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.axes.items())
@@ -61,6 +65,7 @@ def report(
         "" if decision is None else str(decision),
         *last.remarks.values(),
         _waiting_lines(last),
+        "" if lowered is None else region_table(lowered),
         _pass_table(records),
         "compiled in " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),
     ]
@@ -167,6 +172,27 @@ def swap_table(swapped: Mapping[tuple[str, str], int]) -> str:
     rows = [[tier, *(_mib(swapped.get((tier, way), 0)) for way in ("out", "in"))] for tier in tiers]
     headers = ["swapped in a step", "out MiB", "in MiB"]
     return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", "right", "right"))
+
+
+def region_table(lowered: Lowered) -> str:
+    """The distinct regions of a program, what is in them and how often each stands there, as text."""
+    rows: dict[str, list[Any]] = {}
+    for region in lowered.regions.values():
+        first = region.calls[0].meta
+        place = first["module"] or first.get("param") or ""
+        row = rows.setdefault(region.name, [region.name, first["phase"], place, len(region.calls), 0])
+        row[-1] += 1
+    num_calls = sum(len(region.calls) for region in lowered.regions.values())
+    lines = [
+        f"{len(lowered.regions)} regions of {num_calls} calls in all, "
+        f"{lowered.num_distinct} distinct, {lowered.num_compiled} compiled now"
+    ]
+    if lowered.refused:
+        lines.append(f"{len(lowered.refused)} regions run op by op: {next(iter(lowered.refused.values()))}")
+    if lowered.ops:
+        lines.append(f"{len(lowered.ops)} matrix products by oneDNN, measured to be faster here")
+    headers = ["region", "phase", "first at", "calls", "times"]
+    return "\n".join(lines) + "\n\n" + tabulate(rows.values(), headers=headers, disable_numparse=True)
 
 
 def _waiting_lines(step: StepGraph) -> str:

@@ -49,7 +49,7 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "lower": BASE | {"compat_inductor", "graph", "kernels"},
     "runtime": BASE | {"plan_offload", "graph", "kernels", "capture", "lower"},
     "calibrate": BASE | {"graph", "cost", "simulate", "runtime"},
-    "report": BASE | {"graph", "cost", "simulate", "pass_manager", "decide"},
+    "report": BASE | {"graph", "cost", "simulate", "pass_manager", "decide", "lower"},
     "programs": BASE | {"graph", "capture", "cost", "decide", "lower", "pass_manager", "runtime"},
     "profile": BASE | {"graph", "cost", "simulate", "runtime"},
     "compile": EVERYTHING,

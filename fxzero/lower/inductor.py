@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fxzero import compat, compat_inductor
-from fxzero.errors import LoweringError
+from fxzero.errors import LoweringError, PlanError
 from fxzero.lower.region_text import read_region
 
 aten = torch.ops.aten
@@ -38,6 +40,21 @@ class Compiled:
     aligned: tuple[int, ...]
 
 
+def check_compiler(device: torch.device) -> None:
+    """What Inductor needs on a device is there.
+
+    Raises:
+        PlanError: naming what is missing.
+    """
+    where, fix = "Plan.lowering", "or set lowering='eager'"
+    if device.type == "cpu" and compat_inductor.find_cpp_compiler() is None:
+        fix = f"install g++ or clang++, name one in the environment's CXX, {fix}"
+        raise PlanError.of(where, expected="a C++ compiler for 'inductor' on the CPU", got="none", fix=fix)
+    if device.type != "cpu" and importlib.util.find_spec("triton") is None:
+        expected = f"the package triton for 'inductor' on {device.type}"
+        raise PlanError.of(where, expected=expected, got="none", fix=f"pip install triton, {fix}")
+
+
 def compile_region(text: str, *, threads: int) -> Compiled:
     """Compile the region of a canonical text.
 
@@ -57,19 +74,14 @@ def compile_region(text: str, *, threads: int) -> Compiled:
         with compat_inductor.inductor_options({**OPTIONS, "compile_threads": threads}):
             source, aligned = compat_inductor.inductor_source(traced, fakes, mode)
     except Exception as error:
-        raise LoweringError.of(
-            where="a region",
-            expected="a program that Inductor compiles",
-            got=f"{type(error).__name__}: {error}",
-            fix="set lowering='eager'",
-        ) from error
+        got = f"{type(error).__name__}: {error}"
+        fix = "set eager_fallback=True to run it op by op, or lowering='eager'"
+        raise LoweringError.of("a region", expected="a program that Inductor compiles", got=got, fix=fix) from error
     return Compiled(source, tuple(aligned))
 
 
 def _write_back(traced: torch.fx.GraphModule, text: str) -> None:
     """Let the last outputs go into the memory of the inputs that they are written to."""
-    import json
-
     written = json.loads(text)["written"]
     if not written:
         return

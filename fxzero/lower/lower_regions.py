@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 from tqdm import tqdm
 
+from fxzero.errors import LoweringError
 from fxzero.graph import StepGraph
-from fxzero.graph.regions import regions
+from fxzero.graph.regions import Region, regions
 from fxzero.graph.storage import InPlace
 from fxzero.lower.inductor import compile_region
 from fxzero.lower.products import Products
@@ -46,15 +48,19 @@ class Lowered:
         ops: calls that another op than their own runs.
         num_distinct: so many functions there are.
         num_compiled: so many of them were not on disk yet.
+        refused: number of a region that runs call by call, since it cannot be compiled -> why.
     """
 
     regions: Mapping[int, LoweredRegion]
     ops: Mapping[fx.Node, Any]
     num_distinct: int
     num_compiled: int
+    refused: Mapping[int, LoweringError] = field(default_factory=dict)
 
 
-def lower_regions(step: StepGraph, *, store: Store | None = None, place: tuple[int, int] = (0, 1)) -> Lowered:
+def lower_regions(
+    step: StepGraph, *, store: Store | None = None, place: tuple[int, int] = (0, 1), fallback: bool = False
+) -> Lowered:
     """Compile the regions of a program, or find them on disk.
 
     Args:
@@ -62,6 +68,7 @@ def lower_regions(step: StepGraph, *, store: Store | None = None, place: tuple[i
         store: where compiled ones are kept.
         place: (index of this rank among those of its host, their number); they begin at different regions, so that they
             share the work.
+        fallback: a region that cannot be compiled runs call by call.
 
     Raises:
         LoweringError: of a region that cannot be compiled.
@@ -76,20 +83,42 @@ def lower_regions(step: StepGraph, *, store: Store | None = None, place: tuple[i
     first = len(distinct) * index // ranks
     threads = max(1, (os.cpu_count() or 1) // ranks)
     functions: dict[str, Function] = {}
+    errors: dict[str, LoweringError] = {}
     num_compiled = 0
     for text in _progress([*distinct[first:], *distinct[:first]], show=index == 0):
-        functions[text], made = store.get(text, _maker(text, threads))
-        num_compiled += made
+        try:
+            functions[text], made = store.get(text, functools.partial(compile_region, text, threads=threads))
+            num_compiled += made
+        except LoweringError as error:
+            errors[text] = error
+    refused = {r.number: errors[forms[r.number].text] for r in found if forms[r.number].text in errors}
+    if refused and not fallback:
+        raise _of_region(found, forms, refused)
     lowered = {}
     for region in found:
         form = forms[region.number]
-        name = f"region_{distinct.index(form.text)}"
-        lowered[region.number] = LoweredRegion(region.calls, form, functions[form.text], name)
-    return Lowered(lowered, ops, len(distinct), num_compiled)
+        if form.text in functions:
+            name = f"region_{distinct.index(form.text)}"
+            lowered[region.number] = LoweredRegion(region.calls, form, functions[form.text], name)
+    return Lowered(lowered, ops, len(distinct), num_compiled, refused)
 
 
-def _maker(text: str, threads: int) -> Callable[[], Any]:
-    return lambda: compile_region(text, threads=threads)
+def _of_region(
+    found: list[Region], forms: Mapping[int, RegionText], refused: Mapping[int, LoweringError]
+) -> LoweringError:
+    """The error of the first region that cannot be compiled, with its place and its text."""
+    region = next(region for region in found if region.number in refused)
+    cause, last = refused[region.number], region.calls[-1]
+    place = f"{last.meta['phase']} of {last.meta['module'] or 'the model'}"
+    where = f"region {region.number} ({place}, {len(region.calls)} calls)"
+    if cause.expected is None:
+        return cause
+    error = LoweringError.of(where, expected=cause.expected, got=cause.got or "", fix=cause.fix or "")
+    error.__cause__ = cause.__cause__
+    if hasattr(error, "add_note"):
+        error.add_note("\n".join(node.format_node() or "" for node in region.calls))
+        error.add_note(forms[region.number].text)
+    return error
 
 
 def _progress(texts: list[str], *, show: bool) -> Any:

@@ -39,8 +39,10 @@ from fxzero.graph.lanes import (
     lane_of_launch,
     launch_of,
 )
+from fxzero.lower.lower_regions import LoweredRegion
+from fxzero.runtime.emitter import Emitter
 from fxzero.runtime.flights import Clock, DeviceClock, Flight, HostClock, LaneStream, Watcher, flight_of
-from fxzero.runtime.program import Emitter, Program, RunFunction
+from fxzero.runtime.program import Program, RunFunction
 from fxzero.runtime.recording import Sample
 
 
@@ -49,11 +51,11 @@ class RecordingEmitter(Emitter):
 
     Attributes:
         index: the calls that have a stamp before them, in order -> its number.
-        shares: the calls of blocked runs -> (place in the run, number of its calls).
+        shares: the calls of blocked runs and of regions -> (place in it, number of its calls).
     """
 
     def __init__(self, program: Program, recorder: Recorder) -> None:
-        super().__init__(program.step, program.groups, program.swapper)
+        super().__init__(program.step, program.groups, program.swapper, program.lowered)
         self.index: dict[fx.Node, int] = {}
         self.shares: dict[fx.Node, tuple[int, int]] = {}
         self._num_stamps = 0
@@ -82,6 +84,12 @@ class RecordingEmitter(Emitter):
         self.index |= dict.fromkeys(run.calls, self._stamp())
         self.shares |= {node: (place, len(run.calls)) for place, node in enumerate(run.calls)}
         super().blocked(replace(run, before=()))
+
+    def region(self, lowered: LoweredRegion, dying: list[str]) -> list[str]:
+        """Write one stamp before a region, whose calls share its time."""
+        self.index |= dict.fromkeys(lowered.calls, self._stamp())
+        self.shares |= {node: (place, len(lowered.calls)) for place, node in enumerate(lowered.calls)}
+        return super().region(lowered, dying)
 
     def _stamp(self) -> int:
         """Write a stamp; returns its number."""
