@@ -22,13 +22,15 @@ def decomposed(module: fx.GraphModule, fakes: list[torch.Tensor]) -> fx.GraphMod
     return make_fx(module, decomposition_table=select_decomp_table())(*fakes)
 
 
-def inductor_source(module: fx.GraphModule, fakes: list[torch.Tensor], mode: Any) -> tuple[str, list[int]]:
+def inductor_source(
+    module: fx.GraphModule, fakes: list[torch.Tensor], mode: Any
+) -> tuple[str, list[int], list[tuple[int, ...] | None]]:
     """The Python text that Inductor writes for a decomposed module, whose `call(list of tensors)` runs it.
 
     All outputs keep the strides of the graph. Compiles what the text needs, so that loading it finds that ready.
 
     Returns:
-        The text, and the inputs that its kernels take for aligned (GPU).
+        The text, the inputs that its kernels take for aligned (GPU), and the strides of its outputs.
     """
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_inner
@@ -37,7 +39,8 @@ def inductor_source(module: fx.GraphModule, fakes: list[torch.Tensor], mode: Any
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]
     with tracing(TracingContext(mode)):
         compiled: Any = compile_fx_inner(module, fakes, is_inference=True)
-    return compiled.source_code, list(compiled.inputs_to_check)
+    strides = [None if found is None else tuple(map(int, found)) for found in compiled.output_strides]
+    return compiled.source_code, list(compiled.inputs_to_check), strides
 
 
 def inductor_options(options: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import gc
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ from tests.numerics import rank_servers
 GOLDEN = Path(__file__).parent / "golden"
 
 Capture = Callable[..., StepGraph]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What tests compile is kept with pytest's own cache, for all of its processes and the next run."""
+    os.environ.setdefault("FXZERO_CACHE_DIR", str(config.cache.mkdir("fxzero")))
 
 
 def pytest_collection_finish() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,12 +73,27 @@ def compile_region(text: str, *, threads: int) -> Compiled:
             traced = compat_inductor.decomposed(module, fakes)
         _write_back(traced, text)
         with compat_inductor.inductor_options({**OPTIONS, "compile_threads": threads}):
-            source, aligned = compat_inductor.inductor_source(traced, fakes, mode)
+            source, aligned, strides = compat_inductor.inductor_source(traced, fakes, mode)
+        _check_strides(traced, strides)
     except Exception as error:
         got = f"{type(error).__name__}: {error}"
         fix = "set eager_fallback=True to run it op by op, or lowering='eager'"
         raise LoweringError.of("a region", expected="a program that Inductor compiles", got=got, fix=fix) from error
     return Compiled(source, tuple(aligned))
+
+
+def _check_strides(traced: torch.fx.GraphModule, strides: Sequence[tuple[int, ...] | None]) -> None:
+    """Outputs have the layout that what follows relies on; the stride of a dimension of one element says nothing."""
+    outputs = traced.graph.output_node().args[0]
+    for index, (node, found) in enumerate(zip(outputs, strides, strict=True)):  # type: ignore[arg-type]
+        val = node.meta["val"]  # type: ignore[union-attr]
+        if found is None or not val.numel():
+            continue
+        sized = [
+            (stride, other) for size, stride, other in zip(val.shape, val.stride(), found, strict=True) if size > 1
+        ]
+        if any(stride != other for stride, other in sized):
+            raise ValueError(f"output {index} has strides {found} instead of {tuple(val.stride())}")
 
 
 def _write_back(traced: torch.fx.GraphModule, text: str) -> None:

@@ -153,7 +153,7 @@ class Emitter:
         inputs = ", ".join(self._region_input(node) for node in form.inputs)
         self.lines.append(f"    values = [{inputs}]")
         read_after = {name for node in calls for line in self.copies.get(node, ()) for name in re.findall(r"\w+", line)}
-        kept = self._returned_names()
+        kept = self._returned_names() | read_after
         named = {
             source.name: node
             for source, node in form.written.items()
