@@ -89,9 +89,12 @@ class _Cutter:
         self._place: dict[fx.Node, int] = {}  # of a call since the last fence: index of its group
         self._waiting: dict[fx.Node, None] = {}  # numbers of the host that nothing has needed yet
         self._releases: list[fx.Node] = []
+        self._parts: set[fx.Node] = set()  # of several values, which stand behind the call that yields them
 
     def take(self, node: fx.Node) -> None:
         """The next call."""
+        if node in self._parts:
+            return
         if node in self._host and not _reads_device(node, self._host):
             self._waiting[node] = None
         elif c10d.is_release(node):
@@ -121,8 +124,10 @@ class _Cutter:
             place = len(self._open)
             self._open.append(_Group(key))
         self._open[place].before += numbers
-        self._open[place].calls.append(node)
-        self._place |= dict.fromkeys((node, *numbers), place)
+        parts = [user for user in node.users if is_getitem(user)]
+        self._parts.update(parts)
+        self._open[place].calls += [node, *parts]
+        self._place |= dict.fromkeys((node, *numbers, *parts), place)
 
     def _find(self, key: Key, first: int) -> int | None:
         """The group that a call of this key joins: the last one, updates passed over, if not before `first`."""
@@ -136,9 +141,6 @@ class _Cutter:
 
     def _key(self, node: fx.Node) -> Key | None:
         """What a call's group has in common; None for what a compiler is not to touch."""
-        if is_getitem(node):
-            source = self._place.get(node.all_input_nodes[0])
-            return None if source is None else self._open[source].key
         if not can_be_compiled(node):
             return None
         phase, module = node.meta["phase"], node.meta["module"]

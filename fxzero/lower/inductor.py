@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +77,7 @@ def compile_region(text: str, *, threads: int) -> Compiled:
             source, aligned, strides = compat_inductor.inductor_source(traced, fakes, mode)
         _check_strides(traced, strides)
     except Exception as error:
-        got = f"{type(error).__name__}: {error}"
+        got = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ..")
         fix = "set eager_fallback=True to run it op by op, or lowering='eager'"
         raise LoweringError.of("a region", expected="a program that Inductor compiles", got=got, fix=fix) from error
     return Compiled(source, tuple(aligned))
