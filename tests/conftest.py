@@ -26,6 +26,7 @@ Capture = Callable[..., StepGraph]
 def pytest_configure(config: pytest.Config) -> None:
     """What tests compile is kept with pytest's own cache, for all of its processes and the next run."""
     os.environ.setdefault("FXZERO_CACHE_DIR", str(config.cache.mkdir("fxzero")))
+    os.environ.setdefault("FXZERO_COMPILE_PROCESSES", "1")  # tests run beside each other already
 
 
 def pytest_collection_finish() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from fxzero.lower.inductor import compile_region
 from fxzero.lower.products import Products
 from fxzero.lower.region_text import RegionText, region_text
 from fxzero.lower.store import Function, Store
+from fxzero.lower.workers import num_processes, working_on
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Lowered:
         regions: number -> what runs it.
         ops: calls that another op than their own runs.
         num_distinct: so many functions there are.
-        num_compiled: so many of them were not on disk yet.
+        num_compiled: so many of them this process has compiled; what is missing was on disk, or others did it.
         refused: number of a region that runs call by call, since it cannot be compiled -> why.
     """
 
@@ -81,16 +81,20 @@ def lower_regions(
     distinct = list(dict.fromkeys(form.text for form in forms.values()))
     index, ranks = place
     first = len(distinct) * index // ranks
-    threads = max(1, (os.cpu_count() or 1) // ranks)
     functions: dict[str, Function] = {}
     errors: dict[str, LoweringError] = {}
     num_compiled = 0
-    for text in _progress([*distinct[first:], *distinct[:first]], show=index == 0):
-        try:
-            functions[text], made = store.get(text, functools.partial(compile_region, text, threads=threads))
-            num_compiled += made
-        except LoweringError as error:
-            errors[text] = error
+    large_first = sorted(distinct, key=lambda text: (-text.count('"op"'), text))
+    in_turn = [*large_first[first:], *large_first[:first]]
+    missing = [text for text in in_turn if not store.holds(text)]
+    processes = num_processes(ranks)
+    with working_on(missing, store, processes=processes):
+        for text in _progress(in_turn, show=bool(missing) and index == 0):
+            try:
+                functions[text], made = store.get(text, functools.partial(compile_region, text, threads=1))
+                num_compiled += made
+            except LoweringError as error:
+                errors[text] = error
     refused = {r.number: errors[forms[r.number].text] for r in found if forms[r.number].text in errors}
     if refused and not fallback:
         raise _of_region(found, forms, refused)

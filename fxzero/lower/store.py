@@ -82,7 +82,7 @@ class Store:
         """
         path = self.path(text)
         with self._locked(path), compat_inductor.inductor_cache(str(self.folder / "inductor")):
-            made = not self._holds(path, text)
+            made = not self.holds(text)
             if made:
                 compiled = make()
                 self._write(path.with_suffix(".json"), json.dumps({"region": text, "aligned": compiled.aligned}))
@@ -114,7 +114,9 @@ class Store:
         """What compiled code and measured answers hold for."""
         return f"{torch.__version__} {compat_inductor.vector_instructions()} {torch.get_num_threads()} threads"
 
-    def _holds(self, path: Path, text: str) -> bool:
+    def holds(self, text: str) -> bool:
+        """Whether the region of a text is there, whole."""
+        path = self.path(text)
         try:
             return path.exists() and json.loads(path.with_suffix(".json").read_text())["region"] == text
         except (OSError, ValueError, KeyError):

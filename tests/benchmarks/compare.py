@@ -227,7 +227,8 @@ def choose_pythons(args):
 def argument_parser(description):
     """The command line that the side-by-side benchmarks share."""
     parser = argparse.ArgumentParser(description=description)
-    usual = [name for name in VARIANTS if "bf16" not in name]  # a CPU without bf16 takes minutes for a step of llama
+    # a CPU without bf16 takes minutes for a step of llama; "plain" is one process
+    usual = [name for name in VARIANTS if "bf16" not in name and "plain" not in name]
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=usual, metavar="VARIANT")
     parser.add_argument("--job", choices=JOBS, default="llama")
     parser.add_argument("--world", type=int, default=2, help="ranks")

@@ -172,11 +172,26 @@ def fxzero_step(zero, **own):
     return build
 
 
-def ddp_step(model, _plan):
-    """DDP. Without the buffer broadcast, which the constant tables of this model do not need."""
-    from torch.nn.parallel import DistributedDataParallel
+def ddp_step(*, compiled=False):
+    """The builder of DDP's step, `compiled` as a whole; no buffer broadcast: these constant tables need none."""
 
-    return plain_loop(DistributedDataParallel(model, broadcast_buffers=False), adamw(model.parameters()))
+    def build(model, _plan):
+        from torch.nn.parallel import DistributedDataParallel
+
+        replicated = DistributedDataParallel(model, broadcast_buffers=False)
+        return plain_loop(torch.compile(replicated) if compiled else replicated, adamw(model.parameters()))
+
+    return build
+
+
+def one_rank_step(*, compiled=False):
+    """The builder of the plain loop of one process with the fused optimizer, the model `compiled` as a whole."""
+
+    def build(model, _plan):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        return plain_loop(torch.compile(model) if compiled else model, optimizer)
+
+    return build
 
 
 def fsdp2_step(*, compiled=False, bf16=False):
@@ -235,7 +250,12 @@ def deepspeed3_step(model, _plan):
 
 VARIANTS = {
     **{f"fxzero{zero}": fxzero_step(zero) for zero in range(4)},
-    "ddp": ddp_step,
+    "fxzero3+inductor": fxzero_step(3, lowering="inductor"),
+    "fxzero0+inductor": fxzero_step(0, lowering="inductor"),
+    "ddp": ddp_step(),
+    "ddp+compile": ddp_step(compiled=True),
+    "plain": one_rank_step(),
+    "plain+compile": one_rank_step(compiled=True),
     "fxzero3+bf16": fxzero_step(3, precision="bf16"),
     "fxzero3+cost": fxzero_step(3, schedule="cost"),
     "fsdp2": fsdp2_step(),

@@ -53,6 +53,9 @@ class Interpreted:
 
         return function, False
 
+    def holds(self, text: str) -> bool:
+        return True
+
     def answers(self, name: str, questions: list[str], measure: Callable[[str], str]) -> dict[str, str]:
         return dict.fromkeys(questions, "blas")
 
