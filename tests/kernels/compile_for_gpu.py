@@ -1,0 +1,114 @@
+"""Compiles what launchers launch, for a GPU that need not be there: run by test_compilation.py as a program of its own.
+
+    python -m tests.kernels.compile_for_gpu rms_norm
+    python -m tests.kernels.compile_for_gpu rms_norm --after-the-interpreter
+
+The interpreter runs kernels as Python and forgives what Triton's compiler refuses, and no tensor of a test is so large
+that an offset of 32 bits would overflow. So each launcher is called on tensors of the CPU, and in place of the launch its kernel is compiled
+for compute capability 9.0, once with floats as launchers hand them over and once in fp64, as Inductor does. The exit
+code is 1 where a kernel does not compile, computes in fp64, or has an offset of 32 bits that is not one within a row.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+
+from fxzero.kernels import launch
+from tests.kernels.interpreter import interpreter
+from tests.kernels.launches import LAUNCHES
+
+F64_ALLOWED = ("arith.truncf", "tt.func", "tt.call", "tt.return")
+
+
+def f64_faults(ttir: str) -> list[str]:
+    """Lines of Triton's intermediate text that compute in fp64: all but the casts of arguments."""
+    lines = [line.strip() for line in ttir.splitlines() if re.search(r"\bf64\b", line)]
+    return [line for line in lines if not any(op in line for op in F64_ALLOWED) and not line.startswith("#loc")]
+
+
+def offset_faults(ttir: str) -> list[str]:
+    """Lines that add an offset of 32 bits to a pointer, where it is not one of columns alone.
+
+    Offsets of columns, within one row or block, are ranges of constants: `tt.make_range` and what is added to it.
+    """
+    small = set(re.findall(r"(%\S+) = tt\.make_range", ttir))
+    faults = []
+    for line in ttir.splitlines():
+        added = re.search(r"tt\.addptr \S+ (%\S+) : .*i32>?\s*(?:loc|$)", line)
+        if added and added[1] not in small:
+            faults.append(line.strip())
+    return faults
+
+
+def signature_of(kernel, values: dict[str, object], *, floats: str) -> tuple[dict[str, str], dict[str, object]]:
+    """(argument -> type, argument -> constant value) as Triton's own launch has them."""
+    from triton.runtime.jit import mangle_type
+
+    types, constants = {}, {}
+    for parameter in kernel.params:
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            types[parameter.name], constants[parameter.name] = "constexpr", value
+        else:
+            types[parameter.name] = floats if isinstance(value, float) else mangle_type(value)
+    return types, constants
+
+
+def compiled_text(kernel, values: dict[str, object], *, floats: str, warps: int) -> str:
+    """The kernel compiles for a GPU; returns its intermediate text."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types, constants = signature_of(kernel, values, floats=floats)
+    source = ASTSource(kernel, types, constants)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ttir"]
+
+
+def compiling(faults: list[str]) -> Callable[..., None]:
+    """What stands in for the launch of a kernel: it is compiled, and what is wrong with it is added to `faults`."""
+    done: set[str] = set()
+
+    def run(self, *args, grid, warmup, num_warps=4, **constants) -> None:
+        values = dict(zip(self.arg_names, args, strict=False)) | constants
+        has_floats = any(isinstance(value, float) for value in values.values())
+        for floats in ("fp32", "fp64") if has_floats else ("fp32",):
+            key = f"{self.__name__} {signature_of(self, values, floats=floats)}"
+            if key in done:
+                continue
+            done.add(key)
+            text = compiled_text(self, values, floats=floats, warps=num_warps)
+            faults.extend(f"{self.__name__}: {fault}" for fault in f64_faults(text) + offset_faults(text))
+            print(self.__name__, floats, flush=True)
+
+    return run
+
+
+def main() -> None:
+    """Compiles every kernel of the launches named on the command line."""
+    from triton.runtime.jit import JITFunction
+
+    names = [name for name in sys.argv[1:] if not name.startswith("--")]
+    if "--after-the-interpreter" in sys.argv:
+        with interpreter():
+            for name in names:
+                next(LAUNCHES[name](torch.device("cpu")))()
+    faults: list[str] = []
+    with (
+        mock.patch.object(JITFunction, "run", compiling(faults)),
+        mock.patch.object(launch, "runs_kernel", lambda x: True),
+    ):
+        for name in names:
+            for call in LAUNCHES[name](torch.device("cpu")):
+                call()
+    print("\n".join(faults))
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()

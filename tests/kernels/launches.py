@@ -1,0 +1,25 @@
+"""One small call of every launcher, in each of the variants for which Triton compiles a kernel of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from fxzero.kernels import rms_norm
+
+Calls = Iterator[Callable[[], object]]
+
+
+def rms_norm_calls(device: torch.device) -> Calls:
+    """Forward and backward, with and without a weight, of one column and of several."""
+    for columns, dtype in ((96, torch.bfloat16), (1, torch.float32), (8192, torch.float16)):
+        x = torch.ones(5, columns, device=device, dtype=dtype)
+        rstd = torch.ones(5, device=device)
+        for weight in (None, torch.ones(columns, device=device)):
+            yield partial(rms_norm.rms_norm, x, weight, 1e-5)
+            yield partial(rms_norm.rms_norm_backward, x, x, weight, rstd)
+
+
+LAUNCHES: dict[str, Callable[[torch.device], Calls]] = {"rms_norm": rms_norm_calls}
