@@ -4,9 +4,9 @@
     python -m tests.kernels.compile_for_gpu rms_norm --after-the-interpreter
 
 The interpreter runs kernels as Python and forgives what Triton's compiler refuses, and no tensor of a test is so large
-that an offset of 32 bits would overflow. So each launcher is called on tensors of the CPU, and in place of the launch its kernel is compiled
-for compute capability 9.0, once with floats as launchers hand them over and once in fp64, as Inductor does. The exit
-code is 1 where a kernel does not compile, computes in fp64, or has an offset of 32 bits that is not one within a row.
+that an offset of 32 bits would overflow. So each launcher is called on tensors of the CPU, and in place of the launch
+its kernel is compiled for compute capability 9.0, with floats in fp64, as Inductor hands them over. The exit code is 1
+where a kernel does not compile, computes in fp64, or has an offset of 32 bits that is not one within a row.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def offset_faults(ttir: str) -> list[str]:
     return faults
 
 
-def signature_of(kernel, values: dict[str, object], *, floats: str) -> tuple[dict[str, str], dict[str, object]]:
-    """(argument -> type, argument -> constant value) as Triton's own launch has them."""
+def signature_of(kernel, values: dict[str, object]) -> tuple[dict[str, str], dict[str, object]]:
+    """(argument -> type, argument -> constant value) as Triton's own launch has them, but with floats in fp64."""
     from triton.runtime.jit import mangle_type
 
     types, constants = {}, {}
@@ -55,36 +55,28 @@ def signature_of(kernel, values: dict[str, object], *, floats: str) -> tuple[dic
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             types[parameter.name], constants[parameter.name] = "constexpr", value
         else:
-            types[parameter.name] = floats if isinstance(value, float) else mangle_type(value)
+            types[parameter.name] = "fp64" if isinstance(value, float) else mangle_type(value)
     return types, constants
-
-
-def compiled_text(kernel, values: dict[str, object], *, floats: str, warps: int) -> str:
-    """The kernel compiles for a GPU; returns its intermediate text."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    types, constants = signature_of(kernel, values, floats=floats)
-    source = ASTSource(kernel, types, constants)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ttir"]
 
 
 def compiling(faults: list[str]) -> Callable[..., None]:
     """What stands in for the launch of a kernel: it is compiled, and what is wrong with it is added to `faults`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     done: set[str] = set()
 
     def run(self, *args, grid, warmup, num_warps=4, **constants) -> None:
-        values = dict(zip(self.arg_names, args, strict=False)) | constants
-        has_floats = any(isinstance(value, float) for value in values.values())
-        for floats in ("fp32", "fp64") if has_floats else ("fp32",):
-            key = f"{self.__name__} {signature_of(self, values, floats=floats)}"
-            if key in done:
-                continue
-            done.add(key)
-            text = compiled_text(self, values, floats=floats, warps=num_warps)
-            faults.extend(f"{self.__name__}: {fault}" for fault in f64_faults(text) + offset_faults(text))
-            print(self.__name__, floats, flush=True)
+        source = ASTSource(self, *signature_of(self, dict(zip(self.arg_names, args, strict=False)) | constants))
+        key = f"{self.__name__} {source.signature} {source.constants}"
+        if key in done:
+            return
+        done.add(key)
+        target, options = GPUTarget("cuda", 90, 32), {"num_warps": num_warps}
+        text = triton.compile(source, target=target, options=options).asm["ttir"]
+        faults.extend(f"{self.__name__}: {fault}" for fault in f64_faults(text) + offset_faults(text))
+        print(self.__name__, flush=True)
 
     return run
 

@@ -7,14 +7,14 @@ from functools import partial
 
 import torch
 
-from fxzero.kernels import rms_norm
+from fxzero.kernels import layer_norm, rms_norm
 
 Calls = Iterator[Callable[[], object]]
 
 
 def rms_norm_calls(device: torch.device) -> Calls:
-    """Forward and backward, with and without a weight, of one column and of several."""
-    for columns, dtype in ((96, torch.bfloat16), (1, torch.float32), (8192, torch.float16)):
+    """Forward and backward, with and without a weight, of several columns and of one."""
+    for columns, dtype in ((96, torch.bfloat16), (1, torch.float32)):
         x = torch.ones(5, columns, device=device, dtype=dtype)
         rstd = torch.ones(5, device=device)
         for weight in (None, torch.ones(columns, device=device)):
@@ -22,4 +22,18 @@ def rms_norm_calls(device: torch.device) -> Calls:
             yield partial(rms_norm.rms_norm_backward, x, x, weight, rstd)
 
 
-LAUNCHES: dict[str, Callable[[torch.device], Calls]] = {"rms_norm": rms_norm_calls}
+def layer_norm_calls(device: torch.device) -> Calls:
+    """Forward and backward, with and without weight and bias, of several columns and of one."""
+    for columns, dtype in ((96, torch.bfloat16), (1, torch.float32)):
+        x = torch.ones(5, columns, device=device, dtype=dtype)
+        each = torch.ones(columns, device=device)
+        row = torch.ones(5, device=device)
+        for weight, bias in ((None, None), (each, None), (each, each)):
+            yield partial(layer_norm.layer_norm, x, weight, bias, 1e-5)
+            yield partial(layer_norm.layer_norm_backward, x, x, weight, row, row, bias is not None)
+
+
+LAUNCHES: dict[str, Callable[[torch.device], Calls]] = {
+    "rms_norm": rms_norm_calls,
+    "layer_norm": layer_norm_calls,
+}

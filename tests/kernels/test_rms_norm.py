@@ -4,21 +4,15 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxzero.kernels import rms_norm as module
 from tests.kernels.closeness import assert_close
+from tests.kernels.drawn import COLUMNS, DTYPES, FEW, drawn
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
-COLUMNS = st.sampled_from([1, 2, 3, 7, 31, 64, 127, 128, 257, 1000, 1021, 4093, 8191, 8192]) | st.integers(1, 300)
-FEW = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-def drawn(*shape, dtype=torch.float32, device="cpu", seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 def check(x, weight, dy, *, ops=module):
