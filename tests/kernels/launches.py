@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from fxzero.kernels import layer_norm, rms_norm
+from fxzero.kernels import gated_activation, layer_norm, rms_norm
 
 Calls = Iterator[Callable[[], object]]
 
@@ -33,7 +33,16 @@ def layer_norm_calls(device: torch.device) -> Calls:
             yield partial(layer_norm.layer_norm_backward, x, x, weight, row, row, bias is not None)
 
 
+def gated_activation_calls(device: torch.device) -> Calls:
+    """Forward and backward of each form."""
+    for form in gated_activation.FORMS:
+        a, b = torch.ones(5, 2 * 48, device=device, dtype=torch.bfloat16).chunk(2, dim=-1)
+        yield partial(gated_activation.gated_activation, a, b, form)
+        yield partial(gated_activation.gated_activation_backward, a, a, b, form)
+
+
 LAUNCHES: dict[str, Callable[[torch.device], Calls]] = {
     "rms_norm": rms_norm_calls,
     "layer_norm": layer_norm_calls,
+    "gated_activation": gated_activation_calls,
 }
