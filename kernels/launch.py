@@ -28,7 +28,7 @@ import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_COLUMNS = 2**16  # one program holds a row in registers
-_TILE = 2048  # elements that a program works on at a time, at least
+TILE = 2048  # elements that a program works on at a time, at least
 _PROGRAMS_PER_PROCESSOR = 2
 _PROGRAMS_INTERPRETED = 4  # more than one, so that partial sums are summed in the interpreter too
 
@@ -153,7 +153,7 @@ def tile_of(columns: int, *, most: int = MAX_COLUMNS) -> tuple[int, int, int]:
         most: columns of a tile at most; the kernel then goes over a row in several tiles.
     """
     width = min(power_of_2(columns), most)
-    height = max(1, _TILE // width)
+    height = max(1, TILE // width)
     elements = height * width
     return height, width, 4 if elements <= 2048 else 8 if elements <= 8192 else 16 if elements <= 16384 else 32
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from fxzero.kernels import gated_activation, layer_norm, rms_norm
+from fxzero.kernels import gated_activation, layer_norm, rms_norm, rotary
 
 Calls = Iterator[Callable[[], object]]
 
@@ -41,8 +41,18 @@ def gated_activation_calls(device: torch.device) -> Calls:
         yield partial(gated_activation.gated_activation_backward, a, a, b, form)
 
 
+def rotary_calls(device: torch.device) -> Calls:
+    """Forward and backward of both forms."""
+    x = torch.ones(2, 5, 3, 64, device=device, dtype=torch.bfloat16).transpose(1, 2)
+    cos = torch.ones(5, 64, device=device)
+    for interleaved in (False, True):
+        yield partial(rotary.rotary, x, cos, cos, interleaved)
+        yield partial(rotary.rotary_backward, x, cos, cos, interleaved)
+
+
 LAUNCHES: dict[str, Callable[[torch.device], Calls]] = {
     "rms_norm": rms_norm_calls,
     "layer_norm": layer_norm_calls,
     "gated_activation": gated_activation_calls,
+    "rotary": rotary_calls,
 }
