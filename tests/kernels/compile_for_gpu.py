@@ -6,7 +6,8 @@
 The interpreter runs kernels as Python and forgives what Triton's compiler refuses, and no tensor of a test is so large
 that an offset of 32 bits would overflow. So each launcher is called on tensors of the CPU, and in place of the launch
 its kernel is compiled for compute capability 9.0, with floats in fp64, as Inductor hands them over. The exit code is 1
-where a kernel does not compile, computes in fp64, or has an offset of 32 bits that is not one within a row.
+where a kernel does not compile, computes in fp64, has an offset of 32 bits that is not one within a row, or, of those
+that are told of aligned addresses, has no load of 16 bytes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fxzero.kernels import launch
 from tests.kernels.interpreter import interpreter
 from tests.kernels.launches import LAUNCHES
 
+WIDE_LOAD = re.compile(r"ld\.global\S*\.v4\.b32")
 F64_ALLOWED = ("arith.truncf", "tt.func", "tt.call", "tt.return")
 
 
@@ -74,8 +76,11 @@ def compiling(faults: list[str]) -> Callable[..., None]:
             return
         done.add(key)
         target, options = GPUTarget("cuda", 90, 32), {"num_warps": num_warps}
-        text = triton.compile(source, target=target, options=options).asm["ttir"]
-        faults.extend(f"{self.__name__}: {fault}" for fault in f64_faults(text) + offset_faults(text))
+        texts = triton.compile(source, target=target, options=options).asm
+        found = f64_faults(texts["ttir"]) + offset_faults(texts["ttir"])
+        if constants.get("ALIGNED") and not WIDE_LOAD.search(texts["ptx"]):
+            found.append("no load of 16 bytes, expected those of aligned tensors to be so wide")
+        faults.extend(f"{self.__name__}: {fault}" for fault in found)
         print(self.__name__, flush=True)
 
     return run

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from fxzero.kernels import gated_activation, layer_norm, rms_norm, rotary
+from fxzero.kernels import adamw, gated_activation, layer_norm, lion, rms_norm, rotary, sgd
 
 Calls = Iterator[Callable[[], object]]
 
@@ -50,9 +50,50 @@ def rotary_calls(device: torch.device) -> Calls:
         yield partial(rotary.rotary_backward, x, cos, cos, interleaved)
 
 
+def shards(device: torch.device, roles: int, *, last: torch.dtype = torch.float32) -> list[list[torch.Tensor]]:
+    """Lists of shards, those of the last role in another dtype."""
+    return [
+        [torch.ones(n, device=device, dtype=last if role == roles - 1 else torch.float32) for n in (100, 3000)]
+        for role in range(roles)
+    ]
+
+
+def adamw_calls(device: torch.device) -> Calls:
+    """With numbers and nothing else, and with tensors and everything."""
+    numbers = {"lr": 0.1, "correction1": 0.5, "correction2": 0.5}
+    hyper = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+    yield partial(adamw.adamw_, *shards(device, 4), **numbers, **hyper)
+    tensors = {name: torch.tensor(x, device=device) for name, x in numbers.items()}
+    tensors |= {name: torch.ones((), device=device) for name in ("inverse_scale", "clip", "overflow")}
+    *lists, greatest, copies = shards(device, 6, last=torch.bfloat16)
+    more = {"max_exp_avg_sqs": greatest, "copies": copies, "maximize": True}
+    yield partial(adamw.adamw_, *lists, **tensors, **hyper, **more)
+
+
+def lion_calls(device: torch.device) -> Calls:
+    """With a number and nothing else, and with tensors and copies."""
+    hyper = {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1}
+    yield partial(lion.lion_, *shards(device, 3), lr=0.1, **hyper)
+    *lists, copies = shards(device, 4, last=torch.bfloat16)
+    one = torch.ones((), device=device)
+    yield partial(lion.lion_, *lists, lr=one, copies=copies, overflow=one, clip=one, inverse_scale=one, **hyper)
+
+
+def sgd_calls(device: torch.device) -> Calls:
+    """Without momentum, the first step with it, and a later one with tensors and copies."""
+    yield partial(sgd.sgd_, *shards(device, 2), lr=0.1)
+    yield partial(sgd.sgd_, *shards(device, 3), lr=0.1, momentum=0.9, first=True)
+    *lists, copies = shards(device, 4, last=torch.bfloat16)
+    one = torch.ones((), device=device)
+    yield partial(sgd.sgd_, *lists, lr=one, momentum=0.9, nesterov=True, weight_decay=0.1, copies=copies, overflow=one)
+
+
 LAUNCHES: dict[str, Callable[[torch.device], Calls]] = {
     "rms_norm": rms_norm_calls,
     "layer_norm": layer_norm_calls,
     "gated_activation": gated_activation_calls,
     "rotary": rotary_calls,
+    "adamw": adamw_calls,
+    "lion": lion_calls,
+    "sgd": sgd_calls,
 }
