@@ -222,21 +222,11 @@ def _launch(
     derived = (1 - lr * weight_decay, lr / correction1, math.sqrt(correction2)) if on_host else (0.0, 0.0, 0.0)
     types = (params[0], grads[0], exp_avgs[0], copies[0] if copies else params[0])
     overflow = params[0] if arguments["overflow"] is None else arguments["overflow"]
-    figures: tuple[Any, ...] = (
-        lr,
-        correction1,
-        correction2,
-        *derived,
-        weight_decay,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        arguments["eps"],
-    )
+    figures: tuple[Any, ...] = (lr, correction1, correction2, *derived, weight_decay)
+    figures += (1 - beta1, beta2, 1 - beta2, arguments["eps"])
     figures += (multi_tensor.chosen(arguments, "inverse_scale"), multi_tensor.chosen(arguments, "clip"))
-    kernel = launch.jit(adamw_kernel, scalar, everywhere, place, address_of, unscaled, adamw_chunk)[
-        (len(table.chunks),)
-    ]
+    helpers = (scalar, everywhere, place, address_of, unscaled, adamw_chunk)
+    kernel = launch.jit(adamw_kernel, *helpers)[(len(table.chunks),)]
     with torch.cuda.device_of(params[0]):
         kernel(
             table.places, table.chunks, *types, overflow, len(params), *figures,

@@ -166,7 +166,8 @@ def _launch(params: Tensors, grads: Tensors, exp_avgs: Tensors, copies: Tensors,
     figures += (multi_tensor.chosen(arguments, "inverse_scale"), multi_tensor.chosen(arguments, "clip"))
     types = (params[0], grads[0], exp_avgs[0], copies[0] if copies else params[0])
     overflow = params[0] if arguments["overflow"] is None else arguments["overflow"]
-    kernel = launch.jit(lion_kernel, scalar, everywhere, place, address_of, unscaled, lion_chunk)[(len(table.chunks),)]
+    helpers = (scalar, everywhere, place, address_of, unscaled, lion_chunk)
+    kernel = launch.jit(lion_kernel, *helpers)[(len(table.chunks),)]
     with torch.cuda.device_of(params[0]):
         kernel(
             table.places, table.chunks, *types, overflow, len(params), *figures,

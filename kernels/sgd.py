@@ -184,7 +184,8 @@ def _launch(params: Tensors, grads: Tensors, momenta: Tensors, copies: Tensors, 
     figures += (multi_tensor.chosen(arguments, "inverse_scale"), multi_tensor.chosen(arguments, "clip"))
     types = (params[0], grads[0], momenta[0] if momenta else params[0], copies[0] if copies else params[0])
     overflow = params[0] if arguments["overflow"] is None else arguments["overflow"]
-    kernel = launch.jit(sgd_kernel, scalar, everywhere, place, address_of, unscaled, sgd_chunk)[(len(table.chunks),)]
+    helpers = (scalar, everywhere, place, address_of, unscaled, sgd_chunk)
+    kernel = launch.jit(sgd_kernel, *helpers)[(len(table.chunks),)]
     with torch.cuda.device_of(params[0]):
         kernel(
             table.places, table.chunks, *types, overflow, len(params), *figures,

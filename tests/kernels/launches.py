@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from fxzero.kernels import adamw, gated_activation, layer_norm, lion, rms_norm, rotary, sgd
+from fxzero.kernels import adamw, gated_activation, layer_norm, lion, quantize_blocks, rms_norm, rotary, sgd
 
 Calls = Iterator[Callable[[], object]]
 
@@ -17,7 +17,7 @@ def rms_norm_calls(device: torch.device) -> Calls:
     for columns, dtype in ((96, torch.bfloat16), (1, torch.float32)):
         x = torch.ones(5, columns, device=device, dtype=dtype)
         rstd = torch.ones(5, device=device)
-        for weight in (None, torch.ones(columns, device=device)):
+        for weight in (None, torch.ones(columns, device=device))[columns == 1 :]:
             yield partial(rms_norm.rms_norm, x, weight, 1e-5)
             yield partial(rms_norm.rms_norm_backward, x, x, weight, rstd)
 
@@ -28,7 +28,7 @@ def layer_norm_calls(device: torch.device) -> Calls:
         x = torch.ones(5, columns, device=device, dtype=dtype)
         each = torch.ones(columns, device=device)
         row = torch.ones(5, device=device)
-        for weight, bias in ((None, None), (each, None), (each, each)):
+        for weight, bias in ((None, None), (each, None), (each, each))[2 * (columns == 1) :]:
             yield partial(layer_norm.layer_norm, x, weight, bias, 1e-5)
             yield partial(layer_norm.layer_norm_backward, x, x, weight, row, row, bias is not None)
 
@@ -88,6 +88,16 @@ def sgd_calls(device: torch.device) -> Calls:
     yield partial(sgd.sgd_, *lists, lr=one, momentum=0.9, nesterov=True, weight_decay=0.1, copies=copies, overflow=one)
 
 
+def quantize_blocks_calls(device: torch.device) -> Calls:
+    """Packed, read, and summed, in both forms."""
+    x = torch.ones(6, 100, device=device, dtype=torch.bfloat16)
+    for form in quantize_blocks.FORMS:
+        message = torch.zeros(2 * (300 + 4 * 5), dtype=torch.uint8, device=device)
+        yield partial(quantize_blocks.quantize_blockwise, x, form, 64, 2)
+        yield partial(quantize_blocks.dequantize_blockwise, message, [6, 100], form, 64, 2, x.dtype)
+        yield partial(quantize_blocks.dequantize_reduce, message, [3, 100], form, 64, 2, "avg", torch.float32)
+
+
 LAUNCHES: dict[str, Callable[[torch.device], Calls]] = {
     "rms_norm": rms_norm_calls,
     "layer_norm": layer_norm_calls,
@@ -96,4 +106,5 @@ LAUNCHES: dict[str, Callable[[torch.device], Calls]] = {
     "adamw": adamw_calls,
     "lion": lion_calls,
     "sgd": sgd_calls,
+    "quantize_blocks": quantize_blocks_calls,
 }
