@@ -11,4 +11,4 @@ FEW = settings(max_examples=25, deadline=None, suppress_health_check=list(Health
 
 def drawn(*shape, dtype=torch.float32, device="cpu", seed=0):
     """Normal numbers, the same on every device."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)

@@ -7,7 +7,17 @@ from functools import partial
 
 import torch
 
-from fxzero.kernels import adamw, gated_activation, layer_norm, lion, quantize_blocks, rms_norm, rotary, sgd
+from fxzero.kernels import (
+    adamw,
+    bucket_copy,
+    gated_activation,
+    layer_norm,
+    lion,
+    quantize_blocks,
+    rms_norm,
+    rotary,
+    sgd,
+)
 
 Calls = Iterator[Callable[[], object]]
 
@@ -98,6 +108,14 @@ def quantize_blocks_calls(device: torch.device) -> Calls:
         yield partial(quantize_blocks.dequantize_reduce, message, [3, 100], form, 64, 2, "avg", torch.float32)
 
 
+def bucket_copy_calls(device: torch.device) -> Calls:
+    """Into a buffer in bf16 and out of it, and to a place that is not aligned."""
+    tensors = [torch.ones(n, device=device) for n in (4096, 3000)]
+    yield partial(bucket_copy.bucket_pack, tensors, torch.bfloat16)
+    yield partial(bucket_copy.bucket_pack, [tensors[0][:5], tensors[1]], torch.bfloat16)
+    yield partial(bucket_copy.bucket_unpack_, torch.ones(7096, device=device, dtype=torch.bfloat16), tensors)
+
+
 LAUNCHES: dict[str, Callable[[torch.device], Calls]] = {
     "rms_norm": rms_norm_calls,
     "layer_norm": layer_norm_calls,
@@ -107,4 +125,5 @@ LAUNCHES: dict[str, Callable[[torch.device], Calls]] = {
     "lion": lion_calls,
     "sgd": sgd_calls,
     "quantize_blocks": quantize_blocks_calls,
+    "bucket_copy": bucket_copy_calls,
 }
