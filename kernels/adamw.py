@@ -250,6 +250,7 @@ def _fake(
     roles = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     optional = {"max_exp_avg_sqs": max_exp_avg_sqs, "copies": copies}
     roles |= {name: tensors for name, tensors in optional.items() if tensors}
+    multi_tensor.check_numbers("adamw_", params, arguments)
     multi_tensor.check("adamw_", params, fp32=("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"), **roles)
 
 

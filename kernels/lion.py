@@ -179,6 +179,7 @@ def _launch(params: Tensors, grads: Tensors, exp_avgs: Tensors, copies: Tensors,
 @torch.library.register_fake("fxzero_kernels::lion_", lib=_LIBRARY)
 def _fake(params: Tensors, grads: Tensors, exp_avgs: Tensors, copies: Tensors, **arguments: Any) -> None:
     optional = {"copies": copies} if copies else {}
+    multi_tensor.check_numbers("lion_", params, arguments)
     multi_tensor.check("lion_", params, fp32=("exp_avgs",), grads=grads, exp_avgs=exp_avgs, **optional)
 
 

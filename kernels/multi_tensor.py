@@ -3,10 +3,11 @@
 [Note: tables]
 A launch gets the addresses and sizes of all tensors in one int64 tensor [1 + roles, n]: the sizes, then for each role
 (parameters, gradients, ...) the addresses. A second one, int32 [programs, 2], says for each program which tensor it has
-and which chunk of BLOCK elements. Both are built on the host, copied to the device once, and used again while addresses
-and sizes stay the same: what a table says depends on these numbers alone, so a tensor that was freed and another one in
-its place do no harm. Shards of a step rest where they are; gradients do where the step's memory is planned or recorded
-in a CUDA graph, and else cost one small copy a step.
+and which chunk of BLOCK elements. Both are built on the host, copied to the device once, and used again by launches of
+the same stream: the second while sizes stay the same, the first, which is small, while addresses do too. What they say
+depends on these numbers alone, so a tensor that was freed and another one in its place do no harm. Shards of a step
+rest where they are; gradients do where the step's memory is planned or recorded in a CUDA graph, and else cost one
+copy of a few KiB a step, which the host does not wait for.
 
 [Note: 64-bit offsets]
 An element's offset is chunk * BLOCK + i. The chunk number fits into 32 bits up to 2^42 elements, the product does not:
@@ -65,19 +66,32 @@ class Table:
 
 
 def table_of(lists: Sequence[Sequence[torch.Tensor]]) -> Table:
-    """The table of these lists, one list for each role; the last one built for the same places, if there was one."""
+    """The table of these lists, one list for each role, of which nothing is built that was there before."""
     addresses = tuple(tuple(x.data_ptr() for x in tensors) for tensors in lists)
-    return _table(addresses, tuple(x.numel() for x in lists[0]), lists[0][0].device)
+    sizes, device = tuple(x.numel() for x in lists[0]), lists[0][0].device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    aligned = all(address % _ALIGNMENT_BYTES == 0 for role in addresses for address in role)
+    return Table(_places(addresses, sizes, device, stream), _chunks(sizes, device, stream), aligned)
 
 
 @functools.lru_cache(maxsize=_TABLES)
-def _table(addresses: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], device: torch.device) -> Table:
+def _places(
+    addresses: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], device: torch.device, _stream: int
+) -> torch.Tensor:
+    return _on_device(torch.tensor([sizes, *addresses]), device)
+
+
+@functools.lru_cache(maxsize=_TABLES)
+def _chunks(sizes: tuple[int, ...], device: torch.device, _stream: int) -> torch.Tensor:
     counts = torch.tensor([launch.ceil_div(size, BLOCK) for size in sizes])
     tensors = torch.repeat_interleave(counts)
     firsts = (counts.cumsum(0) - counts)[tensors]
-    chunks = torch.stack((tensors, torch.arange(len(tensors)) - firsts), dim=1).to(torch.int32)
-    aligned = all(address % _ALIGNMENT_BYTES == 0 for role in addresses for address in role)
-    return Table(torch.tensor([sizes, *addresses]).to(device), chunks.to(device), aligned)
+    return _on_device(torch.stack((tensors, torch.arange(len(tensors)) - firsts), dim=1).to(torch.int32), device)
+
+
+def _on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy that the host does not wait for: later launches of the same stream do."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def check(
@@ -116,6 +130,18 @@ def _fault(x: torch.Tensor, param: torch.Tensor, first: torch.Tensor, dtypes: tu
     if x.numel() != param.numel():
         return f"{param.numel()} elements, as its parameter"
     return None if x.is_contiguous() else "a contiguous tensor"
+
+
+def check_numbers(op: str, params: Sequence[torch.Tensor], arguments: dict[str, Any]) -> None:
+    """What stands for a number is a tensor of one element, on the device of the parameters.
+
+    Raises:
+        ValueError: with its name and shape.
+    """
+    for name, x in arguments.items():
+        if params and isinstance(x, torch.Tensor) and (x.numel() != 1 or x.device != params[0].device):
+            expected, got = f"one element on {params[0].device}", f"{name} = {launch.described(x)}"
+            raise launch.refused(op, expected=expected, got=got, fix="pass a number or such a tensor")
 
 
 def split(name: str, value: Number, device: torch.device) -> dict[str, Any]:

@@ -199,6 +199,7 @@ def _launch(params: Tensors, grads: Tensors, momenta: Tensors, copies: Tensors, 
 @torch.library.register_fake("fxzero_kernels::sgd_", lib=_LIBRARY)
 def _fake(params: Tensors, grads: Tensors, momenta: Tensors, copies: Tensors, **arguments: Any) -> None:
     optional = {name: x for name, x in (("momenta", momenta), ("copies", copies)) if x}
+    multi_tensor.check_numbers("sgd_", params, arguments)
     multi_tensor.check("sgd_", params, fp32=("momenta",), grads=grads, **optional)
 
 

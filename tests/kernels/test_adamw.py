@@ -101,13 +101,23 @@ def test_five_steps_are_those_of_torch(device, options):
 def test_a_table_is_built_once_for_the_same_places(device):
     made = lists(ROLES, device=device)
     first = multi_tensor.table_of(list(made.values()))
-    assert multi_tensor.table_of(list(made.values())) is first
+    again = multi_tensor.table_of(list(made.values()))
+    assert again.places is first.places
+    assert again.chunks is first.chunks
     other = clones(made)
-    assert multi_tensor.table_of(list(other.values())) is not first
+    moved = multi_tensor.table_of(list(other.values()))
+    assert moved.places is not first.places
+    assert moved.chunks is first.chunks
     assert first.aligned
     assert not multi_tensor.table_of([[made["params"][4][1:]]]).aligned
     assert first.places[1].tolist() == [x.data_ptr() for x in made["params"]]
     assert first.chunks.tolist() == [[0, 0], [2, 0], [3, 0], [3, 1], [4, 0], [4, 1], [4, 2]]
+
+
+@pytest.mark.parametrize("name", ["lr", "clip", "overflow"])
+def test_a_number_of_several_elements_is_refused(device, name):
+    with pytest.raises(ValueError, match=rf"adamw_: expected one element on {device}.*, got {name}\w* = float32 \[2\]"):
+        update(module, lists(ROLES, device=device), STEP3 | {name: torch.ones(2, device=device)})
 
 
 def test_addresses_that_are_not_aligned(device):
