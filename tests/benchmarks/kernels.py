@@ -14,7 +14,9 @@ device. Sizes are far beyond a GPU's last-level cache. Columns:
 
 "eager" is the kernel's plain-torch reference, for AdamW torch's foreach form, "fused" torch's fused one; "compiled" is
 the reference under torch.compile. What fails has its error in place of figures, and the exit code is 1. With --check
-each variant is called once on small tensors and compared with the reference in fp64; there is no timing without a GPU.
+each variant is called once on small tensors and compared with the reference in fp64, messages byte by byte with those
+that the compression ops pack on the CPU (on a GPU their own may differ in the last bit of a scale, and then fail here).
+There is no timing without a GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +35,19 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from fxzero.kernels import adamw, gated_activation, launch, layer_norm, lion, rms_norm, rotary, sgd
+from fxzero.graph import compression_ops
+from fxzero.kernels import (
+    adamw,
+    bucket_copy,
+    gated_activation,
+    launch,
+    layer_norm,
+    lion,
+    quantize_blocks,
+    rms_norm,
+    rotary,
+    sgd,
+)
 
 WARM_UP = 3
 EPS = 1e-5
@@ -47,7 +61,7 @@ class Case:
         name: of the kernel.
         moved_bytes: what the formula needs to read and to write, each once.
         variants: name -> call; what it returns, or the tensors that it updates, are compared.
-        exact: call of the reference in fp64, from the same tensors each time.
+        exact: call of the reference in fp64, or of one that is met bit by bit, from the same tensors each time.
     """
 
     name: str
@@ -76,7 +90,12 @@ def wide(value: Any) -> Any:
 
 
 def function_case(
-    name: str, op: Callable, reference: Callable, arguments: tuple, liger: Callable | None = None
+    name: str,
+    op: Callable,
+    reference: Callable,
+    arguments: tuple,
+    liger: Callable | None = None,
+    exact: Callable[[], Any] | None = None,
 ) -> Case:
     """A kernel that returns its results."""
     moved = num_bytes(arguments, op(*arguments))
@@ -84,7 +103,7 @@ def function_case(
     variants["compiled"] = partial(torch.compile(reference, dynamic=False), *arguments)
     if liger is not None:
         variants["liger"] = liger
-    return Case(name, moved, variants, lambda: reference(*map(wide, arguments)))
+    return Case(name, moved, variants, exact or (lambda: reference(*map(wide, arguments))))
 
 
 def liger_function(module: str, name: str) -> Callable | None:
@@ -144,6 +163,25 @@ def rotary_cases(positions: int, heads: int, device: torch.device) -> list[Case]
         for name, op, reference in pairs
         for interleaved in (False, True)
     ]
+
+
+def message_cases(rows: int, columns: int, device: torch.device) -> list[Case]:
+    """Buckets of matrices, and messages of eight ranks in blocks of 256, beside the ops that fxzero has today."""
+    tensors = list(torch.randn(8, rows, columns, device=device))
+    pair = bucket_copy.bucket_pack, bucket_copy.pack_reference
+    cases = [function_case("bucket_pack", *pair, (tensors, torch.bfloat16))]
+    x = torch.randn(8 * rows, columns, device=device, dtype=torch.bfloat16)
+    for form in quantize_blocks.FORMS:
+        given = (x, form, 256, 8)
+        packed = quantize_blocks.quantize_blockwise(*given)
+        rest = ([rows, columns], form, 256, 8, "avg", torch.float32)
+        pair = quantize_blocks.quantize_blockwise, compression_ops.quantize_blockwise
+        exact = partial(compression_ops.quantize_blockwise, x.cpu(), *given[1:])
+        cases.append(function_case(f"quantize_blockwise {form}", *pair, given, exact=exact))
+        pair = quantize_blocks.dequantize_reduce, compression_ops.dequantize_reduce
+        exact = partial(compression_ops.dequantize_reduce, packed.cpu(), *rest)
+        cases.append(function_case(f"dequantize_reduce {form}", *pair, (packed, *rest), exact=exact))
+    return cases
 
 
 def shard_lists(sizes: Sequence[int], roles: int, device: torch.device) -> list[list[torch.Tensor]]:
@@ -210,10 +248,10 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     torch.manual_seed(0)
     if args.check:
         parts = (norm_cases(6, 96, device), gated_cases(6, 96, device), rotary_cases(5, 2, device))
-        parts += (update_cases((5, 3000, 70), device),)
+        parts += (message_cases(6, 96, device), update_cases((5, 3000, 70), device))
     else:
         parts = (norm_cases(16384, 8192, device), gated_cases(16384, 14336, device), rotary_cases(8192, 32, device))
-        parts += (update_cases([4096 * 4096] * 12 + [4096] * 24, device),)
+        parts += (message_cases(4096, 4096, device), update_cases([4096 * 4096] * 12 + [4096] * 24, device))
     cases = [case for part in parts for case in part]
     return [case for case in cases if case.name.startswith(tuple(args.only))]
 
@@ -224,8 +262,10 @@ def check(case: Case, names: Sequence[str]) -> list[list[str]]:
     for name in [name for name in case.variants if name in names]:
         results, exact = tensors_in(case.variants[name]()), tensors_in(case.exact())
         pairs = list(zip(results, exact, strict=False))  # Liger and torch's optimizers return fewer
-        off = max(((x.double() - y).abs().max() / y.abs().max().clamp(min=1)).item() for x, y in pairs)
-        eps = max(torch.finfo(x.dtype).eps for x in results)
+        off = max(
+            ((x.cpu().double() - y.cpu()).abs().max() / y.abs().max().clamp(min=1).cpu()).item() for x, y in pairs
+        )
+        eps = max(torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0 for x in results)
         rows.append([case.name, name, f"{off:.2e}", "ok" if off <= 4 * eps else f"FAILED: more than {4 * eps:.1e}"])
     return rows
 
