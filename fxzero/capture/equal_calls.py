@@ -11,6 +11,10 @@ A kind holds all that a trace can depend on: dtype, shape, strides and device of
 0-dim host tensors (branches depend on them), and what the caller adds. Not copied is what has complex arguments (their
 views are written back only at the end of the trace), symbols in its shapes, arguments that share memory, or what
 reads anything but its arguments and what the caller names as common to all calls.
+
+What a trace asks about common numbers ("is there weight decay?") it asks once: the answer is a guard, and torch may put
+a number for the symbol from then on. So a recording serves only while no such question has come up since it was begun;
+else the next call is traced and recorded anew. Guards of a copy's own numbers then are those of the recording, renamed.
 """
 
 from __future__ import annotations
@@ -19,8 +23,10 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import ShapeGuard
 
 from fxzero import compat
 from fxzero.capture.scalars import Read, ScalarReader, is_literal
@@ -39,7 +45,8 @@ class _Recording:
         nodes: that it made, in order.
         outputs: name -> (node, the tensor that it is).
         reads: numbers read from tensors.
-        conditions: what was asked of these.
+        guards: what was asked of these.
+        num_common: how many guards there were then of other numbers, its own among them.
         writes_more: it has written to arguments that it does not return.
     """
 
@@ -47,7 +54,8 @@ class _Recording:
     nodes: tuple[fx.Node, ...]
     outputs: dict[Any, tuple[fx.Node | None, torch.Tensor]]
     reads: tuple[Read, ...]
-    conditions: tuple[Any, ...]
+    guards: tuple[ShapeGuard, ...]
+    num_common: int
     writes_more: bool
 
     def can_be_copied(self, common: Iterable[fx.Node | None]) -> bool:
@@ -74,6 +82,7 @@ class EqualCalls:
         self.reader = reader
         self.copies = copies
         self._recorded: dict[Hashable, _Recording | None] = {}
+        self._num_own = 0  # guards of numbers that one call has read for itself
 
     def each(
         self,
@@ -119,13 +128,11 @@ class EqualCalls:
             return function()
         shared = tuple(map(node_of, common))
         whole = (kind, shared, own)
-        if whole not in self._recorded:
+        known = self._recorded.get(whole)
+        if known is None or known.num_common < self._num_common():
             outputs, recording = self._record(function, arguments)
             self._recorded[whole] = recording if recording.can_be_copied(shared) else None
             return outputs
-        known = self._recorded[whole]
-        if known is None:
-            return function()
         with compat.no_function_modes():
             return self._copy(known, arguments)
 
@@ -141,24 +148,29 @@ class EqualCalls:
             for tensor in arguments
         )
 
+    def _num_common(self) -> int:
+        return len(self.reader.env.guards) - self._num_own
+
     def _record(
         self, function: Callable[[], dict[Any, torch.Tensor]], arguments: Sequence[torch.Tensor]
     ) -> tuple[dict[Any, torch.Tensor], _Recording]:
         inputs = tuple(map(node_of, arguments))
         last = next(iter(reversed(compat.tracer().graph.nodes)))
-        num_reads, num_guards = len(self.reader.reads), len(self.reader.env.guards)
+        num_reads, num_guards, num_common = len(self.reader.reads), len(self.reader.env.guards), self._num_common()
         outputs = function()
         reads = tuple(self.reader.reads[num_reads:])
         symbols = {read.symbol for read in reads}
+        guards = tuple(guard for guard in self.reader.env.guards[num_guards:] if guard.expr.free_symbols & symbols)
+        self._num_own += len(guards)
         returned = {id(tensor) for tensor in outputs.values()}
         kept = [(n, t) for n, t in zip(inputs, arguments, strict=True) if id(t) not in returned]
-        asked = (guard.expr for guard in self.reader.env.guards[num_guards:])
         return outputs, _Recording(
             inputs,
             nodes=_nodes_after(last),
             outputs={name: (node_of(tensor), tensor) for name, tensor in outputs.items()},
             reads=reads,
-            conditions=tuple(expr for expr in asked if expr.free_symbols & symbols),
+            guards=guards,
+            num_common=num_common,
             writes_more=any(node_of(tensor) is not node for node, tensor in kept),
         )
 
@@ -168,12 +180,22 @@ class EqualCalls:
         for node in known.nodes:
             nodes[node] = _copy_of(node, nodes)
         symbols = {read.symbol: self.reader.read_again(read, nodes[read.node]) for read in known.reads}
-        for condition in known.conditions:
-            self.reader.env.evaluate_expr(condition.xreplace(symbols), hint=True)  # asks, and so records it
+        self.reader.env.guards.extend(_guard_of(guard, symbols) for guard in known.guards)
+        self._num_own += len(known.guards)
         return {
             name: own[node] if node in own else value_like(tensor, nodes[node])
             for name, (node, tensor) in known.outputs.items()
         }
+
+
+def _guard_of(guard: ShapeGuard, symbols: Mapping[Any, Any]) -> ShapeGuard:
+    """A guard as it would have been recorded of other symbols."""
+    expr = guard.expr
+    if isinstance(expr, sympy.core.relational.Relational):
+        # sympy would look for its truth, which takes several times as long as all else that a copy takes
+        sides = (side.xreplace(symbols) for side in expr.args)
+        return ShapeGuard(expr.func(*sides, evaluate=False), guard.sloc, guard.size_oblivious)
+    return ShapeGuard(expr.xreplace(symbols), guard.sloc, guard.size_oblivious)
 
 
 def _nodes_after(last: fx.Node) -> tuple[fx.Node, ...]:

@@ -178,7 +178,9 @@ def test_the_capture_is_that_of_tracing_everything(name: str, stepped: bool, cou
     inventory, fresh = job(name, stepped=stepped)
     got, expected = both(inventory, fresh, CaptureOptions())
     assert difference(inventory, got, expected) is None
-    assert len(counted) == (2 if name == "muon" else 8)
+    assert len(counted) in (
+        (1,) if name == "muon" else (7, 8)
+    )  # where common numbers are asked for, one is traced twice
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -354,6 +356,15 @@ def test_only_calls_that_keep_to_their_arguments_are_copied(
     assert difference(inventory, got, expected) is None and not counted
 
 
+def test_what_asks_for_common_numbers_is_traced_again(counted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    inventory, fresh = job("adam")
+    capture_step(inventory, None, example(), {}, fresh=fresh)
+    num_copies = len(counted)
+    without_settling(monkeypatch)
+    capture_step(inventory, None, example(), {}, fresh=fresh)
+    assert len(counted) - num_copies == num_copies + 1
+
+
 class Itself(torch.autograd.Function):
     """A sum whose gradient is the tensor, in the same memory."""
 
@@ -405,9 +416,14 @@ def without_strides(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(EqualCalls, "_kind", lambda *args: (k := kind(*args)) and tuple((*a[:2], *a[3:]) for a in k))
 
 
+def without_settling(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(EqualCalls, "_num_common", lambda self: 0)
+
+
 def without_group(patch: pytest.MonkeyPatch) -> None:
     call = EqualCalls.call
     other = {"kind": 0, "common": ()}
+    without_settling(patch)
     patch.setattr(EqualCalls, "call", lambda self, *args, **how: call(self, *args, **(how | other)))
     patch.setattr(equal_calls._Recording, "can_be_copied", lambda *args: True)
 
