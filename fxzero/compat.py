@@ -98,18 +98,25 @@ def symbol_of(value: Any) -> Any:
     return value.node.expr
 
 
+def tracer() -> Any:
+    """What makes the trace in progress: its `graph`, with nodes that will be dropped, and its constants in `root`."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    assert mode is not None, "only while tracing"
+    return mode.tracer
+
+
 def rebind_scalar(recorded: Any, replacement: Any) -> torch.fx.Node:
     """`replacement` (symbolic, with a hint) stands for the same traced scalar as `recorded` (without one).
 
     Returns:
         The node that yields the scalar.
     """
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, set_proxy_slot
+    from torch.fx.experimental.proxy_tensor import get_proxy_slot, set_proxy_slot
 
-    mode = get_proxy_mode()
-    assert mode is not None, "only while tracing"
-    proxy = get_proxy_slot(recorded, mode.tracer)
-    set_proxy_slot(replacement, mode.tracer, proxy)
+    proxy = get_proxy_slot(recorded, tracer())
+    set_proxy_slot(replacement, tracer(), proxy)
     return proxy.force().node  # type: ignore[union-attr]
 
 
@@ -124,13 +131,16 @@ def node_of(recorded: Any) -> torch.fx.Node | None:
     return None if proxy is None else proxy.force().node
 
 
-def traced_root() -> nn.Module:
-    """The module that holds the constants of the trace in progress."""
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+def no_function_modes() -> Any:
+    """Run the block outside of all torch function modes: each costs some microseconds at each look at a tensor."""
+    return torch._C.DisableTorchFunction()
 
-    mode = get_proxy_mode()
-    assert mode is not None, "only while tracing"
-    return mode.tracer.root  # type: ignore[union-attr]
+
+def has_global_step_hooks() -> bool:
+    """Whether there are hooks around the step of every optimizer."""
+    from torch.optim import optimizer
+
+    return bool(optimizer._global_optimizer_pre_hooks or optimizer._global_optimizer_post_hooks)
 
 
 @contextlib.contextmanager
@@ -186,15 +196,6 @@ def traced_nodes() -> int:
     return 0 if mode is None else len(mode.tracer.graph.nodes)
 
 
-def traced_graph() -> torch.fx.Graph:
-    """The graph of the trace in progress, with the nodes that are dropped at its end because nothing reads them."""
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-    mode = get_proxy_mode()
-    assert mode is not None, "only while tracing"
-    return mode.tracer.graph
-
-
 def value_range(env: ShapeEnv, symbol: Any) -> tuple[Any, Any]:
     """The least and the greatest value that a symbol may have, as sympy numbers."""
     known = env.var_to_range[symbol]
@@ -221,9 +222,10 @@ def to_functional(tensor: torch.Tensor) -> torch.Tensor:
     return FunctionalTensor.to_functional(tensor)
 
 
-def from_functional(tensor: torch.Tensor) -> torch.Tensor:
-    """The current value of a tensor wrapped by `to_functional`."""
-    torch._sync(tensor)
+def from_functional(tensor: torch.Tensor, *, sync: bool = True) -> torch.Tensor:
+    """The current value of a tensor wrapped by `to_functional`; without `sync`, before writes to what it views."""
+    if sync:
+        torch._sync(tensor)
     return torch._from_functional_tensor(tensor.elem)  # type: ignore[attr-defined]
 
 

@@ -5,9 +5,12 @@ The arithmetic is that of `torch.nn.utils.clip_grad_norm_` and `clip_grad_value_
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
+
+from fxzero.capture.equal_calls import EqualCalls
 
 
 @dataclass(frozen=True)
@@ -24,13 +27,17 @@ class Clipping:
     p: float = 2.0
     value: float | None = None
 
-    def apply(self, gradients: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    def apply(
+        self, gradients: dict[str, torch.Tensor], calls: EqualCalls
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """New gradients, and their norm before they were scaled (a scalar; None where none is asked for)."""
         if self.value is not None:
-            gradients = {name: g.clamp(min=-self.value, max=self.value) for name, g in gradients.items()}
+            clamp = functools.partial(torch.clamp, min=-self.value, max=self.value)
+            gradients = calls.each(clamp, {name: (g,) for name, g in gradients.items()})
         if self.norm is None or not gradients:
             return gradients, None
-        norms = [torch.linalg.vector_norm(g, self.p) for g in gradients.values()]
-        total = torch.linalg.vector_norm(torch.stack(norms), self.p)
+        norm = functools.partial(torch.linalg.vector_norm, ord=self.p)
+        norms = calls.each(norm, {name: (g,) for name, g in gradients.items()})
+        total = norm(torch.stack(list(norms.values())))
         factor = torch.clamp(self.norm / (total + 1e-6), max=1.0)
-        return {name: g * factor for name, g in gradients.items()}, total
+        return calls.each(torch.mul, {name: (g,) for name, g in gradients.items()}, common=(factor,)), total

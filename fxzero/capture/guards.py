@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch import fx, nn
 
+from fxzero.capture.scalars import Read
 from fxzero.graph import StateEntry, StepGraph
 from fxzero.graph.step_graph import ancestors
 
@@ -113,7 +114,7 @@ def collect_guards(
     *,
     entries: list[StateEntry],
     symbols: dict[Any, tuple[str, str]],
-    reads: list[tuple[Any, fx.Node]],
+    reads: list[Read],
 ) -> Guards:
     """The conditions that a trace met.
 
@@ -122,7 +123,7 @@ def collect_guards(
         graph: the raw trace.
         entries: what its placeholders are.
         symbols: symbol -> key of the entry that it stands for.
-        reads: (symbol, node) of each number read from a tensor.
+        reads: the numbers read from tensors.
     """
     guards = Guards()
     conditions = [guard.expr for guard in env.guards]
@@ -135,10 +136,10 @@ def collect_guards(
             guards.readers[name] = functools.partial(_look_up, kind, name)
     placeholders = {n: e for n, e in zip(graph.find_nodes(op="placeholder"), entries, strict=True)}
     order = {node: index for index, node in enumerate(graph.nodes)}
-    for symbol, node in reads:
-        if symbol in used:
-            names[symbol] = node.name
-            guards.readers[node.name] = _reader_program(node, placeholders, order)
+    for read in reads:
+        if read.symbol in used:
+            names[read.symbol] = read.node.name
+            guards.readers[read.node.name] = _reader_program(read.node, placeholders, order)
     for expr in conditions:
         if expr.free_symbols <= set(names):
             guards.conditions.append(compile_condition(expr, names))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fxzero.capture.equal_calls import EqualCalls
 from fxzero.errors import CaptureError
 from fxzero.graph import AuxiliaryState, ops
 from fxzero.graph.step_graph import StateEntry
@@ -62,18 +63,19 @@ class LossScaling:
         """The loss to differentiate."""
         return loss * state[("auxiliary", SCALE)] if self.initial else loss
 
-    def overflow(self, gradients: Mapping[str, torch.Tensor]) -> Overflow | None:
+    def overflow(self, gradients: Mapping[str, torch.Tensor], calls: EqualCalls) -> Overflow | None:
         """Which scaled gradients are not finite; None where the loss is not scaled."""
         if not self.initial or not gradients:
             return None
-        return Overflow(torch.stack([ops.nonfinite(gradient) for gradient in gradients.values()]))
+        flags = calls.each(ops.nonfinite, {name: (gradient,) for name, gradient in gradients.items()})
+        return Overflow(torch.stack(list(flags.values())))
 
-    def unscaled(self, gradients: dict[str, torch.Tensor], state: State) -> dict[str, torch.Tensor]:
+    def unscaled(self, gradients: dict[str, torch.Tensor], state: State, calls: EqualCalls) -> dict[str, torch.Tensor]:
         """The gradients of the loss itself."""
         if not self.initial:
             return gradients
         inverse = state[("auxiliary", SCALE)].double().reciprocal().float()
-        return {name: gradient * inverse for name, gradient in gradients.items()}
+        return calls.each(torch.mul, {name: (gradient,) for name, gradient in gradients.items()}, common=(inverse,))
 
     def next(self, state: State, overflow: Overflow) -> dict[tuple[str, str], torch.Tensor]:
         """The scaler's state after the step; equal to `torch._amp_update_scale_`."""
@@ -103,10 +105,18 @@ class Overflow:
         self.first = (flags > 0).int().argmax().int()  # the first of several equal ones
 
     def select(
-        self, before: Mapping[tuple[str, str], torch.Tensor], after: Mapping[tuple[str, str], torch.Tensor]
+        self,
+        before: Mapping[tuple[str, str], torch.Tensor],
+        after: Mapping[tuple[str, str], torch.Tensor],
+        calls: EqualCalls,
     ) -> dict[tuple[str, str], torch.Tensor]:
         """The state after the step: as before it, where a gradient has overflowed."""
-        return {key: torch.where(self.found, before[key], value) for key, value in after.items()}
+        pairs = {key: (before[key], value) for key, value in after.items()}
+        return calls.each(_chosen, pairs, common=(self.found,))
+
+
+def _chosen(before: torch.Tensor, after: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:
+    return torch.where(skipped, before, after)
 
 
 def check_can_be_skipped(entry: StateEntry, value: object, device_type: str) -> None:

@@ -44,6 +44,21 @@ class DerivedNumber:
     value: Any
 
 
+@dataclass(frozen=True)
+class Read:
+    """A number that was read from a 0-dim host tensor.
+
+    Args:
+        symbol: that stands for it.
+        node: that yields it.
+        value: what it is at present.
+    """
+
+    symbol: Any
+    node: fx.Node
+    value: float
+
+
 class ScalarReader:
     """While tracing, gives every host scalar that is read by `.item()` its present value as a hint.
 
@@ -53,7 +68,7 @@ class ScalarReader:
         env: the symbol environment of the capture.
 
     Attributes:
-        reads: (symbol, node that yields it) of each number with a hint.
+        reads: each number with a hint.
         sizes: the symbols of sizes of the batch, where those are symbolic.
         derived: the numbers that follow from these.
     """
@@ -63,7 +78,7 @@ class ScalarReader:
         self.sizes: set[Any] = set()
         self.derived: list[DerivedNumber] = []
         self.twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.reads: list[tuple[Any, torch.fx.Node]] = []  # (symbol, node that yields the number)
+        self.reads: list[Read] = []
         self.last_op: Any = None
 
     def follow(self, traced: torch.Tensor, real: torch.Tensor) -> None:
@@ -108,11 +123,27 @@ class ScalarReader:
             return recorded
         with compat.no_modes():
             value = float(real)
-        hinted = compat.symbolic_float(self.env, value, name=f"read{len(self.reads)}")
+        hinted = self._symbolic(value)
         if not isinstance(hinted, torch.SymFloat):
             return recorded
-        self.reads.append((compat.symbol_of(hinted), compat.rebind_scalar(recorded, hinted)))
+        self.reads.append(Read(compat.symbol_of(hinted), compat.rebind_scalar(recorded, hinted), value))
         return hinted
+
+    def read_again(self, read: Read, node: fx.Node) -> Any:
+        """`node` yields a number too, which is at present the one of `read`; returns its symbol."""
+        symbol = compat.symbol_of(self._symbolic(read.value))
+        self.reads.append(Read(symbol, node, read.value))
+        return symbol
+
+    def present(self, traced: torch.Tensor) -> str | None:
+        """The present value of a tensor that is followed, to the last bit; None for others."""
+        if id(traced) not in self.twins:
+            return None
+        with compat.no_modes():
+            return repr(self.twins[id(traced)][1].item())
+
+    def _symbolic(self, value: float) -> Any:
+        return compat.symbolic_float(self.env, value, name=f"read{len(self.reads)}")
 
     def _constant(self, recorded: Any) -> Any:
         """The value of a number that was read from a tensor, where that follows from no input and no random draw."""
@@ -120,7 +151,7 @@ class ScalarReader:
         if node is None:
             return recorded
         needed, sizes = self._origins(node)
-        if any(n.op == "placeholder" or is_random(n) or (n.op == "get_attr" and not _is_literal(n)) for n in needed):
+        if any(n.op == "placeholder" or is_random(n) or (n.op == "get_attr" and not is_literal(n)) for n in needed):
             return recorded
         order = [n for n in node.graph.nodes if n in needed]
         program = _program(node, order, list(sizes))
@@ -153,12 +184,12 @@ def _program(node: fx.Node, order: list[fx.Node], sizes: list[fx.Node]) -> Calla
     for n in order:
         mapping[n] = graph.node_copy(n, lambda n: mapping[n])
     graph.output(mapping[node])
-    root = compat.traced_root()
+    root = compat.tracer().root
     constants = {str(n.target): getattr(root, str(n.target)) for n in order if n.op == "get_attr"}
     return fx.GraphModule(constants, graph).forward
 
 
-def _is_literal(constant: torch.fx.Node) -> bool:
+def is_literal(constant: torch.fx.Node) -> bool:
     """Whether a real tensor in a trace comes from `torch.tensor(...)`: other ones belong to somebody."""
     return all(user.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default) for user in constant.users)
 

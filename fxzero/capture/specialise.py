@@ -50,10 +50,10 @@ def traced_nodes(graph: fx.Graph) -> list[TracedNode]:
         from_sizes = node.target in _SIZE_OPS or (inputs and sizes.issuperset(inputs))
         if node.op == "call_function" and from_sizes and not yields_tensor(node):
             sizes.add(node)
-    return [TracedNode(node.name, _stem(node), node in sizes) for node in graph.nodes]
+    return [TracedNode(node.name, stem_of(node), node in sizes) for node in graph.nodes]
 
 
-def _stem(node: fx.Node) -> str:
+def stem_of(node: fx.Node) -> str:
     """What torch makes the name of a call from."""
     if node.op != "call_function":
         return node.name

@@ -33,6 +33,7 @@ from fxzero.capture.accumulation import in_layout_of
 from fxzero.capture.batch_dims import SymbolicSizes
 from fxzero.capture.checks import capture_error, check_loss
 from fxzero.capture.clean import clean
+from fxzero.capture.equal_calls import EqualCalls
 from fxzero.capture.guards import Guards, collect_guards, freeze_unused
 from fxzero.capture.inputs import TracedInputs
 from fxzero.capture.inventory import Inventory, hyperparameters, state_name
@@ -79,7 +80,14 @@ class Capture:
 
 
 class StepTracer:
-    """Traces one step; see [Note: one trace]."""
+    """Traces one step; see [Note: one trace].
+
+    Args:
+        inventory, loss, args, kwargs, options, fresh: see `capture_step`.
+        as_compiler: see [Note: as a compiler].
+        sizes: see `trace_step`.
+        copies: as for `EqualCalls`; the trace is the same.
+    """
 
     def __init__(
         self,
@@ -92,6 +100,7 @@ class StepTracer:
         fresh: bool,
         as_compiler: bool = False,
         sizes: Callable[[Any], SymbolicSizes] | None = None,
+        copies: bool = True,
     ) -> None:
         self.inventory = inventory
         self.options = options
@@ -101,6 +110,7 @@ class StepTracer:
         self.env = compat.new_shape_env()
         self.mode = compat.new_fake_mode(self.env)
         self.reader = ScalarReader(self.env)
+        self.calls = EqualCalls(self.reader, copies=copies)
         self.path: list[str] = []
         self.boundaries: dict[str, int] = {}
         self.results: list[tuple[str, str]] = []
@@ -143,7 +153,7 @@ class StepTracer:
             out.update({("buffer", name): value for name, value in buffers.items()})
             self.results = list(out)
             if self.sizes is not None:
-                self.traced = traced_nodes(compat.traced_graph())
+                self.traced = traced_nodes(compat.tracer().graph)
             return [_unwrap(value) for value in out.values()]
 
     def _follow_host_scalars(self, table: dict[tuple[str, str], Any]) -> None:
@@ -219,7 +229,8 @@ class StepTracer:
                 gradients = self._summed(table, gradients)
             self.gradients = list(gradients)
             if accumulation.updates:
-                return update(self.inventory, table, gradients, options=self.options, fresh=self.fresh)
+                how: dict[str, Any] = {"options": self.options, "fresh": self.fresh, "calls": self.calls}
+                return update(self.inventory, table, gradients, **how)
             return {
                 (accumulation.kind, name): in_layout_of(table[("parameter", name)], gradient)
                 for name, gradient in gradients.items()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from fxzero import compat
 from fxzero.capture.checks import check_hyperparameters_unchanged
+from fxzero.capture.equal_calls import EqualCalls
+from fxzero.capture.equal_updates import can_step_alone, step_alone
 from fxzero.capture.inputs import is_tensor_or_number
 from fxzero.capture.inventory import Inventory, hyperparameters, state_name, with_hyperparameters
 from fxzero.capture.loss_scaling import METRICS, SCALE, Overflow, check_can_be_skipped
@@ -29,6 +32,7 @@ def update(
     *,
     options: CaptureOptions,
     fresh: bool,
+    calls: EqualCalls,
 ) -> Table:
     """Clip and unscale gradients and step the optimizer; returns what the step returns for it, by key.
 
@@ -38,29 +42,31 @@ def update(
         gradients: traced, by name.
         options: clipping and loss scaling.
         fresh: the optimizer's first step, with no state.
+        calls: of the trace.
     """
     parameters = {name: table[("parameter", name)] for name in inventory.parameters}
     optimizer = _traced_optimizer(inventory, table, parameters, fresh=fresh)
-    overflow = options.scaling.overflow(gradients)
+    overflow = options.scaling.overflow(gradients, calls)
     before: Table = {}
     if overflow is not None:
         _check_can_skip(inventory, parameters)
-        before = {key: v.clone() for key, v in _state_of(optimizer, parameters).items() if isinstance(v, torch.Tensor)}
-    gradients = options.scaling.unscaled(gradients, table)
-    gradients, norm = options.clipping.apply(gradients)
+        now = _state_of(optimizer, parameters)
+        before = calls.each(torch.clone, {key: (v,) for key, v in now.items() if isinstance(v, torch.Tensor)})
+    gradients = options.scaling.unscaled(gradients, table, calls)
+    gradients, norm = options.clipping.apply(gradients, calls)
     for name, gradient in gradients.items():
         parameters[name].grad = gradient
     unchanged = [dict(hyperparameters(group)) for group in optimizer.param_groups]
     with compat.compiling(any(map(is_capturable, optimizer.param_groups))):
-        type(optimizer).step(optimizer)  # type: ignore[call-arg]
+        stepped = _stepped(optimizer, inventory.optimizer, calls, last=overflow is None)
     check_hyperparameters_unchanged(optimizer, unchanged)
     for parameter in parameters.values():
         parameter.grad = None
-    out = _state_of(optimizer, parameters)
+    out = _state_of(optimizer, parameters, stepped)
     if norm is not None:
         out[("metric", GRADIENT_NORM)] = norm
     if overflow is not None:
-        out |= _skipping(overflow, before, out, set(gradients))
+        out |= _skipping(overflow, before, out, updated=set(gradients), calls=calls)
         out |= options.scaling.next(table, overflow)
         values = (table[("auxiliary", SCALE)].clone(), overflow.found.float())
         out |= {("metric", name): value for name, value in zip(METRICS, values, strict=True)}
@@ -91,9 +97,23 @@ def _traced_optimizer(
     return optimizer
 
 
-def _state_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> Table:
-    """Parameters and optimizer state as they are at this point of the trace."""
-    out: Table = {("parameter", name): value for name, value in parameters.items()}
+def _stepped(
+    optimizer: torch.optim.Optimizer, original: torch.optim.Optimizer, calls: EqualCalls, *, last: bool
+) -> dict[torch.Tensor, torch.Tensor]:
+    """Step; returns the next values of parameters that were not written in place."""
+    if calls.copies and can_step_alone(optimizer, original, last=last):
+        return step_alone(optimizer, calls)
+    type(optimizer).step(optimizer)  # type: ignore[call-arg]
+    return {}
+
+
+def _state_of(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, torch.Tensor],
+    stepped: Mapping[torch.Tensor, torch.Tensor] = MappingProxyType({}),
+) -> Table:
+    """Parameters (or their next values, where `stepped` has some) and optimizer state at this point of the trace."""
+    out: Table = {("parameter", name): stepped.get(value, value) for name, value in parameters.items()}
     for name, value in parameters.items():
         for key, item in optimizer.state.get(value, {}).items():
             if is_tensor_or_number(item):
@@ -101,7 +121,7 @@ def _state_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.T
     return out
 
 
-def _skipping(overflow: Overflow, before: Table, after: Table, updated: set[str]) -> Table:
+def _skipping(overflow: Overflow, before: Table, after: Table, *, updated: set[str], calls: EqualCalls) -> Table:
     """What an update has changed, or what was before it where a gradient has overflowed.
 
     State that a first step makes is kept as it comes: after a skipped one, the next is a first step again.
@@ -111,7 +131,7 @@ def _skipping(overflow: Overflow, before: Table, after: Table, updated: set[str]
         for (kind, name), value in after.items()
         if (kind == "parameter" and name in updated) or (kind == "optimizer" and name.rpartition(":")[0] in updated)
     }
-    return overflow.select(before, {key: value for key, value in changed.items() if key in before})
+    return overflow.select(before, {key: value for key, value in changed.items() if key in before}, calls)
 
 
 def _check_can_skip(inventory: Inventory, parameters: Mapping[str, torch.Tensor]) -> None:

@@ -132,7 +132,7 @@ def each_rank_alone() -> Any:
 
 def never_skips() -> Any:
     """A fault: the update of a step that overflowed is kept."""
-    return mock.patch.object(Overflow, "select", lambda self, before, after: after)
+    return mock.patch.object(Overflow, "select", lambda self, before, after, calls: after)
 
 
 def grows_wrong() -> Any:
