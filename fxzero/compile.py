@@ -194,7 +194,8 @@ class TrainStep(Profiled):
         """
         losses, metrics = [], []
         rows = self._rows(inventory)
-        carried: dict[str, Any] = self._ahead.take(programs[0].step, rows, anew=changed)
+        across = self.plan.cross_step
+        carried: dict[str, Any] = self._ahead.take(programs[0].step, rows, anew=changed) if across else {}
         for index, compiled in enumerate(programs):
             program = compiled.program
             try:
@@ -208,7 +209,8 @@ class TrainStep(Profiled):
             metrics.append({name: found.pop(("metric", name)) for kind, name in [*found] if kind == "metric"})
             carried = {name: found.pop((kind, name)) for kind, name in [*found] if kind in CARRIED_KINDS}
             launched = {name: found.pop((kind, name)) for kind, name in [*found] if kind == LAUNCHED}
-            self._ahead.keep(compiled.step, launched, rows)
+            if across:
+                self._ahead.keep(compiled.step, launched, rows)
             for (kind, name), value in found.items():
                 self._state.write_back(kind, name, value)
         self.metrics = joined_metrics(metrics)

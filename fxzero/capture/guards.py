@@ -134,12 +134,13 @@ def collect_guards(
             kind, name = symbols[symbol]
             names[symbol] = name
             guards.readers[name] = functools.partial(_look_up, kind, name)
+    programs: dict[str, Callable[..., Any]] = {}
     placeholders = {n: e for n, e in zip(graph.find_nodes(op="placeholder"), entries, strict=True)}
     order = {node: index for index, node in enumerate(graph.nodes)}
     for read in reads:
         if read.symbol in used:
             names[read.symbol] = read.node.name
-            guards.readers[read.node.name] = _reader_program(read.node, placeholders, order)
+            guards.readers[read.node.name] = _reader(read.node, placeholders, order, programs)
     for expr in conditions:
         if expr.free_symbols <= set(names):
             guards.conditions.append(compile_condition(expr, names))
@@ -158,18 +159,38 @@ def _look_up(kind: str, name: str, lookup: Callable[[str, str], Any]) -> Any:
     return lookup(kind, name)
 
 
-def _reader_program(
-    node: fx.Node, placeholders: dict[fx.Node, StateEntry], order: dict[fx.Node, int]
+def _reader(
+    node: fx.Node,
+    placeholders: dict[fx.Node, StateEntry],
+    order: dict[fx.Node, int],
+    programs: dict[str, Callable[..., Any]],
 ) -> Callable[..., Any]:
-    """The few ops that lead from state to one number, cut from the graph."""
+    """The few ops that lead from state to one number, cut from the graph.
+
+    Args:
+        node: that yields the number.
+        placeholders: what inputs are.
+        order: node -> position in the graph.
+        programs: those of before, by their text; equal ones are compiled once.
+    """
     needed = sorted(ancestors([node]), key=order.__getitem__)
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
-    entries = []
+    keys: list[tuple[str, str]] = []
     for old in needed:
-        mapping[old] = graph.node_copy(old, lambda n: mapping[n])
         if old.op == "placeholder":
-            entries.append(placeholders[old])
+            mapping[old] = graph.placeholder(f"x{len(keys)}")
+            keys.append(placeholders[old].key)
+        else:
+            mapping[old] = graph.create_node(
+                old.op, old.target, *fx.map_arg((old.args, old.kwargs), lambda n: mapping[n]), name=f"n{len(mapping)}"
+            )
     graph.output(mapping[node])
-    program = fx.GraphModule(nn.Module(), graph).forward  # not through __call__, which costs more than the ops
-    return lambda lookup: program(*(lookup(e.kind, e.name) for e in entries))
+    text = str(graph)
+    if text not in programs:
+        programs[text] = fx.GraphModule(nn.Module(), graph).forward  # not by __call__, which costs more than the ops
+    program = programs[text]
+    if len(keys) == 1:
+        ((kind, name),) = keys
+        return lambda lookup: program(lookup(kind, name))
+    return lambda lookup: program(*(lookup(*key) for key in keys))
