@@ -56,12 +56,39 @@ def compute_seconds(node: fx.Node, hardware: Hardware, *, in_place: bool = False
         part = rate.part(_smallest_dim(node, name)) if rate else 1.0
         seconds = max(flops / (peak * part), traffic / hardware.memory_bytes_s) + hardware.op_overhead_s
     else:
-        arithmetic_s = max(map(_num_elements, _tensors(node)), default=0) / hardware.vector_flops
-        memory = hardware.ops.get(name) or hardware.ops.get("pointwise")
-        overhead_s = memory.overhead_s if memory else hardware.op_overhead_s
-        each_s = memory.seconds(traffic / blocks) - overhead_s if memory else traffic / blocks / hardware.memory_bytes_s
-        seconds = max(arithmetic_s, blocks * each_s) + blocks * overhead_s
+        overhead_s = _memory_overhead(hardware, name)
+        each_s = memory_seconds(node, hardware, traffic / blocks, name=name, overhead=False)
+        seconds = max(arithmetic_seconds(node, hardware), blocks * each_s) + blocks * overhead_s
     return seconds if in_place or blocks > 1 else seconds + fresh_seconds(node, hardware)
+
+
+def arithmetic_seconds(node: fx.Node, hardware: Hardware) -> float:
+    """Seconds that the arithmetic of a call takes which is no product, where memory takes none."""
+    return max(map(_num_elements, _tensors(node)), default=0) / hardware.vector_flops
+
+
+def memory_seconds(
+    node: fx.Node, hardware: Hardware, traffic: float, *, name: str | None = None, overhead: bool
+) -> float:
+    """Seconds in which a call moves bytes through memory, at the rate of its class.
+
+    Args:
+        node: the call.
+        hardware: the machine.
+        traffic: bytes that it reads and writes.
+        name: of its class, where that is known.
+        overhead: with what a call costs beside.
+    """
+    name = name or op_class(node)
+    memory = hardware.ops.get(name) or hardware.ops.get("pointwise")
+    beside_s = _memory_overhead(hardware, name)
+    alone_s = memory.seconds(traffic) - beside_s if memory else traffic / hardware.memory_bytes_s
+    return alone_s + (beside_s if overhead else 0.0)
+
+
+def _memory_overhead(hardware: Hardware, name: str) -> float:
+    memory = hardware.ops.get(name) or hardware.ops.get("pointwise")
+    return memory.overhead_s if memory else hardware.op_overhead_s
 
 
 def host_seconds(node: fx.Node, hardware: Hardware) -> float:

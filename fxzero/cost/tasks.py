@@ -9,6 +9,7 @@ from torch import fx
 
 from fxzero.cost.communication import collective_seconds, launch_seconds, wait_seconds
 from fxzero.cost.compute import compute_seconds, computes, fresh_seconds, host_seconds
+from fxzero.cost.fused import fused_seconds
 from fxzero.cost.hardware import Hardware
 from fxzero.cost.signature import launch_key, signature
 from fxzero.graph import StepGraph, swap_ops
@@ -54,6 +55,7 @@ def step_tasks(
     runs = blocked_runs(step, in_place, device=hardware.device)
     blocks = {node: run.num_blocks for run in runs for node in run.calls}
     known: dict[tuple[str, str, int], Task] = {}
+    fused = fused_seconds(step, hardware)
     tasks = {}
     for node in step.graph.nodes:
         if node.op != "call_function" or is_getitem(node) or c10d.is_release(node):
@@ -61,6 +63,10 @@ def step_tasks(
             continue
         form = forms.get(node)
         text = signature(node, step.mesh, form=form)
+        if node in fused and (recorded is None or text not in recorded):
+            fused_s = fused[node] * hardware.among_ranks(step.mesh)
+            tasks[node] = Task(_lane(node, hardware), fused_s) if fused_s else FREE
+            continue
         key = (text, _lane(node, hardware), blocks.get(node, 1))
         if key not in known:
             seconds = None if recorded is None else recorded.get(text)
