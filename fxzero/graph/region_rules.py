@@ -21,7 +21,10 @@ def is_fence(node: fx.Node) -> bool:
 
 
 def check_regions(context: Context) -> Iterator[Violation]:
-    """The calls of a region stand together, in one phase, and are ops that launch, wait for and draw nothing."""
+    """The calls of a region stand together, in one phase, and are ops that launch, wait for and draw nothing.
+
+    What it hands out are tensors: the parts of several values are in the region too.
+    """
     ended: set[int] = set()
     before: fx.Node | None = None
     for node in context.calls:
@@ -35,6 +38,10 @@ def check_regions(context: Context) -> Iterator[Violation]:
             yield Violation(node, "one phase in a region", node.meta["phase"], "cut the region between the phases")
         if number is not None and (is_fence(node) or yields_scalar(node) or not _is_op(node)):
             yield Violation(node, "an op that a region may hold", f"{node.target}", "take the call out of its region")
+        if number is not None and isinstance(node.meta["val"], (list, tuple)):
+            parts = (user for user in node.users if region_of(user) != number)
+            for part in parts:
+                yield Violation(part, f"the parts of %{node} in its region", "one outside", "mark it, behind the call")
         before = node
 
 

@@ -980,6 +980,12 @@ def region_of_two_phases(step: StepGraph) -> None:
     kept.meta["phase"] = "backward"
 
 
+@fault("regions", "in its region, got one outside", graph="cut")
+def part_outside_of_its_region(step: StepGraph) -> None:
+    several = (node for node in step.calls() if isinstance(node.meta["val"], tuple) and "region" in node.meta)
+    list(next(several).users)[-1].meta.pop("region")
+
+
 # swaps
 
 
