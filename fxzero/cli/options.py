@@ -11,7 +11,7 @@ from fxzero.cost.allocator import CPU, CUDA, Allocator
 from fxzero.plan import Plan
 
 # option of the command line -> key of the plan
-_KEYS: tuple[str, ...] = ("zero", "mesh", "bucket_bytes", "persist_below", "prefetch", "bucket_form")
+_KEYS: tuple[str, ...] = ("zero", "mesh", "bucket_bytes", "persist_below", "prefetch", "bucket_form", "lowering")
 _KEYS += ("all_gather", "reduce_scatter")
 _KEYS += ("compress_gathers", "compress_reductions", "compress_block", "compress_below")
 _KEYS += ("powersgd_rank", "topk_fraction", "node_size")
@@ -36,6 +36,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--all-gather", metavar="NAME", help="native, send_recv or auto")
     group.add_argument("--reduce-scatter", metavar="NAME", help="native, send_recv, all_to_all or auto")
     group.add_argument("--bucket-form", metavar="NAME", help="coalesced, separate or auto")
+    group.add_argument("--lowering", metavar="NAME", help="eager or inductor: marks the regions that are compiled")
     group.add_argument("--precision", metavar="NAME", help="fp32, bf16, fp16, autocast:bf16 or autocast:fp16")
     group.add_argument("--reduce-dtype", metavar="NAME", help="of gradients under precision bf16 or fp16")
     group.add_argument("--keep-fp32", action="append", metavar="PATTERN,..", help="modules that stay fp32")

@@ -19,17 +19,15 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fxzero import compat_inductor
 from fxzero.errors import LoweringError
+from fxzero.lower.alignment import Function, taking_any_alignment
 from fxzero.lower.inductor import OPTIONS, Compiled
 
 VARIABLE = "FXZERO_CACHE_DIR"
-
-Function = Callable[[list[Any]], tuple[Any, ...]]
 
 
 def default_folder() -> Path:
@@ -87,7 +85,9 @@ class Store:
                 compiled = make()
                 self._write(path.with_suffix(".json"), json.dumps({"region": text, "aligned": compiled.aligned}))
                 self._write(path, compiled.source)
-            return _load(path), made
+            kept = json.loads(path.with_suffix(".json").read_text())
+            written = [int(name[1:]) for name in json.loads(text)["written"]]
+            return taking_any_alignment(_load(path), aligned=kept["aligned"], written=written), made
 
     def answers(self, name: str, questions: list[str], measure: Callable[[str], str]) -> dict[str, str]:
         """What was measured on this machine; what nobody has asked yet is measured now, by one process at a time.
@@ -112,7 +112,8 @@ class Store:
     @staticmethod
     def _machine() -> str:
         """What compiled code and measured answers hold for."""
-        return f"{torch.__version__} {compat_inductor.vector_instructions()} {torch.get_num_threads()} threads"
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+        return f"{torch.__version__} {compat_inductor.vector_instructions()} {torch.get_num_threads()} threads, {gpu}"
 
     def holds(self, text: str) -> bool:
         """Whether the region of a text is there, whole."""

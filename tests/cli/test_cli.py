@@ -177,6 +177,13 @@ def test_dump_in_low_precision_with_clipping(printed, golden, tiny) -> None:
     assert "bf16[16/dp, 16]" in out and "%grad_norm_local max dp, 4 B" in out
 
 
+def test_dump_says_which_calls_are_compiled_together(printed, tiny) -> None:
+    text = printed("dump", tiny, "--world", "2", "--lowering", "inductor")
+    numbers = [int(number) for number in re.findall(r"; region (\d+)$", text, flags=re.MULTILINE)]
+    assert numbers == sorted(numbers) and set(numbers) == set(range(max(numbers) + 1))
+    assert "region" not in printed("dump", tiny, "--world", "2")
+
+
 def test_dump_with_a_loss_scale(printed, golden, tiny) -> None:
     keys = ("--precision", "fp16", "--loss-scale", "dynamic", "--accumulate", "2")
     out = printed("dump", f"{tiny}:step", "--world", "4", *keys, "--quiet")
