@@ -178,10 +178,10 @@ def test_dump_in_low_precision_with_clipping(printed, golden, tiny) -> None:
 
 
 def test_dump_says_which_calls_are_compiled_together(printed, tiny) -> None:
-    text = printed("dump", tiny, "--world", "2", "--lowering", "inductor")
+    text = printed("dump", f"{tiny}:step", "--world", "2", "--lowering", "inductor", "--quiet")
     numbers = [int(number) for number in re.findall(r"; region (\d+)$", text, flags=re.MULTILINE)]
     assert numbers == sorted(numbers) and set(numbers) == set(range(max(numbers) + 1))
-    assert "region" not in printed("dump", tiny, "--world", "2")
+    assert "region" not in printed("dump", f"{tiny}:step", "--world", "2", "--quiet")
 
 
 def test_dump_with_a_loss_scale(printed, golden, tiny) -> None:
