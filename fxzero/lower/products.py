@@ -75,7 +75,8 @@ def _signature(node: fx.Node) -> str:
 
 def _measure(signature: str) -> str:
     """The library that is faster for a product: "onednn" or "blas"."""
-    a, b = (_random(factor) for factor in signature.split(" * "))
+    generator = torch.Generator().manual_seed(0)  # a model's random numbers must not depend on what was measured before
+    a, b = (_random(factor, generator) for factor in signature.split(" * "))
     seconds: dict[str, list[float]] = {"blas": [], "onednn": []}
     ops: dict[str, Callable[..., Any]] = {"blas": aten.mm.default, "onednn": compat_inductor.mm_by_onednn()}
     for round_ in range(_ROUNDS + 1):
@@ -88,6 +89,8 @@ def _measure(signature: str) -> str:
     return "onednn" if onednn < _GAIN * blas else "blas"
 
 
-def _random(factor: str) -> torch.Tensor:
+def _random(factor: str, generator: torch.Generator) -> torch.Tensor:
     rows, columns = map(int, factor.rstrip("t").split("x"))
-    return torch.rand(columns, rows).t() if factor.endswith("t") else torch.rand(rows, columns)
+    shape, turned = (columns, rows) if factor.endswith("t") else (rows, columns), factor.endswith("t")
+    values = torch.rand(shape, generator=generator)
+    return values.t() if turned else values

@@ -8,6 +8,7 @@ import torch
 
 import fxzero
 from tests.lower.interpreted import interpreted
+from tests.lower.models import Decoder, tokens
 from tests.numerics.models import all_cases, clipped_cases, rarer_cases
 from tests.numerics.reference import first_difference, num_programs, run_compiled, run_plain
 
@@ -44,3 +45,32 @@ def test_a_fault_in_a_region_is_seen(op: Any) -> None:
     with interpreted(shifted(op, 1e-6)):
         got, _ = run_compiled(case, PLAN)
     assert first_difference(run_plain(case), got) is not None
+
+
+PLANS: dict[str, dict[str, Any]] = {
+    "offloaded": {"offload_optimizer": "nvme", "offload_parameters": "host", "offload_activations": "host"},
+    "updated_on_host": {"offload_optimizer": "host", "update_on_host": 1.0},
+    "recomputed": {"recompute": "auto", "memory_budget": 400_000},
+    "scaled_and_clipped": {"loss_scale": 8.0, "clip_grad_norm": 0.3, "precision": "bf16"},
+    "accumulated": {"accumulate": 2, "accumulate_in": "unsharded", "schedule": "cost"},
+}
+
+
+def trained(lowering: str, **keys: Any) -> tuple[list[float], list[torch.Tensor]]:
+    """Losses and parameters of a few steps with dropout."""
+    torch.manual_seed(0)
+    model = Decoder(dropout=0.1)
+    plan = fxzero.Plan(lowering=lowering, offload_below=0, **keys)
+    step = fxzero.compile(model, torch.optim.AdamW(model.parameters(), lr=1e-2), plan)
+    torch.manual_seed(1)
+    losses = [step(*tokens(index, rows=4)).item() for index in range(3)]
+    return losses, [parameter.detach().clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("keys", PLANS.values(), ids=PLANS)
+def test_regions_compute_the_same_under_other_plans(keys: dict[str, Any]) -> None:
+    with interpreted() as store:
+        losses, parameters = trained("inductor", **keys)
+    expected, wanted = trained("eager", **keys)
+    assert store.texts and losses == expected
+    assert all(torch.equal(got, other) for got, other in zip(parameters, wanted, strict=True))
