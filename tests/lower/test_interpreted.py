@@ -48,8 +48,9 @@ def test_a_fault_in_a_region_is_seen(op: Any) -> None:
 
 
 PLANS: dict[str, dict[str, Any]] = {
-    "offloaded": {"offload_optimizer": "nvme", "offload_parameters": "host", "offload_activations": "host"},
-    "updated_on_host": {"offload_optimizer": "host", "update_on_host": 1.0},
+    "offloaded": {"offload_optimizer": "nvme", "offload_parameters": "host", "offload_activations": "host"}
+    | {"offload_below": 0},
+    "updated_on_host": {"offload_optimizer": "host", "update_on_host": 1.0, "offload_below": 0},
     "recomputed": {"recompute": "auto", "memory_budget": 400_000},
     "scaled_and_clipped": {"loss_scale": 8.0, "clip_grad_norm": 0.3, "precision": "bf16"},
     "accumulated": {"accumulate": 2, "accumulate_in": "unsharded", "schedule": "cost"},
@@ -60,7 +61,7 @@ def trained(lowering: str, **keys: Any) -> tuple[list[float], list[torch.Tensor]
     """Losses and parameters of a few steps with dropout."""
     torch.manual_seed(0)
     model = Decoder(dropout=0.1)
-    plan = fxzero.Plan(lowering=lowering, offload_below=0, **keys)
+    plan = fxzero.Plan(lowering=lowering, **keys)
     step = fxzero.compile(model, torch.optim.AdamW(model.parameters(), lr=1e-2), plan)
     torch.manual_seed(1)
     losses = [step(*tokens(index, rows=4)).item() for index in range(3)]
