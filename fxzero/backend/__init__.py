@@ -3,7 +3,8 @@
 `torch.compile(model, backend="fxzero", options={"plan": plan})`; docs/backend.md says what a plan may ask.
 """
 
+from fxzero.backend.accelerate_name import allow_in_accelerate
 from fxzero.backend.door import fxzero_backend
 from fxzero.backend.look import programs
 
-__all__ = ["fxzero_backend", "programs"]
+__all__ = ["allow_in_accelerate", "fxzero_backend", "programs"]

@@ -22,7 +22,7 @@ from torch import fx
 from fxzero.backend.joint import names_of
 from fxzero.backend.options import read_options
 from fxzero.backend.programs import Compilation
-from fxzero.backend.shapes import ByShape, is_open
+from fxzero.backend.shapes import ByShape, is_open, numbers_asked
 from fxzero.errors import PlanError
 
 
@@ -56,7 +56,7 @@ def fxzero_backend(
             of_inputs = [name for name, kept in zip(names, example_inputs, strict=True) if not is_number(kept)]
             return Compilation(chosen, of_inputs).run(graph, inputs)
 
-        if not any(map(is_open, example_inputs)):
+        if not any(map(is_open, example_inputs)) and not numbers_asked(module):
             return compiled(module, example_inputs)
         return torch.compiler.disable(ByShape(module, example_inputs, compiled).run)
     except PlanError as error:

@@ -3,7 +3,8 @@
 [Note: one program a set of sizes]
 Step graphs hold no symbols. So a graph with symbolic sizes is compiled when it is called, with numbers in their place,
 and found again by them: by the numbers among its inputs, by sizes, strides and offset of each tensor that has a symbol,
-and by which tensors share memory. All else about the inputs Dynamo has checked before it calls.
+and by which tensors share memory. All else about the inputs Dynamo has checked before it calls. A Python float that may
+change comes as a tensor of no dimensions, of which the graph asks the number: that is a number like the others.
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ def is_open(value: Any) -> bool:
     return any(isinstance(size, _SYMBOLS) for size in (*value.shape, *value.stride(), value.storage_offset()))
 
 
+def numbers_asked(module: fx.GraphModule) -> dict[fx.Node, int]:
+    """The calls of a graph that ask an input for its number -> which input."""
+    position = {node: index for index, node in enumerate(module.graph.find_nodes(op="placeholder"))}
+    asked = module.graph.find_nodes(op="call_method", target="item")
+    return {node: position[node.args[0]] for node in asked if node.args[0] in position}
+
+
 class ByShape:
     """One captured graph, and what it was compiled to for each set of sizes so far.
 
@@ -44,6 +52,7 @@ class ByShape:
         self._module = module
         self._compiled = compiled
         self._open = [index for index, value in enumerate(examples) if is_open(value)]
+        self._numbers = numbers_asked(module)
         self._own = [i for i, v in enumerate(examples) if not isinstance(v, torch.nn.Parameter)]
         self._known: dict[Hashable, Callable[..., Any]] = {}
 
@@ -57,6 +66,7 @@ class ByShape:
 
     def _key(self, inputs: Sequence[Any]) -> Hashable:
         sizes = tuple(_size(inputs[index]) for index in self._open)
+        sizes += tuple(inputs[index].item() for index in self._numbers.values())
         first: dict[int, int] = {}
         shared = []
         for index in self._own:
@@ -75,6 +85,8 @@ class ByShape:
             value = next(values) if node.op == "placeholder" else None
             if node.op == "placeholder" and not isinstance(value, torch.Tensor):
                 mapping[node] = value
+            elif node in self._numbers:
+                mapping[node] = inputs[self._numbers[node]].item()
             else:
                 mapping[node] = _copied(graph, node, mapping)
         mode = compat_dynamo.static_mode()

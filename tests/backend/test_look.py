@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fxzero.backend import programs
-from fxzero.errors import PlanError
+from fxzero.errors import PlanError, VerifyError
 from fxzero.graph.parse import from_text
 from fxzero.graph.verify import verify
 from tests.backend.models import Decoder, tokens
@@ -29,6 +29,19 @@ def test_programs_can_be_read_and_read_back() -> None:
         again = from_text(str(step))
         assert str(again) == str(step)
         verify(again)
+
+
+def test_a_pass_cannot_lose_a_gradient_or_a_result() -> None:
+    compiled(nn.Linear(3, 3))(torch.ones(2, 3, requires_grad=True)).sum().backward()
+    step = from_text(str(programs()[-1]))
+    before = verify(step)
+    results = step.results
+    step.set_results({**results, ("gradient", "weight"): step.placeholders[0]})
+    with pytest.raises(VerifyError, match=r"rule 'gradients', result of parameter 'weight'"):
+        verify(step, before=before)
+    step.set_results({key: node for key, node in results.items() if key != ("gradient", "bias")})
+    with pytest.raises(VerifyError, match=r"rule 'state', result \('gradient', 'bias'\): expected returned"):
+        verify(step, before=before)
 
 
 def test_programs_are_gone_with_the_function_that_they_belong_to() -> None:

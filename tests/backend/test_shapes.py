@@ -50,6 +50,26 @@ def test_sizes_are_inputs_and_outputs() -> None:
         assert torch.equal(got[0], want[0]) and got[1] == want[1] and torch.equal(got[2], want[2])
 
 
+def test_floats_may_change() -> None:
+    def function(x: torch.Tensor, scale: float) -> torch.Tensor:
+        return (x * scale + scale**2).sin()
+
+    for dynamic in (None, True):
+        called = compiled(function, dynamic=dynamic)
+        for scale in (0.5, 0.25, 1.75, 0.25):
+            x = torch.randn(3, 2, requires_grad=True)
+            assert torch.equal(called(x, scale), function(x, scale))
+
+
+def test_a_model_with_all_sizes_open() -> None:
+    """Embedding.norm_type, a float, is open then, too."""
+    model = Decoder(2)
+    for step, rows in enumerate((2, 3)):
+        loss = compiled(model, dynamic=True)(*tokens(step, rows=rows))
+        assert loss.item() == model(*tokens(step, rows=rows)).item()
+        loss.backward()
+
+
 def test_strides_are_part_of_what_is_compiled() -> None:
     """One set of sizes in two layouts: what is made of the one is no program for the other."""
 
