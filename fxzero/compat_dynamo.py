@@ -36,8 +36,6 @@ def aot_compiled(
 ) -> Callable[..., Any]:
     """A module of Dynamo's as AOTAutograd runs it: it keeps the meaning of views, aliases and mutated inputs.
 
-    No saved tensor is handed over to backward to be written to, so that backward may run twice.
-
     Args:
         module: as Dynamo gives it.
         inputs: fake tensors of one mode.
@@ -45,13 +43,11 @@ def aot_compiled(
         forward, backward, inference: (graph, its inputs) -> what runs it.
     """
     from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch import config
 
     compiler = aot_autograd(
         fw_compiler=forward, bw_compiler=backward, inference_compiler=inference, partition_fn=partition
     )
-    with config.patch(donated_buffer=False):
-        return compiler(module, inputs)
+    return compiler(module, inputs)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from fxzero import compat_dynamo
 from fxzero.backend.slots import Slots
+from fxzero.graph.step_graph import SAVED
 from fxzero.graph.swap_ops import is_off_device
 from fxzero.runtime.program import Program
 
@@ -64,7 +65,11 @@ class Call:
         return found if slots is None else [slots.ticket(value) for value in found]
 
     def signature(self) -> fx.GraphModule:
-        """The graph as AOTAutograd wants to see it: with constants as its own, and every output in its place."""
+        """The graph as AOTAutograd wants to see it: with constants as its own, and every output in its place.
+
+        What forward computes to be saved has no value there: by its value AOTAutograd would take it for memory that
+        backward may write to, and would then refuse to run backward twice.
+        """
         root, graph = nn.Module(), fx.Graph()
         mapping: dict[fx.Node, fx.Node] = {}
         constants = iter(self._constants)
@@ -79,5 +84,9 @@ class Call:
             if node in mapping:
                 mapping[node].meta = {"val": node.meta["val"]}
         results = self.program.step.results
+        returned = {node for (kind, _), node in results.items() if kind != SAVED}
+        for node in results.values():
+            if node.op != "placeholder" and node not in returned:
+                mapping[node].meta = {}
         graph.output(tuple(mapping[results[item]] if isinstance(item, tuple) else item for _, item in self._outputs))
         return fx.GraphModule(root, graph)

@@ -108,7 +108,7 @@ class Compilation:
     def _call(self, step: StepGraph, outputs: Sequence[Any], joint: Joint, slots: Slots | None, look: Compiled) -> Call:
         """A program that returns these outputs: keys of results, and constants as they are."""
         plan, title = self.options.plan, step.title
-        if plan.lowering != "eager":
+        if plan.lowering != "eager" and step.calls():  # some graphs only hand their inputs on
             step = Pipeline([cut_regions], disable=plan.disable).run(step)
         step.title = f"{title} of graph {look.number}"
         verify(step)

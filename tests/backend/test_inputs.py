@@ -57,6 +57,10 @@ def unused(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> Any:
     return (w * x).sum(), v.detach() * 2
 
 
+def two_gradients(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> Any:
+    return w * x + v.exp()
+
+
 def same_gradient(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> Any:
     return w + v + x
 
@@ -69,9 +73,10 @@ CASES: dict[str, Case] = {
     "numbers and None": (numbers_and_none, lambda: (plain(3, 3), leaf(3, 3))),
     "integers": (integers, lambda: (torch.tensor([2, 0, 2]), leaf(3, 3))),
     "no gradient for one": (unused, lambda: (plain(3, 3), leaf(3, 3), leaf(3, 3, seed=2))),
+    "two gradients": (two_gradients, lambda: (plain(3, 3), leaf(3, 3), leaf(3, 3, seed=2))),
     "one gradient for two": (same_gradient, lambda: (plain(3, 3), leaf(3, 3), leaf(3, 3, seed=2))),
     "transposed": (lambda x, w: F.dropout(w @ x, 0.15) @ x, lambda: (plain(4, 4).t(), leaf(3, 4))),
-    "transposed dropout": (lambda x, w: F.dropout(w.t() * x, 0.15), lambda: (plain(5, 3), leaf(3, 5))),
+    "transposed dropout": (lambda x, w: F.dropout(w.t(), 0.15) * x, lambda: (plain(25, 13), leaf(13, 25))),
     "constant": (lambda x, w: w * torch.tensor([1.0, 2.0, 3.0]) + x, lambda: (plain(3, 3), leaf(3, 3))),
     "draws": (
         lambda x, w: torch.rand_like(x) * w + F.dropout(w, 0.3) + torch.randn(3),
@@ -120,9 +125,10 @@ def test_an_output_that_is_a_view_is_one() -> None:
     assert out[3].data_ptr() == out[2].data_ptr()
 
 
-def test_a_copy_of_an_input_is_one() -> None:
+@pytest.mark.parametrize("copied", [torch.clone, lambda x: x.detach().clone(), lambda x: x.clone().detach()])
+def test_a_copy_of_an_input_is_one(copied: Callable[[torch.Tensor], torch.Tensor]) -> None:
     x = plain(3, 3)
-    (copy,) = compiled(lambda x: (x.clone(),))(x)
+    (copy,) = compiled(lambda x: (copied(x),))(x)
     copy.zero_()
     assert x.any()
 
