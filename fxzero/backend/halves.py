@@ -16,7 +16,7 @@ from torch import fx
 from fxzero.backend.joint import Key
 from fxzero.graph import Result, StateEntry, StepGraph
 from fxzero.graph.edit import Editor
-from fxzero.graph.step_graph import SAVED, TANGENT, is_getitem, is_view, num_bytes
+from fxzero.graph.step_graph import SAVED, TANGENT, is_getitem, is_view
 from fxzero.graph.swap_ops import OPS
 
 aten = torch.ops.aten
@@ -35,12 +35,6 @@ class Halves:
     forward: StepGraph
     backward: StepGraph
     saved: tuple[Key, ...]
-
-    @property
-    def saved_bytes(self) -> int:
-        """Bytes that are kept from forward to backward on the device, parameters and buffers aside."""
-        kept = [node for node in self.backward.placeholders if node.meta["entry"].kind in (SAVED, "batch")]
-        return sum(num_bytes(node.meta["val"]) for node in kept if "tier" not in node.meta)
 
 
 def halves_of(step: StepGraph, *, mutated: Iterable[Key]) -> Halves:
