@@ -24,6 +24,7 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "compat": frozenset({"errors"}),
     "compat_inductor": frozenset({"errors"}),
+    "compat_dynamo": frozenset({"errors"}),
     "plan_values": frozenset({"errors"}),
     "plan_buckets": frozenset({"errors"}),
     "plan_compression": frozenset({"errors"}),
@@ -56,7 +57,8 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "backend": EVERYTHING,
     "cli": EVERYTHING,
 }
-PRIVATE_NAMES_LIVE_IN = ("fxzero.compat", "fxzero.compat_inductor")  # what runs anywhere, and torch's compiler
+# what runs anywhere, and torch's compiler: its back end and its front end
+PRIVATE_NAMES_LIVE_IN = ("fxzero.compat", "fxzero.compat_inductor", "fxzero.compat_dynamo")
 KERNELS_MAY_IMPORT = frozenset({"torch", "triton"}) | sys.stdlib_module_names
 SHARED_BY_KERNELS = frozenset({"fxzero.kernels.launch", "fxzero.kernels.multi_tensor"})  # no op is defined there
 

@@ -25,7 +25,7 @@ from fxzero.errors import RewriteError
 from fxzero.graph import collectives as c10d
 from fxzero.graph import ops, text
 from fxzero.graph.edit import evaluate
-from fxzero.graph.step_graph import INPUT_KINDS, PHASES, Result, Sharding, StateEntry, StepGraph
+from fxzero.graph.step_graph import INPUT_KINDS, PHASES, TANGENT, Result, Sharding, StateEntry, StepGraph
 
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _HEADER = re.compile(
@@ -186,7 +186,7 @@ class _Reader:
             _fail("input", "'  %name  type  kind  name'", got, f"kinds: {', '.join(INPUT_KINDS)}")
         node = self._add(match["name"], "placeholder", match["name"])
         kind, name = match["kind"], _unquoted(match["code"])
-        stated = self._describe(node, "forward", match["type"], match["comment"])
+        stated = self._describe(node, "backward" if kind == TANGENT else "forward", match["type"], match["comment"])
         node.meta["val"] = self._input_val(match["type"], kind, self._sharding(match["type"]))
         shape = stated.get("whole", text.whole_shape(node.meta["val"], node.meta.get("sharding")))
         owner = stated.get("state of", text.default_owner(kind, name))

@@ -19,7 +19,17 @@ from torch import fx
 from fxzero import compat
 from fxzero.graph.order_rules import late
 from fxzero.graph.randomness import is_random
-from fxzero.graph.step_graph import CARRIED_KINDS, INPUT_KINDS, LAUNCHED, PHASES, STATE_KINDS, StateEntry, StepGraph
+from fxzero.graph.step_graph import (
+    CALL_RESULTS,
+    CALLED,
+    CARRIED_KINDS,
+    INPUT_KINDS,
+    LAUNCHED,
+    PHASES,
+    STATE_KINDS,
+    StateEntry,
+    StepGraph,
+)
 from fxzero.graph.synchronisation import synchronisations
 
 _NODE_KINDS = ("placeholder", "call_function", "output")
@@ -222,7 +232,8 @@ def check_state(context: Context) -> Iterator[Violation]:
     """What is returned for an entry of the state can be stored there, and no result or parameter is lost."""
     results = context.step.results
     losses = [name for kind, name in results if kind == "loss"]
-    if len(losses) != 1:
+    is_called = CALLED in context.step.facts or (results and all(kind in CALL_RESULTS for kind, _ in results))
+    if not is_called and len(losses) != 1:
         yield Violation("results", "one loss", f"{len(losses)}: {losses}", "keep what capture returns")
     for key, node in results.items():
         yield from _check_result(context, key, node)
@@ -241,7 +252,7 @@ def check_state(context: Context) -> Iterator[Violation]:
 
 def _check_result(context: Context, key: tuple[str, str], node: fx.Node) -> Iterator[Violation]:
     kind = key[0]
-    if kind in ("loss", "metric"):
+    if kind in ("loss", "metric", *CALL_RESULTS):
         return
     where = f"result {key} from {equation(node)}"
     source = context.entries.get(key)
@@ -331,7 +342,7 @@ def check_synchronisation(context: Context) -> Iterator[Violation]:
 
 
 def check_gradients(context: Context) -> Iterator[Violation]:
-    """Each parameter whose next value depended on its gradient before the pass still has both."""
+    """Each parameter whose next value, or returned gradient, followed from its gradient before the pass has both."""
     if context.before is None:
         return
     for name in sorted(context.before.trained - context.summary.trained):
@@ -341,7 +352,7 @@ def check_gradients(context: Context) -> Iterator[Violation]:
 
 
 def _trained(step: StepGraph) -> set[str]:
-    """Names of the parameters whose next value, or sum of gradients, is computed from their gradient."""
+    """Names of the parameters whose next value, sum of gradients or returned gradient is computed from theirs."""
     bits = {name: 1 << index for index, name in enumerate(step.gradients())}
     reached: dict[fx.Node, int] = {}  # as bit sets: one pass over the graph serves all parameters
     for node in step.calls():
@@ -349,6 +360,6 @@ def _trained(step: StepGraph) -> set[str]:
         for source in node.all_input_nodes:
             mask |= reached.get(source, 0)
         reached[node] = mask
-    kinds = ("parameter", *CARRIED_KINDS)
+    kinds = ("parameter", "gradient", *CARRIED_KINDS)
     returned = ((name, node) for (kind, name), node in step.results.items() if kind in kinds)
     return {name for name, node in returned if reached.get(node, 0) & bits.get(name, 0)}

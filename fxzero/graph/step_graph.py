@@ -40,7 +40,12 @@ CARRIED_KINDS = ("accumulated", "unreduced")
 # the gather of a parameter that the program before has launched: not to be read before its wait
 LAUNCHED = "launched"
 WEIGHTS = "microbatch.weights"  # the batch input that says how much each of a rank's microbatches counts
-INPUT_KINDS = (*STATE_KINDS, *CARRIED_KINDS, LAUNCHED, "hyperparameter", "batch", "constant", "coordinate")
+# a graph that a loop of the user's own calls: what forward has kept for backward, and the gradient of an output
+SAVED, TANGENT = "saved", "tangent"
+CALL_RESULTS = ("output", SAVED, "gradient")  # what such a graph returns, in place of a loss and state
+CALLED = "called"  # the fact that a graph is one of these, which may return nothing
+_GIVEN_KINDS = ("hyperparameter", "batch", "constant", "coordinate")
+INPUT_KINDS = (*STATE_KINDS, *CARRIED_KINDS, LAUNCHED, *_GIVEN_KINDS, SAVED, TANGENT)
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,8 @@ class Result:
     """What one returned value of a step graph is.
 
     Kinds: "loss", "metric", the next value of a state entry, a sum of gradients for the next microbatch, or the gather
-    of a parameter for the next step, launched and not waited for.
+    of a parameter for the next step, launched and not waited for. Of a graph that a loop of the user's own calls:
+    CALL_RESULTS.
     """
 
     kind: str

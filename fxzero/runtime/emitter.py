@@ -17,7 +17,7 @@ from fxzero import compat
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.blocked_runs import BlockedRun, block_elements, blocked_runs
-from fxzero.graph.step_graph import STATE_KINDS, device_of, first_argument, yields_tensor
+from fxzero.graph.step_graph import CALL_RESULTS, STATE_KINDS, device_of, first_argument, yields_tensor
 from fxzero.graph.storage import InPlace
 from fxzero.lower.lower_regions import Lowered, LoweredRegion
 from fxzero.runtime import gloo, send_recv
@@ -269,10 +269,14 @@ class Emitter:
         return out
 
     def _set_aside(self) -> dict[fx.Node, str]:
-        """Returned values that stand in a state's memory, which the step will have written: node -> their copy."""
+        """Returned values that stand in a state's memory, which the step will have written: node -> their copy.
+
+        A graph that a loop of the user's own calls writes no state, and hands on its inputs as they are.
+        """
         aside: dict[fx.Node, str] = {}
         for key, node in self.step.results.items():
-            if key[0] not in STATE_KINDS and yields_tensor(node) and self._stands_in_state(node):
+            returned_as_copy = key[0] not in (*STATE_KINDS, *CALL_RESULTS) and yields_tensor(node)
+            if returned_as_copy and self._stands_in_state(node):
                 aside[node] = f"{node.name}_returned"
                 self.copies.setdefault(node, []).insert(0, f"{aside[node]} = {node.name}.clone()")
         return aside

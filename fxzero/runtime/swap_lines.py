@@ -6,9 +6,9 @@
     swap_drop(act_stored)                                    its room is free again, once that has been read
     act_here = swap_loaded(act_in)
 
-State has a home of its own, known by the name of its entry: it is read from there, and what is written goes there. A
-value that ops of the host read is a tensor over its room, from `swap_on_host` until `swap_drop`; what they compute
-comes in by `swap_upload`.
+State has a home of its own, known by the name of its entry: it is read from there, and what is written goes there. What
+one program saves for another is the slot itself: whoever holds it gives its room back. A value that ops of the host
+read is a tensor over its room, from `swap_on_host` until `swap_drop`; what they compute comes in by `swap_upload`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from torch import fx
 
 from fxzero.graph import StepGraph
-from fxzero.graph.step_graph import STATE_KINDS, first_argument
+from fxzero.graph.step_graph import SAVED, STATE_KINDS, first_argument
 from fxzero.graph.storage import InPlace
 from fxzero.graph.swap_ops import is_launch, is_off_device, is_wait, swap_in, swap_out, wait_of
 
@@ -42,11 +42,12 @@ class SwapLines:
         self.drops: dict[fx.Node, list[str]] = {}
         nodes = list(step.graph.nodes)
         returned = {in_place.storage[node] for node in step.results.values()}
+        handed_on = {node for (kind, _), node in step.results.items() if kind == SAVED}
         self._computed_with: set[fx.Node] = set()
         for launch in step.calls(swap_out):
-            if launch in self.stores:
-                continue
             wait = wait_of(launch)
+            if launch in self.stores or wait in handed_on:
+                continue
             if any(user.op == "call_function" and user.target is not swap_in for user in wait.users):
                 self._computed_with.add(wait)
             at = max(in_place.last_use[launch], in_place.position[wait])
@@ -69,7 +70,7 @@ class SwapLines:
                 return f"{self._slot(node)} = swap_written({args[0]})"
             return f"{node.name} = {args[0]}" if _is_uploaded(source) else f"{node.name} = swap_loaded({args[0]})"
         if node.target is swap_in:
-            if source.op == "placeholder":
+            if source.op == "placeholder" and source.meta["entry"].kind != SAVED:
                 return f"{node.name} = swap_read({source.meta['entry'].label!r})"
             if _is_uploaded(node):
                 return f"{node.name} = swap_upload({args[0]})"

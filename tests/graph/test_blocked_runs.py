@@ -9,7 +9,7 @@ from torch import nn
 
 import fxzero
 import fxzero.graph.blocked_runs as module
-import fxzero.runtime.program as program_module
+import fxzero.runtime.emitter as emitter_module
 from fxzero.cost.hardware import Hardware
 from fxzero.cost.memory import memory_timeline
 from fxzero.cost.tasks import step_tasks
@@ -77,8 +77,8 @@ def test_blocks_change_no_bit(name: str, small: None) -> None:
 def test_a_run_that_forgets_a_block_is_seen(small: None) -> None:
     with mock.patch.object(module, "_FEWEST_BLOCKS", 10**9):
         whole, _ = train("AdamW")
-    real = program_module.in_blocks
-    with mock.patch.object(program_module, "in_blocks", lambda *tensors: list(real(*tensors))[:-1]):
+    real = emitter_module.in_blocks
+    with mock.patch.object(emitter_module, "in_blocks", lambda *tensors: list(real(*tensors))[:-1]):
         assert first_difference(train("AdamW")[0], whole)
 
 

@@ -1,0 +1,10 @@
+"""The torch.compile backend "fxzero": captured graphs as programs of fxzero, in a loop of the user's own.
+
+`torch.compile(model, backend="fxzero", options={"plan": plan})`; docs/backend.md says what a plan may ask.
+"""
+
+from fxzero.backend.accelerate_name import allow_in_accelerate
+from fxzero.backend.door import fxzero_backend
+from fxzero.backend.look import programs
+
+__all__ = ["allow_in_accelerate", "fxzero_backend", "programs"]
