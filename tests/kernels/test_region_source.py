@@ -267,7 +267,7 @@ def test_views_of_what_comes_in_are_read_with_their_strides(function_of: Callabl
     region = Handmade()
     x = region.input(drawn(2, 5, 36))
     split = region.call(aten.split.Tensor, x, 12, -1)
-    q, k = (region.call(operator.getitem, split, i) for i in (0, 2))
+    k, q = (region.call(operator.getitem, split, i) for i in (0, 2))
     heads = region.call(aten.transpose.int, region.call(aten.view.default, q, [2, 5, 3, 4]), 1, 2)
     scaled = region.call(aten.mul.Scalar, heads, 0.25)
     region.call(aten.sum.dim_IntList, scaled, [-1], True)
