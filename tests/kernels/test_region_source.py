@@ -155,6 +155,8 @@ class Drawn:
 
     def _select(self) -> None:
         inputs = [node for node in self.fulls if node in self.region.values]
+        if not inputs:  # what is computed may be on the other side of a comparison than its formula
+            return
         condition = self.region.call(aten.gt.Scalar, self.one(inputs), 0.25)
         a, b = self.one(self.fulls), self.one(self.fulls, self.rows, self.columns)
         self.fulls.append(self.region.call(aten.where.self, condition, a, b))
