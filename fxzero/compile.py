@@ -28,6 +28,7 @@ from fxzero.errors import CaptureError, FxzeroError, PlanError
 from fxzero.graph import StepGraph
 from fxzero.graph.step_graph import CARRIED_KINDS, LAUNCHED
 from fxzero.lower.inductor import check_compiler
+from fxzero.lower.triton import check_triton
 from fxzero.plan import Plan
 from fxzero.profile import Profiled, costs_of
 from fxzero.programs import Compiled, Programs, joined_text
@@ -107,6 +108,8 @@ class TrainStep(Profiled):
         auxiliary = auxiliary_state(self.plan, dict(model.named_parameters()))
         if self.plan.lowering == "inductor":
             check_compiler(self._device)
+        if self.plan.lowering == "triton":
+            check_triton(self._device)
         self._state = StepState(model, optimizer, self._topology, device=self._device, auxiliary=auxiliary, init=init)
         self._options = replace(captured_as(self.plan), device=self._device)
         self._programs = Programs(

@@ -146,7 +146,8 @@ class Plan:
         reduce_scatter: as all_gather; also "all_to_all" (with a local mean that stands in the graph).
         bucket_form: "coalesced" (one collective over several tensors), "separate" (one launch a tensor, back
             to back), or "auto": separate over gloo, where that is faster, coalesced elsewhere.
-        lowering: what runs the compute: "eager" (each op) or "inductor" (compiled regions of them).
+        lowering: what runs the compute: "eager" (each op), "inductor" (compiled regions of them) or "triton" (a kernel
+            for each region of pointwise ops and reductions of rows, all else op by op).
         eager_fallback: a region that cannot be compiled runs op by op, and the report counts it; else it is an error.
         precision: "fp32" (what parameters and batch have), "bf16" or "fp16" (parameters and the model's floating inputs
             are cast, before the gather where there is one; the update stays in fp32, on the shards), "autocast:bf16" or
@@ -216,7 +217,7 @@ class Plan:
     all_gather: str = _key("auto", one_of("auto", "native", "send_recv"))
     reduce_scatter: str = _key("auto", one_of("auto", "native", "send_recv", "all_to_all"))
     bucket_form: str = _key("auto", one_of("auto", "coalesced", "separate"))
-    lowering: str = _key("eager", one_of("eager", "inductor", reserved=("triton",)))
+    lowering: str = _key("eager", one_of("eager", "inductor", "triton"))
     eager_fallback: bool = _key(False, boolean)
     precision: str = _key("fp32", one_of("fp32", "bf16", "fp16", "autocast:bf16", "autocast:fp16"))
     reduce_dtype: str = _key("fp32", one_of("fp32", "bf16", "fp16"))

@@ -213,7 +213,8 @@ class Programs:
     def _lowered(self, step: StepGraph) -> Lowered | None:
         if self._plan.lowering == "eager":
             return None
-        return lower_regions(step, place=self._place_on_host, fallback=self._plan.eager_fallback)
+        plan = self._plan
+        return lower_regions(step, lowering=plan.lowering, place=self._place_on_host, fallback=plan.eager_fallback)
 
     def _compile(
         self, capture: Capture, place: Accumulation, beside: Sequence[StepGraph], placed: Placement | None

@@ -217,7 +217,7 @@ def recipe(
     if plan.schedule == "cost":
         passes.append(schedule_step.using(**machine, **_recorded(plan, costs)))
     if plan.lowering != "eager":
-        passes.append(cut_regions)
+        passes.append(cut_regions.using(only_rows=True) if plan.lowering == "triton" else cut_regions)
     return Pipeline(passes, disable=plan.disable)
 
 

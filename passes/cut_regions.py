@@ -9,6 +9,9 @@ regions of a layer look the same in each layer, and as many distinct ones are co
 Numbers of the host (bias corrections) are made right before the region that needs them. A sum of gradients that belongs
 to no module goes with what it follows. Releases come after the region of the last use: inside of it memory is free
 after the last use anyway.
+
+Where one kernel over rows is to hold a region, a call joins only if that kernel can hold it beside the others
+([Note: row structure] in `graph/row_structure.py`); else it begins the next region, or runs by itself.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ from fxzero.graph.edit import reorder
 from fxzero.graph.number_arguments import with_tensors
 from fxzero.graph.region_rules import is_fence
 from fxzero.graph.regions import mark
+from fxzero.graph.row_ops import is_row_call
+from fxzero.graph.row_structure import RowStructure
 from fxzero.graph.step_graph import is_getitem, is_view, yields_scalar, yields_tensor
 from fxzero.graph.swap_ops import is_off_device
 from fxzero.graph.synchronisation import host_values
@@ -46,20 +51,29 @@ class _Group:
     key: Key | None
     calls: list[fx.Node] = field(default_factory=list)
     before: list[fx.Node] = field(default_factory=list)
+    rows: RowStructure | None = None
+
+    def takes(self, calls: list[fx.Node]) -> bool:
+        """Whether a call and its parts have become the next ones of the group."""
+        if self.rows is not None and not all([self.rows.take(node) for node in calls]):
+            return False
+        self.calls += calls
+        return True
 
 
 @graph_pass(requires=("captured",), provides=("regions-cut",), numerics="bitwise")
-def cut_regions(step: StepGraph, *, fewest_calls: int = 2) -> int:
+def cut_regions(step: StepGraph, *, fewest_calls: int = 2, only_rows: bool = False) -> int:
     """Mark runs of calls that are compiled as one, and bring together what belongs to one.
 
     Args:
         step: the graph, in its final order.
         fewest_calls: that do more than name a part of a tensor; a run with fewer stays as it is.
+        only_rows: a region holds pointwise ops and reductions of rows only, of one number of rows and columns.
 
     Returns:
         The number of regions.
     """
-    cutter = _Cutter(step)
+    cutter = _Cutter(step, only_rows=only_rows)
     for node in step.calls():
         cutter.take(node)
     cutter.flush()
@@ -80,7 +94,8 @@ class _Cutter:
         groups: of all calls so far, in order.
     """
 
-    def __init__(self, step: StepGraph) -> None:
+    def __init__(self, step: StepGraph, *, only_rows: bool) -> None:
+        self._only_rows = only_rows
         self.order: list[fx.Node] = []
         self.groups: list[_Group] = []
         self._host = host_values(step) | {node for node in step.calls() if yields_scalar(node)}
@@ -119,15 +134,21 @@ class _Cutter:
         numbers = self._needed(node)
         sources = (source for call in (node, *numbers) for source in call.all_input_nodes)
         first = max((self._place[source] for source in sources if source in self._place), default=0)
-        place = self._find(key, first) if key is not None else None
-        if place is None:
-            place = len(self._open)
-            self._open.append(_Group(key))
-        self._open[place].before += numbers
         parts = [user for user in node.users if is_getitem(user)]
         self._parts.update(parts)
-        self._open[place].calls += [node, *parts]
+        place = self._find(key, first) if key is not None else None
+        if place is None or not self._open[place].takes([node, *parts]):
+            place = self._begin(key, [node, *parts])
+        self._open[place].before += numbers
         self._place |= dict.fromkeys((node, *numbers, *parts), place)
+
+    def _begin(self, key: Key | None, calls: list[fx.Node]) -> int:
+        """The place of a group that calls begin: one of no key where they can be in no region."""
+        group = _Group(key, rows=RowStructure(keeps_last=True) if self._only_rows and key is not None else None)
+        if not group.takes(calls):
+            group = _Group(None, calls)
+        self._open.append(group)
+        return len(self._open) - 1
 
     def _find(self, key: Key, first: int) -> int | None:
         """The group that a call of this key joins: the last one, updates passed over, if not before `first`."""
@@ -141,7 +162,7 @@ class _Cutter:
 
     def _key(self, node: fx.Node) -> Key | None:
         """What a call's group has in common; None for what a compiler is not to touch."""
-        if not can_be_compiled(node):
+        if not can_be_compiled(node) or (self._only_rows and not is_row_call(node)):
             return None
         phase, module = node.meta["phase"], node.meta["module"]
         if phase == "update":

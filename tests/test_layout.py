@@ -60,7 +60,9 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
 # what runs anywhere, and torch's compiler: its back end and its front end
 PRIVATE_NAMES_LIVE_IN = ("fxzero.compat", "fxzero.compat_inductor", "fxzero.compat_dynamo")
 KERNELS_MAY_IMPORT = frozenset({"torch", "triton"}) | sys.stdlib_module_names
-SHARED_BY_KERNELS = frozenset({"fxzero.kernels.launch", "fxzero.kernels.multi_tensor"})  # no op is defined there
+SHARED_BY_KERNELS = frozenset(  # no op is defined there
+    f"fxzero.kernels.{name}" for name in ("launch", "multi_tensor", "region_functions", "region_ops", "region_tiles")
+)
 
 # Underscored, yet public: the namespace of torch's functional collectives.
 PUBLIC_TORCH_NAMES = ("torch.ops._c10d_functional", "torch.ops.aten")

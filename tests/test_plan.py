@@ -41,7 +41,8 @@ KEYS = {
     "all_gather": st.sampled_from(["auto", "native", "send_recv"]),
     "reduce_scatter": st.sampled_from(["auto", "native", "send_recv", "all_to_all"]),
     "bucket_form": st.sampled_from(["auto", "coalesced", "separate"]),
-    "lowering": st.sampled_from(["eager", "inductor"]),
+    "lowering": st.sampled_from(["eager", "inductor", "triton"]),
+    "eager_fallback": st.booleans(),
     "precision": st.sampled_from(["fp32", "bf16", "fp16", "autocast:bf16", "autocast:fp16"]),
     "reduce_dtype": st.sampled_from(["fp32", "bf16", "fp16"]),
     "keep_fp32": st.lists(st.sampled_from(["*.norm", "head", "layers.[01].*"]), max_size=3),
@@ -165,6 +166,7 @@ def test_defaults() -> None:
         "reduce_scatter": "auto",
         "bucket_form": "auto",
         "lowering": "eager",
+        "eager_fallback": False,
         "precision": "fp32",
         "reduce_dtype": "fp32",
         "keep_fp32": [],
@@ -420,10 +422,9 @@ def test_axes_need_a_mesh() -> None:
             ["Plan.bucket_form: expected 'auto' or 'coalesced' or 'separate', got 'packed';"],
         ),
         (
-            {"lowering": "triton"},
-            ["Plan.lowering: expected 'eager' or 'inductor', got 'triton'; reserved, not built yet"],
+            {"lowering": "jit"},
+            ["Plan.lowering: expected 'eager' or 'inductor' or 'triton', got 'jit'; choose from: eager"],
         ),
-        ({"lowering": "jit"}, ["Plan.lowering: expected 'eager' or 'inductor', got 'jit'; choose from: eager"]),
         ({"lowering": "Eager"}, ["got 'Eager'; did you mean 'eager'?"]),
         ({"lowering": None}, ["got None; choose from: eager"]),
         (
@@ -674,6 +675,7 @@ def test_to_toml_as_people_read_it() -> None:
         'reduce_scatter = "auto"\n'
         'bucket_form = "auto"\n'
         'lowering = "eager"\n'
+        "eager_fallback = false\n"
         'precision = "fp32"\n'
         'reduce_dtype = "fp32"\n'
         "keep_fp32 = []\n"

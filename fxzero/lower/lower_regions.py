@@ -15,6 +15,7 @@ from fxzero.errors import LoweringError
 from fxzero.graph import StepGraph
 from fxzero.graph.regions import Region, regions
 from fxzero.graph.storage import InPlace
+from fxzero.lower import triton
 from fxzero.lower.inductor import compile_region
 from fxzero.lower.products import Products
 from fxzero.lower.region_text import RegionText, region_text
@@ -59,12 +60,18 @@ class Lowered:
 
 
 def lower_regions(
-    step: StepGraph, *, store: Store | None = None, place: tuple[int, int] = (0, 1), fallback: bool = False
+    step: StepGraph,
+    *,
+    lowering: str = "inductor",
+    store: Store | None = None,
+    place: tuple[int, int] = (0, 1),
+    fallback: bool = False,
 ) -> Lowered:
     """Compile the regions of a program, or find them on disk.
 
     Args:
         step: with its regions cut.
+        lowering: what makes functions of regions: "inductor" or "triton" (which compiles a kernel when it first runs).
         store: where compiled ones are kept.
         place: (index of this rank among those of its host, their number); they begin at different regions, so that they
             share the work.
@@ -75,8 +82,10 @@ def lower_regions(
     """
     in_place = InPlace(step)
     found = regions(step)
-    store = store or Store()
-    ops = Products(store).choose(step.calls())
+    store = store or Store(lowering=lowering)
+    by_triton = lowering == "triton"
+    ops = {} if by_triton else Products(store).choose(step.calls())
+    compile_ = triton.compile_region if by_triton else functools.partial(compile_region, threads=1)
     forms = {region.number: region_text(region, in_place, ops=ops) for region in found}
     distinct = list(dict.fromkeys(form.text for form in forms.values()))
     index, ranks = place
@@ -87,11 +96,11 @@ def lower_regions(
     large_first = sorted(distinct, key=lambda text: (-text.count('"op"'), text))
     in_turn = [*large_first[first:], *large_first[:first]]
     missing = [text for text in in_turn if not store.holds(text)]
-    processes = num_processes(ranks)
+    processes = 1 if by_triton else num_processes(ranks)
     with working_on(missing, store, processes=processes):
         for text in _progress(in_turn, show=bool(missing) and index == 0):
             try:
-                functions[text], made = store.get(text, functools.partial(compile_region, text, threads=1))
+                functions[text], made = store.get(text, functools.partial(compile_, text))
                 num_compiled += made
             except LoweringError as error:
                 errors[text] = error

@@ -133,24 +133,61 @@ def read_region(text: str, mode: Any) -> tuple[fx.GraphModule, list[torch.Tensor
         mode: fake mode in which the inputs are made.
     """
     document = json.loads(text)
+    graph, nodes, fakes = _graph_of(document, mode)
+    for name, call in zip(_call_names(document), document["calls"], strict=True):
+        node = nodes[name]
+        node.target = with_tensors(node) if call["op"] != "getitem" else node.target  # type: ignore[assignment]
+    returned = [*document["outputs"], *document["written"].values()]
+    graph.output(tuple(nodes[name] for name in returned))
+    return fx.GraphModule(torch.nn.Module(), graph), fakes
+
+
+def read_calls(text: str, mode: Any) -> dict[str, fx.Node]:
+    """The inputs and calls of a text as nodes, by name, in order; `meta["val"]` has their fake values.
+
+    Numbers of the host have a number there, as in the program that the region comes from.
+
+    Args:
+        text: of a `RegionText`.
+        mode: fake mode in which the inputs are made.
+    """
+    document = json.loads(text)
+    _, nodes, _ = _graph_of(document, mode)
+    for name, (dtype, *_, device) in zip(_input_names(document), document["inputs"], strict=True):
+        if device == "number":
+            nodes[name].meta["val"] = 1 if dtype == "int64" else 0.5
+    for name in _call_names(document):
+        node = nodes[name]
+        with mode:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return nodes
+
+
+def _input_names(document: Mapping[str, Any]) -> list[str]:
+    return [f"i{index}" for index in range(len(document["inputs"]))]
+
+
+def _call_names(document: Mapping[str, Any]) -> list[str]:
+    return [f"c{index}" for index in range(len(document["calls"]))]
+
+
+def _graph_of(document: Mapping[str, Any], mode: Any) -> tuple[fx.Graph, dict[str, fx.Node], list[torch.Tensor]]:
+    """The graph of a document without its output, its nodes by name, and fake inputs."""
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     fakes: list[torch.Tensor] = []
-    for index, (dtype, shape, strides, device) in enumerate(document["inputs"]):
-        node = nodes[f"i{index}"] = graph.placeholder(f"i{index}")
+    for name, (dtype, shape, strides, device) in zip(_input_names(document), document["inputs"], strict=True):
+        node = nodes[name] = graph.placeholder(name)
         place = "cpu" if device == "number" else device
         with mode:
             fakes.append(torch.empty_strided(shape, strides, dtype=getattr(torch, dtype), device=place))
         # what tells a call with a number of the host from one with a tensor of no dimensions
         node.meta["val"] = 0.5 if device == "number" else fakes[-1]
-    for index, call in enumerate(document["calls"]):
+    for name, call in zip(_call_names(document), document["calls"], strict=True):
         args, kwargs = (_argument(call.get(part, empty), nodes) for part, empty in (("args", []), ("kwargs", {})))
-        node = graph.call_function(_op(call["op"]), tuple(args), kwargs)
-        node.target = with_tensors(node) if call["op"] != "getitem" else node.target  # type: ignore[assignment]
-        nodes[f"c{index}"] = node
-    returned = [*document["outputs"], *document["written"].values()]
-    graph.output(tuple(nodes[name] for name in returned))
-    return fx.GraphModule(torch.nn.Module(), graph), fakes
+        nodes[name] = graph.call_function(_op(call["op"]), tuple(args), kwargs)
+    return graph, nodes, fakes
 
 
 def _argument(value: Any, nodes: dict[str, fx.Node]) -> Any:

@@ -2,10 +2,11 @@
 
 [Note: what is stored]
 `<key>.json` holds a region's canonical text, `<key>.py` the Python module that was made of it; `key` is the digest of
-that text, of the version of torch and of the machine's instructions and threads. Its C++ or Triton kernels are in
-Inductor's own files below the same folder, and are built again where one is gone. Nothing is pickled. Running what
-others wrote would be as bad as unpickling it, so a folder that others could write to is refused. Several ranks of a
-host share it: a lock file per key makes one of them compile and the others read.
+that text, of the lowering, of the version of torch and of the machine's instructions and threads; of a Triton kernel's
+text, of what wrote it instead of the machine. Inductor's C++ or Triton kernels are in its own files below the same
+folder, and are built again where one is gone. Nothing is pickled. Running what others wrote would be as bad as
+unpickling it, so a folder that others could write to is refused. Several ranks of a host share it: a lock file per key
+makes one of them compile and the others read.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fxzero import compat_inductor
 from fxzero.errors import LoweringError
+from fxzero.lower import triton
 from fxzero.lower.alignment import Function, taking_any_alignment
 from fxzero.lower.inductor import OPTIONS, Compiled
 
@@ -42,12 +45,14 @@ class Store:
 
     Args:
         folder: made where it is not there yet.
+        lowering: what makes the modules: "inductor" or "triton".
 
     Raises:
         LoweringError: others may write to the folder, or it cannot be made.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, *, lowering: str = "inductor") -> None:
+        self._lowering = lowering
         self.folder = (folder or default_folder()).absolute()
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -69,7 +74,8 @@ class Store:
 
     def path(self, text: str) -> Path:
         """The file that the module of a region's text is in, if there."""
-        return self._regions / f"{_digest(f'{self._machine()}{sorted(OPTIONS.items())}{text}')}.py"
+        made_by = triton.generator() if self._lowering == "triton" else f"{self._machine()}{sorted(OPTIONS.items())}"
+        return self._regions / f"{_digest(f'{made_by}{text}')}.py"
 
     def get(self, text: str, make: Callable[[], Compiled]) -> tuple[Function, bool]:
         """The function of a region, and whether it had to be made.
@@ -79,7 +85,7 @@ class Store:
             make: compiles it, where it is not there.
         """
         path = self.path(text)
-        with self._locked(path), compat_inductor.inductor_cache(str(self.folder / "inductor")):
+        with self._locked(path), self._caching():
             made = not self.holds(text)
             if made:
                 compiled = make()
@@ -87,7 +93,19 @@ class Store:
                 self._write(path, compiled.source)
             kept = json.loads(path.with_suffix(".json").read_text())
             written = [int(name[1:]) for name in json.loads(text)["written"]]
-            return taking_any_alignment(_load(path), aligned=kept["aligned"], written=written), made
+            with self._loading():
+                function = _load(path)
+            return taking_any_alignment(function, aligned=kept["aligned"], written=written), made
+
+    def _caching(self) -> contextlib.AbstractContextManager[None]:
+        if self._lowering == "triton":
+            return contextlib.nullcontext()
+        return compat_inductor.inductor_cache(str(self.folder / "inductor"))
+
+    def _loading(self) -> contextlib.AbstractContextManager[Any]:
+        if self._lowering == "triton":
+            return contextlib.nullcontext()
+        return compat_inductor.inductor_options({**OPTIONS, "compile_threads": 1})
 
     def answers(self, name: str, questions: list[str], measure: Callable[[str], str]) -> dict[str, str]:
         """What was measured on this machine; what nobody has asked yet is measured now, by one process at a time.
@@ -145,6 +163,5 @@ def _load(path: Path) -> Function:
     spec = importlib.util.spec_from_file_location(f"fxzero_region_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with compat_inductor.inductor_options({**OPTIONS, "compile_threads": 1}):
-        spec.loader.exec_module(module)
+    spec.loader.exec_module(module)
     return module.call

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 
+from fxzero.graph import row_ops
 from fxzero.kernels import (
     adamw,
     bucket_copy,
@@ -18,6 +21,10 @@ from fxzero.kernels import (
     rotary,
     sgd,
 )
+from fxzero.lower.store import Store
+from fxzero.lower.triton import compile_region
+from tests.lower.row_regions import Handmade
+from tests.lower.row_samples import add_sample, num_samples
 
 Calls = Iterator[Callable[[], object]]
 
@@ -116,6 +123,40 @@ def bucket_copy_calls(device: torch.device) -> Calls:
     yield partial(bucket_copy.bucket_unpack_, torch.ones(7096, device=device, dtype=torch.bfloat16), tensors)
 
 
+_CALLS_EACH = 40  # of a kernel
+
+
+def region_calls(device: torch.device) -> Calls:
+    """Generated kernels: all ops in all their forms, numbers of the host, strides, state, rows within dimensions."""
+    for dtype in (torch.float32, torch.bfloat16):
+        pointwise = [(name, index) for name in sorted(row_ops.POINTWISE) for index in range(num_samples(name))]
+        for first in range(0, len(pointwise), _CALLS_EACH):
+            yield _region(_samples(pointwise[first : first + _CALLS_EACH], dtype), device)
+        of_rows = [(name, index) for name in sorted(row_ops.ROW_OPS) for index in range(num_samples(name))]
+        for one in of_rows[dtype == torch.bfloat16 :: 2]:
+            yield _region(_samples([one], dtype), device)
+    region, aten = Handmade(), torch.ops.aten
+    state, grad, cos = (region.input(torch.ones(size)) for size in ((2, 3, 40, 24), (2, 40, 3, 24), (40, 24)))
+    moved = region.call(aten.mul.Tensor, region.call(aten.transpose.int, grad, 1, 2), region.input(0.5))
+    new = region.call(aten.lerp.Scalar, state, region.call(aten.mul.Tensor, moved, cos), region.input(0.1))
+    yield _region(region, device, written={state: new})
+
+
+def _samples(chosen: list[tuple[str, int]], dtype: torch.dtype) -> Handmade:
+    region = Handmade()
+    for name, index in chosen:
+        add_sample(region, name, index, dtype)
+    return region
+
+
+def _region(region: Handmade, device: torch.device, **form: dict) -> Callable[[], object]:
+    """The call of a region's kernel on ones."""
+    text = region.text(**form)
+    call, _ = Store(Path(tempfile.mkdtemp()), lowering="triton").get(text, lambda: compile_region(text))
+    given = [value if isinstance(value, torch.Tensor) else torch.tensor(value) for value in region.ordered()]
+    return lambda: call([value.to(device) if value.dim() else value for value in given])
+
+
 LAUNCHES: dict[str, Callable[[torch.device], Calls]] = {
     "rms_norm": rms_norm_calls,
     "layer_norm": layer_norm_calls,
@@ -126,4 +167,5 @@ LAUNCHES: dict[str, Callable[[torch.device], Calls]] = {
     "sgd": sgd_calls,
     "quantize_blocks": quantize_blocks_calls,
     "bucket_copy": bucket_copy_calls,
+    "region": region_calls,
 }

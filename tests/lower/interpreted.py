@@ -65,7 +65,7 @@ def interpreted(edit: Callable[[torch.fx.GraphModule], None] = lambda module: No
     """Within the block regions are interpreted, and no compiler is needed."""
     store = Interpreted(edit)
     with (
-        mock.patch.object(lower_regions, "Store", lambda: store),
+        mock.patch.object(lower_regions, "Store", lambda **_: store),
         mock.patch("fxzero.compile.check_compiler", lambda device: None),
     ):
         yield store
