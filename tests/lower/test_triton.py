@@ -156,12 +156,13 @@ def test_other_plans(keys: dict[str, Any]) -> None:
 
 
 def test_another_lowering_has_another_file(tmp_path: Path) -> None:
+    text = '{"written": {}}'
     by_triton, by_inductor = Store(tmp_path, lowering="triton"), Store(tmp_path)
-    assert by_triton.path("text") != by_inductor.path("text")
+    assert by_triton.path(text) != by_inductor.path(text)
     source = "def call(values):\n    values.clear()\n    return ({},)\n"
-    assert by_triton.get("text", lambda: Compiled(source.format(1), ()))[0]([]) == (1,)
-    assert by_inductor.get("text", lambda: Compiled(source.format(2), ()))[0]([]) == (2,)
-    assert by_triton.get("text", lambda: Compiled(source.format(3), ()))[0]([]) == (1,)
+    assert by_triton.get(text, lambda: Compiled(source.format(1), ()))[0]([]) == (1,)
+    assert by_inductor.get(text, lambda: Compiled(source.format(2), ()))[0]([]) == (2,)
+    assert by_triton.get(text, lambda: Compiled(source.format(3), ()))[0]([]) == (1,)
 
 
 def test_a_region_that_no_kernel_holds_is_an_error_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
