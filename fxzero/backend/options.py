@@ -92,6 +92,9 @@ def _check(plan: Plan, *, says_zero: bool) -> None:
     if ranks > 1:
         fix = f"leave it out: each process compiles for itself; or {_STATE}"
         raise PlanError.of("Plan.mesh", expected="one rank through torch.compile", got=f"{ranks}", fix=fix)
+    if plan.lowering == "triton":
+        fix = f"set lowering='inductor', or {_STATE}"
+        raise PlanError.of("Plan.lowering", expected="'eager' or 'inductor' at this door", got="'triton'", fix=fix)
     for key, (allowed, fix) in _REFUSED.items():
         value = getattr(plan, key)
         if value != allowed:
