@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -102,16 +103,12 @@ def vector_instructions() -> str:
 @contextlib.contextmanager
 def inductor_cache(folder: str) -> Iterator[None]:
     """Within the block Inductor keeps what it compiles below `folder`."""
-    import os
-
-    names = {"TORCHINDUCTOR_CACHE_DIR": folder}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(variable)
+    os.environ[variable] = folder
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        os.environ.pop(variable, None)
+        if before is not None:
+            os.environ[variable] = before

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from fxzero.decide import Decision, check_budget, decided_recipe
 from fxzero.graph import StepGraph
 from fxzero.graph.placement import NOTHING_PLACED, Placement
 from fxzero.graph.step_graph import CARRIED_KINDS
-from fxzero.lower.lower_regions import Lowered, lower_regions
+from fxzero.lower.lower_regions import lower_by_plan
 from fxzero.pass_manager import PassRecord
 from fxzero.plan import Plan
 from fxzero.runtime.agreement import agreed_text
@@ -115,7 +114,6 @@ class Programs:
         self._groups, self._backend = groups, backend
         self._compiled: dict[tuple[Signature, Accumulation], list[Compiled]] = {}
         self._has_run = False
-        self._place_on_host = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.costs: RecordedCosts | None = None
 
     def forget(self) -> None:
@@ -210,12 +208,6 @@ class Programs:
         options = replace(self._options, accumulation=place)
         return capture_step(inventory, self._loss, args, kwargs, options=options, fresh=self._state.fresh)
 
-    def _lowered(self, step: StepGraph) -> Lowered | None:
-        if self._plan.lowering == "eager":
-            return None
-        plan = self._plan
-        return lower_regions(step, lowering=plan.lowering, place=self._place_on_host, fallback=plan.eager_fallback)
-
     def _compile(
         self, capture: Capture, place: Accumulation, beside: Sequence[StepGraph], placed: Placement | None
     ) -> Compiled:
@@ -237,7 +229,8 @@ class Programs:
         with _timed(seconds, "passes"):
             step = pipeline.run(capture.step)
         with _timed(seconds, "lower"):
-            program = Program(step, groups=self._groups, swapper=self._state.homes.swapper, lowered=self._lowered(step))
+            lowered = lower_by_plan(step, plan)
+            program = Program(step, groups=self._groups, swapper=self._state.homes.swapper, lowered=lowered)
         text = agreed_text(step, plan=plan.fingerprint(), passes=pipeline.describe())
         return Compiled(capture.step, step, program, capture, text, list(pipeline.records), seconds, place, decision)
 

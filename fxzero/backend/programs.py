@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from fxzero.graph.blocks import repeated_blocks
 from fxzero.graph.step_graph import device_of
 from fxzero.graph.verify import verify
 from fxzero.lower.inductor import check_compiler
-from fxzero.lower.lower_regions import Lowered, lower_regions
+from fxzero.lower.lower_regions import lower_by_plan
 from fxzero.pass_manager import Pipeline
 from fxzero.passes.cut_regions import cut_regions
 from fxzero.passes.recompute_chosen import can_be_had_again, is_mask, recompute_chosen
@@ -112,9 +111,10 @@ class Compilation:
             step = Pipeline([cut_regions], disable=plan.disable).run(step)
         step.title = f"{title} of graph {look.number}"
         verify(step)
-        program = Program(
-            step, groups={}, swapper=slots and slots.swapper, lowered=_lowered(plan, step), name=step.title
-        )
+        if plan.lowering != "eager":
+            check_compiler(torch.device(device_of(step)))
+        lowered = lower_by_plan(step, plan)
+        program = Program(step, groups={}, swapper=slots and slots.swapper, lowered=lowered, name=step.title)
         look.add(title, step)
         return Call(program, outputs, joint.constants, slots)
 
@@ -123,14 +123,6 @@ _OFFLOAD_DEFAULTS: dict[str, Any] = {
     name: Plan.__dataclass_fields__[name].default
     for name in ("offload_below", "offload_dir", "offload_io", "offload_buffer_bytes", "host_budget")
 }
-
-
-def _lowered(plan: Plan, step: StepGraph) -> Lowered | None:
-    if plan.lowering == "eager":
-        return None
-    check_compiler(torch.device(device_of(step)))
-    place = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return lower_regions(step, place=place, fallback=plan.eager_fallback)
 
 
 def _found_here(plan: Plan, step: StepGraph) -> str | float | tuple[str, ...]:

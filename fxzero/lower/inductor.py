@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 
 from fxzero import compat, compat_inductor
 from fxzero.errors import LoweringError, PlanError
-from fxzero.lower.region_text import read_region
+from fxzero.lower.region_text import read_region, written_inputs
 
 aten = torch.ops.aten
 
@@ -99,7 +98,7 @@ def _check_strides(traced: torch.fx.GraphModule, strides: Sequence[tuple[int, ..
 
 def _write_back(traced: torch.fx.GraphModule, text: str) -> None:
     """Let the last outputs go into the memory of the inputs that they are written to."""
-    written = json.loads(text)["written"]
+    written = written_inputs(text)
     if not written:
         return
     graph = traced.graph
@@ -108,8 +107,8 @@ def _write_back(traced: torch.fx.GraphModule, text: str) -> None:
     returned = list(output.args[0])  # type: ignore[arg-type]
     values = returned[len(returned) - len(written) :]
     with graph.inserting_before(output):
-        for name, value in zip(written, values, strict=True):
-            copy = graph.call_function(aten.copy_.default, (placeholders[int(name[1:])], value))
-            copy.meta["val"] = placeholders[int(name[1:])].meta["val"]
+        for index, value in zip(written, values, strict=True):
+            copy = graph.call_function(aten.copy_.default, (placeholders[index], value))
+            copy.meta["val"] = placeholders[index].meta["val"]
     output.args = (tuple(returned[: len(returned) - len(written)]),)
     traced.recompile()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from fxzero.lower.products import Products
 from fxzero.lower.region_text import RegionText, region_text
 from fxzero.lower.store import Function, Store
 from fxzero.lower.workers import num_processes, working_on
+from fxzero.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,22 @@ class Lowered:
     num_distinct: int
     num_compiled: int
     refused: Mapping[int, LoweringError] = field(default_factory=dict)
+
+
+def lower_by_plan(step: StepGraph, plan: Plan) -> Lowered | None:
+    """The regions of a program as functions, as its plan says; None where each call runs by itself.
+
+    Args:
+        step: with its regions cut, unless the plan's lowering is "eager".
+        plan: of the program. Ranks of a host share the work, as torchrun's variables tell them apart.
+
+    Raises:
+        LoweringError: of a region that cannot be compiled.
+    """
+    if plan.lowering == "eager":
+        return None
+    place = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return lower_regions(step, lowering=plan.lowering, place=place, fallback=plan.eager_fallback)
 
 
 def lower_regions(

@@ -9,8 +9,8 @@ compile from; no Python object is ever stored.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,11 +40,6 @@ class RegionText:
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
     written: dict[fx.Node, fx.Node]
-
-    @property
-    def key(self) -> str:
-        """Hexadecimal digest of the text."""
-        return hashlib.sha256(self.text.encode()).hexdigest()[:32]
 
 
 def region_text(region: Region, in_place: InPlace, *, ops: Mapping[fx.Node, Any] | None = None) -> RegionText:
@@ -164,6 +159,11 @@ def read_calls(text: str, mode: Any) -> dict[str, fx.Node]:
     return nodes
 
 
+def written_inputs(text: str) -> list[int]:
+    """Indices of the inputs that a region writes over, in the order in which `read_region` returns their values."""
+    return [int(name.removeprefix("i")) for name in json.loads(text)["written"]]
+
+
 def _input_names(document: Mapping[str, Any]) -> list[str]:
     return [f"i{index}" for index in range(len(document["inputs"]))]
 
@@ -208,8 +208,6 @@ def _argument(value: Any, nodes: dict[str, fx.Node]) -> Any:
 
 def _op(name: str) -> Any:
     if name == "getitem":
-        import operator
-
         return operator.getitem
     namespace, _, rest = name.partition("::")
     packet, _, overload = rest.partition(".")

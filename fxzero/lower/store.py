@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import json
@@ -29,6 +30,7 @@ from fxzero.errors import LoweringError
 from fxzero.lower import triton
 from fxzero.lower.alignment import Function, taking_any_alignment
 from fxzero.lower.inductor import OPTIONS, Compiled
+from fxzero.lower.region_text import written_inputs
 
 VARIABLE = "FXZERO_CACHE_DIR"
 
@@ -74,7 +76,7 @@ class Store:
 
     def path(self, text: str) -> Path:
         """The file that the module of a region's text is in, if there."""
-        made_by = triton.generator() if self._lowering == "triton" else f"{self._machine()}{sorted(OPTIONS.items())}"
+        made_by = triton.generator() if self._lowering == "triton" else f"{self._machine}{sorted(OPTIONS.items())}"
         return self._regions / f"{_digest(f'{made_by}{text}')}.py"
 
     def get(self, text: str, make: Callable[[], Compiled]) -> tuple[Function, bool]:
@@ -86,16 +88,16 @@ class Store:
         """
         path = self.path(text)
         with self._locked(path), self._caching():
-            made = not self.holds(text)
-            if made:
+            kept = self._kept(path, text)
+            made = kept is None
+            if kept is None:
                 compiled = make()
-                self._write(path.with_suffix(".json"), json.dumps({"region": text, "aligned": compiled.aligned}))
+                kept = {"region": text, "aligned": compiled.aligned}
+                self._write(path.with_suffix(".json"), json.dumps(kept))
                 self._write(path, compiled.source)
-            kept = json.loads(path.with_suffix(".json").read_text())
-            written = [int(name[1:]) for name in json.loads(text)["written"]]
             with self._loading():
                 function = _load(path)
-            return taking_any_alignment(function, aligned=kept["aligned"], written=written), made
+            return taking_any_alignment(function, aligned=kept["aligned"], written=written_inputs(text)), made
 
     def _caching(self) -> contextlib.AbstractContextManager[None]:
         if self._lowering == "triton":
@@ -115,7 +117,7 @@ class Store:
             questions: to answer.
             measure: answers one.
         """
-        path = self._regions / f"{name}-{_digest(self._machine())}.json"
+        path = self._regions / f"{name}-{_digest(self._machine)}.json"
         with self._locked(path):
             try:
                 known = json.loads(path.read_text())
@@ -127,19 +129,24 @@ class Store:
                 self._write(path, json.dumps(known, indent=1, sort_keys=True))
         return {question: known[question] for question in questions}
 
-    @staticmethod
-    def _machine() -> str:
+    @functools.cached_property
+    def _machine(self) -> str:
         """What compiled code and measured answers hold for."""
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
         return f"{torch.__version__} {compat_inductor.vector_instructions()} {torch.get_num_threads()} threads, {gpu}"
 
     def holds(self, text: str) -> bool:
         """Whether the region of a text is there, whole."""
-        path = self.path(text)
+        return self._kept(self.path(text), text) is not None
+
+    @staticmethod
+    def _kept(path: Path, text: str) -> dict[str, Any] | None:
+        """What stands beside a region's module; None where one of the two is missing or not of this region."""
         try:
-            return path.exists() and json.loads(path.with_suffix(".json").read_text())["region"] == text
+            kept = json.loads(path.with_suffix(".json").read_text())
+            return kept if path.exists() and kept["region"] == text else None
         except (OSError, ValueError, KeyError):
-            return False  # written half, by a process that was ended
+            return None  # written half, by a process that was ended
 
     @staticmethod
     def _write(path: Path, content: str) -> None:

@@ -5,6 +5,7 @@ Compiled regions are single calls in it; all other ops are called one by one.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -153,7 +154,7 @@ class Emitter:
         inputs = ", ".join(self._region_input(node) for node in form.inputs)
         self.lines.append(f"    values = [{inputs}]")
         read_after = {name for node in calls for line in self.copies.get(node, ()) for name in re.findall(r"\w+", line)}
-        kept = self._returned_names() | read_after
+        kept = self._returned_names | read_after
         named = {
             source.name: node
             for source, node in form.written.items()
@@ -285,6 +286,7 @@ class Emitter:
         root = self.in_place.storage[node]
         return root.op == "placeholder" and root.meta["entry"].kind in STATE_KINDS
 
+    @functools.cached_property
     def _returned_names(self) -> set[str]:
         """The variables that the program returns."""
         return {
@@ -295,7 +297,7 @@ class Emitter:
 
     def _dying(self) -> dict[fx.Node, list[str]]:
         """Node -> names of variables that nothing needs after it."""
-        kept = self._returned_names()
+        kept = self._returned_names
         last: dict[str, fx.Node] = {}
         for node in self.step.graph.nodes:
             if node.op == "output":

@@ -38,9 +38,8 @@ class Interpreted:
             module, _ = region_text.read_region(text, compat.new_fake_mode())
         self.edit(module)
         module.recompile()
-        document = json.loads(text)
-        written = [int(name[1:]) for name in document["written"]]
-        is_number = [device == "number" for *_, device in document["inputs"]]
+        written = region_text.written_inputs(text)
+        is_number = [device == "number" for *_, device in json.loads(text)["inputs"]]
 
         def function(values: list[Any]) -> tuple[Any, ...]:
             inputs = list(values)
