@@ -36,7 +36,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--all-gather", metavar="NAME", help="native, send_recv or auto")
     group.add_argument("--reduce-scatter", metavar="NAME", help="native, send_recv, all_to_all or auto")
     group.add_argument("--bucket-form", metavar="NAME", help="coalesced, separate or auto")
-    group.add_argument("--lowering", metavar="NAME", help="eager or inductor: marks the regions that are compiled")
+    group.add_argument("--lowering", metavar="NAME", help="eager, inductor or triton; marks what is compiled")
     group.add_argument("--precision", metavar="NAME", help="fp32, bf16, fp16, autocast:bf16 or autocast:fp16")
     group.add_argument("--reduce-dtype", metavar="NAME", help="of gradients under precision bf16 or fp16")
     group.add_argument("--keep-fp32", action="append", metavar="PATTERN,..", help="modules that stay fp32")
