@@ -307,11 +307,6 @@ def optimizer_hooks(optimizer: torch.optim.Optimizer) -> list[str]:
     return found
 
 
-def dtensor_spec(tensor: Any) -> Any:
-    """The placement record of a DTensor."""
-    return tensor._spec
-
-
 def symbolic_int(env: ShapeEnv, value: int, *, name: str) -> Any:
     """A symbolic int with a hint, not specialized on 0 or 1; see `symbolic_float`."""
     from torch._dynamo.source import ConstantSource

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fxzero.errors import LoweringError
+from fxzero.errors import LoweringError, PlanError
 from fxzero.lower.inductor import compile_region
 from fxzero.lower.store import Store
 
@@ -25,8 +25,17 @@ _FEWEST_EACH = 3  # starting a worker takes as long as compiling two or three re
 
 
 def num_processes(ranks: int) -> int:
-    """How many compile at a time for one of a host's ranks: $FXZERO_COMPILE_PROCESSES, else its share of cores."""
-    return max(1, int(os.environ.get(VARIABLE) or (os.cpu_count() or 1) // ranks))
+    """How many compile at a time for one of a host's ranks: $FXZERO_COMPILE_PROCESSES, else its share of cores.
+
+    Raises:
+        PlanError: the variable is no number.
+    """
+    asked = os.environ.get(VARIABLE)
+    if not asked:
+        return max(1, (os.cpu_count() or 1) // ranks)
+    if not asked.isdecimal() or int(asked) < 1:
+        raise PlanError(f"{VARIABLE}: expected a whole number of at least 1, got {asked!r}; unset it, or correct it")
+    return int(asked)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fxzero
+from fxzero.graph.regions import regions
 from tests.lower.interpreted import interpreted
 from tests.lower.models import Decoder, tokens
 from tests.numerics.models import all_cases, clipped_cases, rarer_cases
@@ -75,3 +76,16 @@ def test_regions_compute_the_same_under_other_plans(keys: dict[str, Any]) -> Non
     expected, wanted = trained("eager", **keys)
     assert store.texts and losses == expected
     assert all(torch.equal(got, other) for got, other in zip(parameters, wanted, strict=True))
+
+
+def test_a_recording_shares_the_time_of_a_region_among_its_calls() -> None:
+    torch.manual_seed(0)
+    model = Decoder(1)
+    with interpreted():
+        step = fxzero.compile(model, torch.optim.AdamW(model.parameters()), PLAN)
+        recording = step.record(*tokens(0), steps=1)
+    calls = set(regions(step.graph)[0].calls)
+    events = [event for event in recording.typical.events if event.node in calls]
+    assert len(events) > 1 and events[0].seconds > 0
+    assert [event.seconds for event in events] == pytest.approx([events[0].seconds] * len(events))
+    assert [event.start_s for event in events[1:]] == pytest.approx([event.end_s for event in events[:-1]])
