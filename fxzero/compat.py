@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from typing import Any, TypeGuard
 
 import torch
@@ -258,6 +259,11 @@ def tag_backward_nodes(loss: torch.Tensor) -> None:
 def default_store() -> Any:
     """The key-value store of the default process group."""
     return torch.distributed.distributed_c10d._get_default_store()
+
+
+def timeout_of(group: Any) -> timedelta:
+    """How long collectives of a process group may take."""
+    return group._get_backend(torch.device("cpu")).options._timeout  # type: ignore[no-any-return]
 
 
 def mark_stepped(optimizer: torch.optim.Optimizer) -> None:

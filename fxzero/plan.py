@@ -142,7 +142,8 @@ class Plan:
         persist_below: number of elements below which a parameter stays replicated.
         prefetch: how many buckets ahead of its use a gather is launched.
         cross_step: launch the first gathers of the next step at the end of this one, right behind their updates.
-        all_gather: "native", "send_recv" (a message to each peer), or "auto": send_recv over gloo, native elsewhere.
+        all_gather: "native", "send_recv" (a message to each peer), "shared_memory" (CPU ranks of one host), or "auto":
+            over gloo shared_memory where ranks share a host, else send_recv; native elsewhere.
         reduce_scatter: as all_gather; also "all_to_all" (with a local mean that stands in the graph).
         bucket_form: "coalesced" (one collective over several tensors), "separate" (one launch a tensor, back
             to back), or "auto": separate over gloo, where that is faster, coalesced elsewhere.
@@ -214,8 +215,8 @@ class Plan:
     persist_below: int = _key(0, integer(0, fix="write a number of elements; 0 shards every parameter"))
     prefetch: int = _key(1, integer(0, fix="write how many buckets ahead; 0 gathers at the use"))
     cross_step: bool = _key(False, boolean)
-    all_gather: str = _key("auto", one_of("auto", "native", "send_recv"))
-    reduce_scatter: str = _key("auto", one_of("auto", "native", "send_recv", "all_to_all"))
+    all_gather: str = _key("auto", one_of("auto", "native", "send_recv", "shared_memory"))
+    reduce_scatter: str = _key("auto", one_of("auto", "native", "send_recv", "shared_memory", "all_to_all"))
     bucket_form: str = _key("auto", one_of("auto", "coalesced", "separate"))
     lowering: str = _key("eager", one_of("eager", "inductor", "triton"))
     eager_fallback: bool = _key(False, boolean)

@@ -16,6 +16,7 @@ from fxzero.capture.precision import Precision
 from fxzero.cost.recorded import RecordedCosts
 from fxzero.errors import PlanError
 from fxzero.graph import AuxiliaryState
+from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import Pass
 from fxzero.graph.placement import NOTHING_PLACED, Placement
 from fxzero.pass_manager import Pipeline
@@ -146,7 +147,7 @@ def recipe(
 
     Args:
         plan: resolved (its mesh is known).
-        backend: what carries collectives ("gloo", "nccl", "fake"); decides what a plan leaves at "auto".
+        backend: what carries collectives ("nccl", "gloo", "shm", "fake"); decides what a plan leaves at "auto".
         decided: what the plan leaves open, for this step.
         costs: the recorded ones on which ranks have agreed; None: what the plan's file holds here.
 
@@ -155,9 +156,10 @@ def recipe(
     """
     _check_disabled(plan)
     axes = {axis: size for axis, size in plan.axes.items() if size > 1}
-    on_gloo = backend == "gloo"
+    on_gloo = backend in ("gloo", c10d.SHM)
     form = plan.bucket_form if plan.bucket_form != "auto" else ("separate" if on_gloo else "coalesced")
-    best = "send_recv" if on_gloo and form == "separate" else "native"
+    carriers = {"gloo": c10d.SEND_RECV, c10d.SHM: c10d.SHARED_MEMORY} if form == "separate" else {}
+    best = carriers.get(backend, "native")
     algorithms = {
         "all_gather": best if plan.all_gather == "auto" else plan.all_gather,
         "reduce_scatter": best if plan.reduce_scatter == "auto" else plan.reduce_scatter,
@@ -270,10 +272,11 @@ def _recomputed(recompute: str | float | tuple[str, ...]) -> dict[str, Any]:
 
 
 def _check_coalescing(plan: Plan, form: str, algorithms: dict[str, str]) -> None:
-    if form == "coalesced" and bucket_bytes(plan) and "send_recv" in algorithms.values():
+    carried = {c10d.SEND_RECV, c10d.SHARED_MEMORY}.intersection(algorithms.values())
+    if form == "coalesced" and bucket_bytes(plan) and carried:
         raise PlanError.of(
             where="bucket_form",
-            expected="'separate' where a collective is carried by send_recv",
+            expected=f"'separate' where a collective is carried by {' and '.join(sorted(carried))}",
             got="'coalesced'",
             fix="set bucket_form='separate' or bucket_bytes=0, or leave the algorithms at 'native'",
         )

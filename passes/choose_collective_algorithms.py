@@ -21,20 +21,20 @@ def choose_collective_algorithms(step: StepGraph, *, all_gather: str, reduce_sca
     """Say how each all-gather and reduce-scatter is carried.
 
     gloo's all-gather copies its data twice more than it must, and its reduce-scatter sends as much as an all-reduce;
-    messages straight from and to the tensors do neither.
+    messages straight from and to the tensors do neither. Ranks of one host can read each other's memory instead.
 
     Args:
         step: the graph.
-        all_gather: "native", or "send_recv" (a message to each peer).
-        reduce_scatter: "native", "send_recv", or "all_to_all" (followed by a local mean: visible in the graph).
+        all_gather: "native", "send_recv" (a message to each peer), or "shared_memory".
+        reduce_scatter: as all_gather, or "all_to_all" (followed by a local mean: visible in the graph).
     """
     edits = 0
     for target, algorithm in ((c10d.all_gather, all_gather), (c10d.reduce_scatter, reduce_scatter)):
         for node in step.calls(target):
             if algorithm == "all_to_all":
                 _as_all_to_all(step, node)
-            elif algorithm == "send_recv":
-                node.meta["algorithm"] = "send_recv"
+            elif algorithm != "native":
+                node.meta["algorithm"] = algorithm
             edits += algorithm != "native"
     return edits
 

@@ -213,7 +213,7 @@ def _kinds(ranks: int, device: torch.device, *, messages: bool) -> dict[str, Sta
 
     def by_messages(whole: torch.Tensor) -> Callable[[], object]:
         pending = send_recv.launch_all_gather(rows(whole), ranks, group, 1)
-        return lambda: send_recv.wait(pending)
+        return pending.finish
 
     def splits(whole: torch.Tensor) -> list[int]:
         return [whole.numel() // ranks] * ranks

@@ -20,6 +20,7 @@ _KEYS += ("loss_scale", "accumulate", "accumulate_in", "recompute", "memory_budg
 _KEYS += ("offload_optimizer", "offload_parameters", "offload_activations", "offload_below", "update_on_host")
 _KEYS += ("host_budget", "offload_dir", "offload_io", "offload_buffer_bytes", "disable")
 _LISTS = ("keep_fp32", "disable")
+_BACKEND = "what carries collectives, and decides what the plan leaves open; shm: gloo, on one host"
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
@@ -27,14 +28,14 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("plan (docs/plan.md); single keys replace those of the file")
     group.add_argument("--plan", metavar="FILE", help="a plan in TOML or JSON")
     group.add_argument("--world", type=int, metavar="N", help="number of ranks; default: those of the plan's mesh")
-    group.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="decides what the plan leaves open")
+    group.add_argument("--backend", choices=("nccl", "gloo", "shm"), default="nccl", help=_BACKEND)
     group.add_argument("--zero", type=_number, metavar="STAGE", help="0 to 3; default 3")
     group.add_argument("--mesh", metavar="AXIS=N,..", help="ranks per axis, outermost first: dp_replicate=8,dp=8")
     group.add_argument("--bucket-bytes", type=_number, metavar="BYTES", help="'25 MiB'; 0: no buckets; or auto")
     group.add_argument("--persist-below", type=_number, metavar="N", help="elements below which nothing is sharded")
     group.add_argument("--prefetch", type=_number, metavar="N", help="buckets that a gather goes ahead of its use")
-    group.add_argument("--all-gather", metavar="NAME", help="native, send_recv or auto")
-    group.add_argument("--reduce-scatter", metavar="NAME", help="native, send_recv, all_to_all or auto")
+    group.add_argument("--all-gather", metavar="NAME", help="native, send_recv, shared_memory or auto")
+    group.add_argument("--reduce-scatter", metavar="NAME", help="native, send_recv, shared_memory, all_to_all or auto")
     group.add_argument("--bucket-form", metavar="NAME", help="coalesced, separate or auto")
     group.add_argument("--lowering", metavar="NAME", help="eager, inductor or triton; marks what is compiled")
     group.add_argument("--precision", metavar="NAME", help="fp32, bf16, fp16, autocast:bf16 or autocast:fp16")

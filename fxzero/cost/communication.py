@@ -10,6 +10,8 @@ S bytes of the whole tensor, n ranks on m nodes, w of them in each:
                 of a node each carry a part of what leaves it, by their own part of the network: S (m - 1) / m / w.
     tree        all-reduce only: 2 log2 n steps, 2 S bytes. Taken where it is faster: small messages.
     messages    all_to_all and send_recv: one message to each peer, all at once; no rank passes on what is another's.
+    memory      shared_memory: nothing travels. The launch writes what is sent to memory that all ranks of a host map,
+                and the wait reads what all have written; both hold the compute lane.
 Parts within and between nodes overlap: the longer counts. The steps of a ring wait for each other, so latencies add.
 Source: Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms (2009); Thakur et al., Optimization of collective
 communication operations in MPICH (2005).
@@ -65,8 +67,8 @@ def layout_of(axis: str, mesh: Mapping[str, int], ranks_per_node: int) -> Layout
 
 
 def algorithm_of(node: fx.Node) -> str:
-    """How a collective is carried, as the file of a machine names it: "all_gather", .., or "send_recv"."""
-    return str(node.meta.get("algorithm") or c10d.TABLE[node.target].name.removesuffix("_coalesced"))
+    """How a collective is carried, as the file of a machine names it: "all_gather", .., or its carrier."""
+    return str(c10d.carrier_of(node) or c10d.TABLE[node.target].name.removesuffix("_coalesced"))
 
 
 def message_bytes(node: fx.Node) -> int:
@@ -97,7 +99,7 @@ def message_seconds(algorithm: str, size: float, layout: Layout, hardware: Hardw
         hardware: the machine.
     """
     rate = hardware.collectives.get(algorithm, _EXACT)
-    if layout.ranks == 1:
+    if layout.ranks == 1 or algorithm == c10d.SHARED_MEMORY:
         return rate.overhead_s
     efficiency = rate.part(size)
     if algorithm in ("all_to_all", "send_recv"):
@@ -113,18 +115,24 @@ def launch_seconds(node: fx.Node, hardware: Hardware) -> float:
 
     Where a machine does not say what handing over a message takes, point-to-point gathers copy their own rows.
     """
+    carrier = c10d.carrier_of(node)
+    if carrier == c10d.SHARED_MEMORY:
+        return _copy_s(2 * num_bytes([source.meta["val"] for source in c10d.sent(node)]), hardware)
     if hardware.launch_bytes_s:
         return hardware.launch_s + message_bytes(node) / hardware.launch_bytes_s
     seconds = hardware.launch_s
-    if node.meta.get("algorithm") == "send_recv" and node.target is c10d.all_gather:
+    if carrier == c10d.SEND_RECV and node.target is c10d.all_gather:
         seconds += _copy_s(2 * num_bytes([source.meta["val"] for source in c10d.sent(node)]), hardware)
     return seconds
 
 
 def wait_seconds(wait: fx.Node, mesh: Mapping[str, int], hardware: Hardware) -> float:
-    """Seconds that a wait computes once all is there: point-to-point reduce-scatters sum the rows of all ranks."""
+    """Seconds that a wait computes once all is there: to copy what others have written, and to sum what is theirs."""
     launch = c10d.launched_by(wait)
-    if launch.meta.get("algorithm") != "send_recv" or launch.target is not c10d.reduce_scatter:
+    carrier = c10d.carrier_of(launch)
+    if carrier == c10d.SHARED_MEMORY and launch.target is not c10d.reduce_scatter:
+        return _copy_s(2 * num_bytes(tensor_val(wait)), hardware)
+    if carrier is None or launch.target is not c10d.reduce_scatter:
         return 0.0
     rows = num_bytes(tensor_val(wait))
     sums = mesh[c10d.axis_of(launch)] - 1

@@ -89,7 +89,7 @@ def _sent_before(step: StepGraph, launch: fx.Node, position: dict[fx.Node, int],
     """
     parameter = c10d.parameter_sent(launch)
     cast = parameter is not None and parameter.meta["val"].dtype != launch.meta["val"].dtype
-    if not _is_by_messages(launch) and (cast or device == "cpu"):
+    if not c10d.carrier_of(launch) and (cast or device == "cpu"):
         size = num_bytes(launch.meta["val"]) // step.mesh[c10d.axis_of(launch)]
         uses = [user for user in launch.users if c10d.is_wait(user)]
         yield Storage(launch, size, 0, max(position[use] for use in uses), is_scratch=True, uses=uses)
@@ -100,7 +100,7 @@ def _scratch(node: fx.Node, position: dict[fx.Node, int], *, device: str, ahead:
     if not c10d.is_collective(node):
         if size := workspace_bytes(node, device=device):
             yield Storage(node, size, here, here, is_scratch=True, uses=[node])
-    elif size := transport_bytes(node, device=device, by_messages=_is_by_messages(node)):
+    elif size := transport_bytes(node, device=device, by_messages=c10d.carrier_of(node) is not None):
         if ahead:
             yield Storage(node, size, here, len(position) - 1, is_scratch=True)
             return
@@ -114,15 +114,19 @@ def waits_of(launch: fx.Node) -> list[fx.Node]:
 
 
 def _is_by_messages(node: fx.Node) -> bool:
-    return node.meta.get("algorithm") == "send_recv"
+    return c10d.carrier_of(node) == c10d.SEND_RECV
 
 
-def _sums_messages(node: fx.Node) -> bool:
-    """Whether a wait adds up what messages have brought, into new memory."""
+def _is_by_memory(node: fx.Node) -> bool:
+    return c10d.carrier_of(node) == c10d.SHARED_MEMORY
+
+
+def _makes_its_value(node: fx.Node) -> bool:
+    """Whether a wait puts into new memory what messages have brought, or others have written."""
     if not c10d.is_wait(node):
         return False
     launch = c10d.launched_by(node)
-    return launch.target is c10d.reduce_scatter and _is_by_messages(launch)
+    return _is_by_memory(launch) or (launch.target is c10d.reduce_scatter and _is_by_messages(launch))
 
 
 class _Lives:
@@ -147,7 +151,7 @@ class _Lives:
 
     def _place(self, node: fx.Node) -> None:
         source = node.args[0] if node in self.in_place.forms else aliased(node)
-        if source is None or _sums_messages(node):
+        if source is None or _makes_its_value(node):
             self._begin(node)
             return
         assert isinstance(source, fx.Node)
@@ -177,7 +181,13 @@ class _Lives:
         return storage
 
     def _parts_received(self, node: fx.Node) -> int:
-        """A reduce-scatter by messages receives the rows of every other rank, and sums them at its wait."""
+        """What a launch has memory for, in its value's.
+
+        A reduce-scatter by messages receives the rows of every other rank, and sums them at its wait. What shared
+        memory carries lies there, beside all that is counted here.
+        """
+        if _is_by_memory(node):
+            return 0
         if node.target is c10d.reduce_scatter and _is_by_messages(node):
             return self.step.mesh[c10d.axis_of(node)] - 1
         return 1
@@ -206,16 +216,16 @@ class _Lives:
             if user.op == "output":
                 continue
             yield done_with(user)
-            if c10d.is_collective(user) and user.target not in _COPIES_ITS_INPUT:
+            if c10d.is_collective(user) and user.target not in _COPIES_ITS_INPUT and not _is_by_memory(user):
                 yield from waits_of(user)
 
     def _returned(self) -> set[fx.Node]:
         """What the caller is handed: all but the next values of state, which are written into it.
 
-        With what is launched for the next program comes what is sent for it, but for messages, which send a copy.
+        With what is launched for the next program comes what is sent for it, unless what is sent is a copy.
         """
         returned = {node for (kind, _), node in self.step.results.items() if kind not in STATE_KINDS}
-        launches = [node for node in c10d.launched_for_next(self.step) if not _is_by_messages(node)]
+        launches = [node for node in c10d.launched_for_next(self.step) if not c10d.carrier_of(node)]
         return returned.union(*map(c10d.sent, launches))
 
     def _copied_back(self) -> dict[fx.Node, list[fx.Node]]:

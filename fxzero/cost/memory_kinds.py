@@ -183,7 +183,7 @@ def _is_raw(node: fx.Node) -> bool:
     """Whether this is parts of a sum that a collective brings, packed ones perhaps."""
     if c10d.is_wait(node):
         return c10d.launched_by(node).target not in _REDUCES
-    by_messages = node.meta.get("algorithm") == "send_recv"
+    by_messages = c10d.carrier_of(node) is not None
     return c10d.is_collective(node) and (node.target not in _REDUCES or by_messages)
 
 

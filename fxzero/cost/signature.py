@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from fxzero import compat
-from fxzero.cost.communication import algorithm_of, message_bytes
+from fxzero.cost.communication import message_bytes
 from fxzero.graph import collectives as c10d
 from fxzero.graph import swap_ops
 from fxzero.graph.step_graph import first_argument, num_bytes
@@ -38,7 +38,7 @@ def signature(node: fx.Node, mesh: Mapping[str, int], *, form: Any = None) -> st
             return f"wait for a gather of {num_bytes(launch.meta['val'])} bytes, launched before"
         return f"wait for {signature(launch, mesh)}"
     if c10d.is_collective(node):
-        words = ["send_recv"] if algorithm_of(node) == "send_recv" else []
+        words = [carrier] if (carrier := c10d.carrier_of(node)) else []
         words.append(c10d.TABLE[node.target].name)
         words += [node.args[1]] if node.args[1] in ("sum", "avg", "max", "min", "product") else []  # type: ignore[list-item]
         return f"{' '.join(words)} of {message_bytes(node)} bytes over {mesh[c10d.axis_of(node)]}"

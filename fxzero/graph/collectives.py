@@ -61,6 +61,9 @@ COALESCED = {
     reduce_scatter: reduce_scatter_coalesced,
     all_reduce: all_reduce_coalesced,
 }
+# what may carry a gather or a reduce-scatter (`meta["algorithm"]`) in place of the backend's own algorithms
+SEND_RECV, SHARED_MEMORY = "send_recv", "shared_memory"
+SHM = "shm"  # name of a backend: gloo, between ranks of one host that share memory
 # what makes a message of a shard: to fewer bits, or packed
 PREPARES = {torch.ops.aten._to_copy.default, compression_ops.quantize_blockwise}
 
@@ -94,6 +97,11 @@ def launched_for_next(step: StepGraph) -> dict[fx.Node, list[str]]:
             launch: Any = node.args[0] if is_getitem(node) else node
             found.setdefault(launch, []).append(result.name)
     return found
+
+
+def carrier_of(launch: fx.Node) -> str | None:
+    """What carries a collective in place of the backend's own algorithm: SEND_RECV, SHARED_MEMORY, or None."""
+    return launch.meta.get("algorithm")
 
 
 def axis_of(node: fx.Node) -> str:

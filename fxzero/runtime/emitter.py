@@ -21,15 +21,11 @@ from fxzero.graph.blocked_runs import BlockedRun, block_elements, blocked_runs
 from fxzero.graph.step_graph import CALL_RESULTS, STATE_KINDS, device_of, first_argument, yields_tensor
 from fxzero.graph.storage import InPlace
 from fxzero.lower.lower_regions import Lowered, LoweredRegion
-from fxzero.runtime import gloo, send_recv
+from fxzero.runtime import gloo, pending, send_recv, shared_memory
+from fxzero.runtime.one_host import channel_key
 from fxzero.runtime.swap_lines import SWAPPER_METHODS, SwapLines
 
 FIRST_TAG_AHEAD = 2**20  # of messages that are under way from one program to the next, beside the next one's own
-
-
-def runs_by_messages(node: fx.Node) -> bool:
-    """Whether a collective is carried by point-to-point messages, which a pass has decided."""
-    return node.meta.get("algorithm") == "send_recv"
 
 
 def _with_grad_mode(op: Any) -> Any:
@@ -192,25 +188,29 @@ class Emitter:
             return
         if c10d.is_collective(node):
             target, args = self._collective(node, args)
-        elif c10d.is_wait(node) and runs_by_messages(c10d.launched_by(node)):
-            target = send_recv.wait
+        elif c10d.is_wait(node) and c10d.carrier_of(c10d.launched_by(node)):
+            target = pending.wait
         args += [f"{key}={self._argument(value)}" for key, value in node.kwargs.items()]
         self.lines.append(f"{self.indent}{node.name} = {self._op(target)}({', '.join(args)})")
         self.line_nodes[len(self.lines)] = node
 
     def _collective(self, node: fx.Node, args: list[str]) -> tuple[Any, list[str]]:
         """The call that launches a collective on this rank's groups."""
-        position = c10d.TABLE[node.target].axis_arg
-        group = self.groups[c10d.axis_of(node)]
-        if not runs_by_messages(node):
+        position, axis = c10d.TABLE[node.target].axis_arg, c10d.axis_of(node)
+        group, carrier = self.groups[axis], c10d.carrier_of(node)
+        if carrier is None:
             args[position] = repr(str(group.group_name))
             return gloo.launcher_of(node.target) if gloo.carries(group, self.device) else node.target, args
         self.messages += 1
-        args[position] = self._bind(f"group_{c10d.axis_of(node)}", group)
-        if node in self.ahead:
-            return send_recv.launch_all_gather_ahead, [*args, str(FIRST_TAG_AHEAD + self.messages)]
-        launch = send_recv.launch_all_gather if node.target is c10d.all_gather else send_recv.launch_reduce_scatter
-        return launch, [*args, str(self.messages)]
+        tag = self.messages + (FIRST_TAG_AHEAD if node in self.ahead else 0)
+        is_gather = node.target is c10d.all_gather
+        if carrier == c10d.SHARED_MEMORY:
+            args[position] = self._bind(f"channel_{axis}", self.groups[channel_key(axis)])
+            launch = shared_memory.launch_all_gather if is_gather else shared_memory.launch_reduce_scatter
+            return launch, [*args, str(tag)]
+        args[position] = self._bind(f"group_{axis}", group)
+        gather = send_recv.launch_all_gather_ahead if node in self.ahead else send_recv.launch_all_gather
+        return gather if is_gather else send_recv.launch_reduce_scatter, [*args, str(tag)]
 
     def _bind(self, name: str, value: Any) -> str:
         self.names[name] = value

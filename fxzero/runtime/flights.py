@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from fxzero.graph import collectives as c10d
-from fxzero.runtime.send_recv import Pending
+from fxzero.runtime.pending import Pending
 from fxzero.runtime.swap import Transfer
 
 JOIN_S = 10.0  # for a thread that watches to end
@@ -126,19 +126,13 @@ def flight_of(value: Any, sources: Any) -> Flight | None:
         sources: what the launch was given.
     """
     if isinstance(value, Pending):
-        return Flight(lambda: _finish_messages(value), (value, sources), holds=True)
+        return Flight(value.arrive, (value, sources), holds=True)
     if isinstance(value, Transfer):
         return Flight(lambda: value.carrier.settle(value.pending), None, holds=False)
     if isinstance(value, torch.Tensor) and sources is None:
         return None
     outputs = [value] if isinstance(value, torch.Tensor) else list(value)
     return Flight(lambda: _finish_collective(outputs), (outputs, sources), holds=True)
-
-
-def _finish_messages(pending: Pending) -> None:
-    for work in pending.works:
-        work.wait()
-    pending.works = []  # a message can be waited for once
 
 
 def _finish_collective(outputs: Sequence[torch.Tensor]) -> None:

@@ -38,7 +38,7 @@ from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.edit import Editor
 from fxzero.graph.step_graph import LAUNCHED, tensor_val
-from fxzero.runtime import send_recv
+from fxzero.runtime.pending import Pending
 from fxzero.runtime.program import Program
 
 # name of a parameter -> what the model owns, and the memory of this rank's rows
@@ -66,7 +66,7 @@ class _UnderWay:
     @classmethod
     def of(cls, value: Any, form: tuple[Any, ...], owned: torch.Tensor, rows: torch.Tensor) -> _UnderWay:
         """What was launched to gather these rows."""
-        sent = value.own if isinstance(value, send_recv.Pending) else None
+        sent = value.own if isinstance(value, Pending) else None
         if sent is None and rows.device.type == "cpu":
             sent = rows.detach().to(form[0], copy=True)
         return cls(value, form, rows, sent, compat.versions_of(owned))
@@ -79,8 +79,8 @@ class _UnderWay:
 
     def wait(self) -> None:
         """Return when nothing is under way any more."""
-        if isinstance(self.value, send_recv.Pending):
-            send_recv.wait(self.value)
+        if isinstance(self.value, Pending):
+            self.value.finish()
         else:
             c10d.wait(self.value)
 

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from fxzero.runtime.pending import Pending
+
 
 @dataclass
-class Pending:
-    """A collective under way: its parts stay alive, and unchanged, until `wait`.
+class Messages(Pending):
+    """A collective under way by messages: its parts stay alive, and unchanged, until `finish`.
 
     Args:
         works: what the backend is doing.
@@ -34,6 +36,23 @@ class Pending:
     out: torch.Tensor | None
     mean: bool = False
     own: torch.Tensor | None = None
+
+    def arrive(self) -> None:
+        """As `Pending.arrive`."""
+        for work in self.works:
+            work.wait()
+        self.works = []  # a message can be waited for once
+
+    def finish(self) -> torch.Tensor:
+        """As `Pending.finish`; sums in the order of ranks."""
+        self.arrive()
+        if self.out is not None:
+            return self.out
+        first, second, *rest = self.parts
+        total = first + second
+        for part in rest:
+            total += part
+        return total.div_(len(self.parts)) if self.mean else total
 
 
 def launch_all_gather(shard: torch.Tensor, size: int, group: Any, tag: int) -> Pending:
@@ -74,7 +93,7 @@ def _gather(shard: torch.Tensor, size: int, group: Any, tag: int, *, from_copy: 
         works.insert(0, _Failed(error))
     if not from_copy:
         own.copy_(shard)
-    return Pending(works, [shard], out, own=own)
+    return Messages(works, [shard], out, own=own)
 
 
 def launch_reduce_scatter(full: torch.Tensor, op: str, size: int, group: Any, tag: int) -> Pending:
@@ -95,23 +114,9 @@ def launch_reduce_scatter(full: torch.Tensor, op: str, size: int, group: Any, ta
         works.append(group.send([parts[peer]], peer, tag))
         parts.append(mine)
     order = {me: parts[me], **dict(zip(_others(me, size), parts[size:], strict=True))}
-    pending = Pending(works, [order[i] for i in range(size)], None, mean=op == "avg")
+    pending = Messages(works, [order[i] for i in range(size)], None, mean=op == "avg")
     pending.works.append(_Keep(full))
     return pending
-
-
-def wait(pending: Pending) -> torch.Tensor:
-    """Wait for a collective and return what it yields; sums in the order of ranks."""
-    for work in pending.works:
-        work.wait()
-    pending.works = []  # a message can be waited for once
-    if pending.out is not None:
-        return pending.out
-    first, second, *rest = pending.parts
-    total = first + second
-    for part in rest:
-        total += part
-    return total.div_(len(pending.parts)) if pending.mean else total
 
 
 @dataclass

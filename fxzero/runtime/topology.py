@@ -10,9 +10,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fxzero.errors import PlanError
+from fxzero.graph import collectives as c10d
 from fxzero.graph.collectives import node_axis
 from fxzero.plan import Plan
 from fxzero.runtime import gloo
+from fxzero.runtime.one_host import channel_key, open_channels
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Topology:
     Args:
         plan: resolved.
         mesh: the device mesh; None in a single process without torch.distributed.
-        backend: what carries collectives.
+        backend: what carries collectives: "nccl", "gloo", "fake", or "shm" (gloo, on one host).
+        groups: axis, or part of one -> its process group; with "shm" also `channel_key` of it -> its channel.
     """
 
     plan: Plan
@@ -42,12 +46,16 @@ class Topology:
         plan = plan.resolve(dist.get_world_size())
         axes = plan.axes
         mesh = init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-        groups = {axis: mesh.get_group(axis) for axis in axes}
+        groups: dict[str, Any] = {axis: mesh.get_group(axis) for axis in axes}
         if plan.node_size and axes["dp"] > 1:
             groups[node_axis("dp")] = _node_group(mesh, tuple(axes), plan.node_size)
         backend = gloo.backend_of(mesh.get_group(next(iter(axes))), device_type)
         if backend == "gloo":
             gloo.rest_at_exit()
+            channels = open_channels(groups, timeout_s=plan.timeout_s)
+            groups |= {channel_key(axis): channel for axis, channel in channels.items()}
+            backend = c10d.SHM if channels else backend
+        _check_carriers(plan, backend)
         return cls(plan, mesh, backend, groups)
 
     @property
@@ -76,6 +84,17 @@ def node_ranks(ranks: torch.Tensor, axes: Sequence[str], node_size: int) -> list
         node_size: ranks of a node.
     """
     return ranks.movedim(list(axes).index("dp"), -1).reshape(-1, node_size).tolist()
+
+
+def _check_carriers(plan: Plan, backend: str) -> None:
+    for key in ("all_gather", "reduce_scatter"):
+        if getattr(plan, key) == c10d.SHARED_MEMORY and backend != c10d.SHM:
+            raise PlanError.of(
+                where=key,
+                expected="CPU ranks that share the memory of one host (Linux, x86-64), over gloo",
+                got=f"{backend}, or ranks that cannot open each other's memory",
+                fix="leave it at 'auto'",
+            )
 
 
 def _node_group(mesh: DeviceMesh, axes: Sequence[str], node_size: int) -> Any:

@@ -272,7 +272,7 @@ class _Reading:
                 alike(node),
                 message_bytes(node),
                 self.allocator.allocated(num_bytes(held)),
-                transport_bytes(node, device=self.allocator.device, by_messages=algorithm_of(node) == "send_recv"),
+                transport_bytes(node, device=self.allocator.device, by_messages=c10d.carrier_of(node) is not None),
                 sum(self.prepares.get(source, 0.0) for source in sources),
                 param="" if any(source.target in compression_ops.OPS for source in sources) else node.meta["param"],
             )
