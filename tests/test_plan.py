@@ -38,8 +38,8 @@ KEYS = {
     "persist_below": st.integers(0, 2**63 - 1),
     "prefetch": st.integers(0, 2**63 - 1),
     "cross_step": st.just(False),
-    "all_gather": st.sampled_from(["auto", "native", "send_recv"]),
-    "reduce_scatter": st.sampled_from(["auto", "native", "send_recv", "all_to_all"]),
+    "all_gather": st.sampled_from(["auto", "native", "send_recv", "shared_memory"]),
+    "reduce_scatter": st.sampled_from(["auto", "native", "send_recv", "shared_memory", "all_to_all"]),
     "bucket_form": st.sampled_from(["auto", "coalesced", "separate"]),
     "lowering": st.sampled_from(["eager", "inductor", "triton"]),
     "eager_fallback": st.booleans(),
@@ -411,11 +411,11 @@ def test_axes_need_a_mesh() -> None:
         (
             {"reduce_scatter": "all-to-all"},
             [
-                "Plan.reduce_scatter: expected 'auto' or 'native' or 'send_recv' or 'all_to_all', got",
+                "Plan.reduce_scatter: expected 'auto' or 'native' or 'send_recv' or 'shared_memory' or 'all_to_all', got",
                 "did you mean 'all_to_all'?",
             ],
         ),
-        ({"reduce_scatter": "ring"}, ["got 'ring'; choose from: auto, native, send_recv, all_to_all"]),
+        ({"reduce_scatter": "ring"}, ["got 'ring'; choose from: auto, native, send_recv, shared_memory, all_to_all"]),
         ({"reduce_scatter": ["auto"]}, ["got ['auto'];"]),
         (
             {"bucket_form": "packed"},

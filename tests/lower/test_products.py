@@ -58,8 +58,9 @@ def test_a_product_is_measured_once_and_the_answer_is_kept(tmp_path: Path) -> No
         (LARGE.double(), LARGE.double()),
         (LARGE.bfloat16(), LARGE.bfloat16()),
         (torch.rand(256, 512)[:, ::2], LARGE),
+        (LARGE.t(), LARGE),
     ],
-    ids=["small", "double", "bfloat16", "with_gaps"],
+    ids=["small", "double", "bfloat16", "with_gaps", "copied"],
 )
 def test_what_is_small_or_of_another_form_keeps_its_op(a: torch.Tensor, b: torch.Tensor, tmp_path: Path) -> None:
     with mock.patch.object(products, "_measure", lambda signature: "onednn"):
