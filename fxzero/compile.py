@@ -277,7 +277,13 @@ class TrainStep(Profiled):
 
         last = self._require_last()[-1]
         return report(
-            self.graphs, self.plan, last.records, last.seconds, decision=last.decision, lowered=last.program.lowered
+            self.graphs,
+            self.plan,
+            last.records,
+            last.seconds,
+            decision=last.decision,
+            lowered=last.program.lowered,
+            shared_bytes=self._topology.shared_bytes,
         )
 
     def _require_last(self) -> list[Compiled]:

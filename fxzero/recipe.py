@@ -158,13 +158,7 @@ def recipe(
     axes = {axis: size for axis, size in plan.axes.items() if size > 1}
     on_gloo = backend in ("gloo", c10d.SHM)
     form = plan.bucket_form if plan.bucket_form != "auto" else ("separate" if on_gloo else "coalesced")
-    carriers = {"gloo": c10d.SEND_RECV, c10d.SHM: c10d.SHARED_MEMORY} if form == "separate" else {}
-    best = carriers.get(backend, "native")
-    algorithms = {
-        "all_gather": best if plan.all_gather == "auto" else plan.all_gather,
-        "reduce_scatter": best if plan.reduce_scatter == "auto" else plan.reduce_scatter,
-    }
-    _check_coalescing(plan, form, algorithms)
+    algorithms = _algorithms(plan, backend, form)
     shards = "dp" in axes
     rows = {"axis": "dp", "persist_below": plan.persist_below}
 
@@ -269,6 +263,18 @@ def _recomputed(recompute: str | float | tuple[str, ...]) -> dict[str, Any]:
     if isinstance(recompute, float):
         return {"fraction": recompute}
     return {} if recompute == "blocks" else {"patterns": recompute}
+
+
+def _algorithms(plan: Plan, backend: str, form: str) -> dict[str, str]:
+    """What carries gathers and reduce-scatters; the options of the pass that says so."""
+    carriers = {"gloo": c10d.SEND_RECV, c10d.SHM: c10d.SHARED_MEMORY} if form == "separate" else {}
+    best = carriers.get(backend, "native")
+    algorithms = {
+        "all_gather": best if plan.all_gather == "auto" else plan.all_gather,
+        "reduce_scatter": best if plan.reduce_scatter == "auto" else plan.reduce_scatter,
+    }
+    _check_coalescing(plan, form, algorithms)
+    return algorithms
 
 
 def _check_coalescing(plan: Plan, form: str, algorithms: dict[str, str]) -> None:

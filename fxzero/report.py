@@ -38,6 +38,7 @@ def report(
     decision: Decision | None = None,
     hardware: Hardware | None = None,
     lowered: Lowered | None = None,
+    shared_bytes: int = 0,
 ) -> str:
     """State, communication, memory, time, passes and compile time of a step, as text for a terminal.
 
@@ -50,6 +51,7 @@ def report(
         decision: what was decided for the last one.
         hardware: the machine that times are predicted for; default: the plan's.
         lowered: the compiled regions of the last one, where it has any.
+        shared_bytes: memory that this rank has made for what other ranks of its host read.
     """
     last = steps[-1]
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.axes.items())
@@ -60,6 +62,7 @@ def report(
         _communication_table(steps),
         _ahead_line(last),
         memory_tables(highest_profile(steps, allocator=allocator)[1]),
+        f"beside it {_mib(shared_bytes)} MiB of memory shared with ranks of this host" if shared_bytes else "",
         swap_table(swapped_in_step(steps)),
         _time(steps, hardware or hardware_of(last, named=plan.hardware)),
         "" if decision is None else str(decision),

@@ -411,7 +411,7 @@ def test_axes_need_a_mesh() -> None:
         (
             {"reduce_scatter": "all-to-all"},
             [
-                "Plan.reduce_scatter: expected 'auto' or 'native' or 'send_recv' or 'shared_memory' or 'all_to_all', got",
+                "'native' or 'send_recv' or 'shared_memory' or 'all_to_all', got",
                 "did you mean 'all_to_all'?",
             ],
         ),

@@ -16,6 +16,7 @@ from fxzero.graph.collectives import node_axis
 from fxzero.plan import Plan
 from fxzero.runtime import gloo
 from fxzero.runtime.one_host import channel_key, open_channels
+from fxzero.runtime.shared_memory import Channel
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ class Topology:
     def world_size(self) -> int:
         """Number of ranks of the mesh."""
         return self.mesh.size() if self.mesh is not None else 1
+
+    @property
+    def shared_bytes(self) -> int:
+        """Memory that this rank has made for messages to the others of its host, as far as it was needed."""
+        return sum(value.room.num_bytes for value in self.groups.values() if isinstance(value, Channel))
 
     def coordinate(self, axis: str) -> Any:
         """This rank's index on an axis, or on the part of dp within a node."""

@@ -92,7 +92,7 @@ def test_no_more_messages_than_slots() -> None:
 def test_ranks_at_different_calls_find_out() -> None:
     group = channels(2)
     one, _ = launch_all_gather(torch.zeros(4), 2, group[0], 1), launch_all_gather(torch.zeros(4), 2, group[1], 2)
-    with pytest.raises(RuntimeError, match="message 0 of rank 1: expected 16 bytes of collective 1, got 16 .* 2"):
+    with pytest.raises(RuntimeError, match=r"message 0 of rank 1: expected 16 bytes of collective 1, got 16 .* 2"):
         one.finish()
     one, _ = launch_all_gather(torch.zeros(4), 2, group[0], 3), launch_all_gather(torch.zeros(5), 2, group[1], 3)
     with pytest.raises(RuntimeError, match="message 1 of rank 1: expected 16 bytes of collective 3, got 20"):
