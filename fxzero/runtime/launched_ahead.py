@@ -77,12 +77,18 @@ class _UnderWay:
             return False
         return self.sent is None or _same_bits(self.sent, rows.detach().to(self.sent.dtype))
 
-    def wait(self) -> None:
-        """Return when nothing is under way any more."""
+    def settle(self) -> None:
+        """Return when nothing is under way any more; what has arrived may still be waited for."""
         if isinstance(self.value, Pending):
-            self.value.finish()
+            self.value.arrive()
         else:
             c10d.wait(self.value)
+
+    def drop(self) -> None:
+        """Wait for what no program will wait for, and let go of it."""
+        self.settle()
+        if isinstance(self.value, Pending):
+            self.value.finish()
 
 
 class LaunchedAhead:
@@ -122,7 +128,7 @@ class LaunchedAhead:
             if not anew and wanted.get(name) == gather.form:
                 taken[name] = gather.value
             else:
-                gather.wait()  # memory that messages arrive in must not go before
+                gather.drop()  # memory that messages arrive in must not go before
         missing = tuple(name for name in wanted if name not in taken)
         if missing:
             program = self._launching(step, missing)
@@ -196,7 +202,7 @@ def _drain(kept: Mapping[str, _UnderWay]) -> None:
     """Wait for gathers that no program will wait for; [Note: what nobody waits for]."""
     for gather in kept.values():
         with contextlib.suppress(RuntimeError):  # the process group may have ended
-            gather.wait()
+            gather.settle()
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -30,7 +30,7 @@ from tests.numerics.side_by_side import Values, check, first_difference, paramet
 from tests.numerics.sparing import sharing_first_capture, verifying_less
 
 WORDS, WIDTH, STEPS = 33, 8, 9  # rows that two ranks do not divide evenly
-MESSAGES: dict[str, Any] = {"bucket_bytes": 0}
+MESSAGES: dict[str, Any] = {"bucket_bytes": 0, "all_gather": "send_recv"}
 
 
 class Words(nn.Module):
@@ -154,6 +154,7 @@ JOBS = [
     Job("messages", MESSAGES),
     Job("messages", MESSAGES, changes_not_seen),
     Job("messages", MESSAGES, counts_alone),
+    Job("shared memory", {"bucket_bytes": 0, "all_gather": "shared_memory"}),
     Job("native", {"all_gather": "native", "bucket_form": "coalesced"}),
     Job(
         "microbatches, skipped steps",

@@ -66,6 +66,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"bucket_bytes": 4096, "bucket_form": "coalesced"},
     {"cross_step": True, "bucket_bytes": 0},
     {"bucket_form": "coalesced", "zero": 0},
+    {"reduce_scatter": "send_recv", "all_gather": "send_recv"},
     {"reduce_scatter": "native"},
     {"reduce_scatter": "all_to_all", "all_gather": "native"},
     {"bucket_bytes": "auto", "bucket_form": "coalesced", "regather": "auto", "memory_budget": "1 GiB"},
