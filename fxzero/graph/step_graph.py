@@ -20,6 +20,7 @@ Everything that a pass needs stands in `node.meta`:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import operator
@@ -278,11 +279,14 @@ def iter_views(node: fx.Node) -> Iterator[fx.Node]:
 
 def is_view(node: fx.Node) -> bool:
     """Whether a call's output (or each of its outputs) aliases its first input."""
-    target: Any = node.target
-    if node.op != "call_function" or not compat.is_op(target):
+    return node.op == "call_function" and _makes_views(node.target)
+
+
+@functools.cache  # asked millions of times in a large step, of a few hundred ops
+def _makes_views(target: Any) -> bool:
+    if not compat.is_op(target):
         return False
-    returns = target._schema.returns
-    aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns)
     return aliases or target is torch.ops.aten._unsafe_view.default  # whose schema does not say so
 
 
