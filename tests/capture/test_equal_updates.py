@@ -201,8 +201,11 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [*(("adamw", plan) for plan in PLANS.values()), ("muon", PLANS["everything"])],
+    ids=[*PLANS, "everything, muon"],
+)
 def test_it_is_under_a_plan_too(name: str, plan: dict[str, Any], counted: list[Any]) -> None:
     inventory, fresh = job(name)
     got, expected = both(inventory, fresh, options(inventory, **plan))
