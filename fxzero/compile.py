@@ -27,6 +27,7 @@ from fxzero.cost.recorded import Machine, RecordedCosts
 from fxzero.errors import CaptureError, FxzeroError, PlanError
 from fxzero.graph import StepGraph
 from fxzero.graph.step_graph import CARRIED_KINDS, LAUNCHED
+from fxzero.lower.choose import with_lowering
 from fxzero.lower.inductor import check_compiler
 from fxzero.lower.triton import check_triton
 from fxzero.plan import Plan
@@ -104,7 +105,7 @@ class TrainStep(Profiled):
         self.metrics: dict[str, torch.Tensor] = {}
         self._device = device_of(model)
         self._topology = Topology.of(plan, self._device.type)
-        self.plan = self._topology.plan
+        self.plan = with_lowering(self._topology.plan, self._device)
         auxiliary = auxiliary_state(self.plan, dict(model.named_parameters()))
         if self.plan.lowering == "inductor":
             check_compiler(self._device)

@@ -147,8 +147,9 @@ class Plan:
         reduce_scatter: as all_gather; also "all_to_all" (with a local mean that stands in the graph).
         bucket_form: "coalesced" (one collective over several tensors), "separate" (one launch a tensor, back
             to back), or "auto": separate over gloo, where that is faster, coalesced elsewhere.
-        lowering: what runs the compute: "eager" (each op), "inductor" (compiled regions of them) or "triton" (a kernel
-            for each region of pointwise ops and reductions of rows, all else op by op).
+        lowering: what runs the compute: "eager" (each op), "inductor" (compiled regions of them), "triton" (a kernel
+            for each region of pointwise ops and reductions of rows, all else op by op), or "auto": inductor where its
+            compiler is found, eager elsewhere, and with schedule="cost".
         eager_fallback: a region that cannot be compiled runs op by op, and the report counts it; else it is an error.
         precision: "fp32" (what parameters and batch have), "bf16" or "fp16" (parameters and the model's floating inputs
             are cast, before the gather where there is one; the update stays in fp32, on the shards), "autocast:bf16" or
@@ -218,7 +219,7 @@ class Plan:
     all_gather: str = _key("auto", one_of("auto", "native", "send_recv", "shared_memory"))
     reduce_scatter: str = _key("auto", one_of("auto", "native", "send_recv", "shared_memory", "all_to_all"))
     bucket_form: str = _key("auto", one_of("auto", "coalesced", "separate"))
-    lowering: str = _key("eager", one_of("eager", "inductor", "triton"))
+    lowering: str = _key("auto", one_of("auto", "eager", "inductor", "triton"))
     eager_fallback: bool = _key(False, boolean)
     precision: str = _key("fp32", one_of("fp32", "bf16", "fp16", "autocast:bf16", "autocast:fp16"))
     reduce_dtype: str = _key("fp32", one_of("fp32", "bf16", "fp16"))

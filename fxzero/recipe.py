@@ -212,7 +212,7 @@ def recipe(
     passes += _offloading(plan, decided)
     if plan.schedule == "cost":
         passes.append(schedule_step.using(**machine, **_recorded(plan, costs)))
-    if plan.lowering != "eager":
+    if plan.lowering not in ("auto", "eager"):
         passes.append(cut_regions.using(only_rows=True) if plan.lowering == "triton" else cut_regions)
     return Pipeline(passes, disable=plan.disable)
 

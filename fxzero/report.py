@@ -57,7 +57,7 @@ def report(
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.axes.items())
     several = f", {len(steps)} microbatches a step" if len(steps) > 1 else ""
     parts = [
-        f"zero {plan.zero} on {mesh or 'one rank'}{several}",
+        f"zero {plan.zero} on {mesh or 'one rank'}{several}, lowering {plan.lowering}",
         _state_table(last),
         _communication_table(steps),
         _ahead_line(last),

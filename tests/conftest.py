@@ -26,6 +26,7 @@ Capture = Callable[..., StepGraph]
 def pytest_configure(config: pytest.Config) -> None:
     """What tests compile is kept beside pytest's own cache, for all of its processes and the next run."""
     os.environ.setdefault("FXZERO_CACHE_DIR", str(config.rootpath / ".pytest_cache" / "fxzero"))
+    os.environ.setdefault("FXZERO_LOWERING", "eager")  # bits are compared; tests/lower compiles where it says so
     os.environ.setdefault("FXZERO_COMPILE_PROCESSES", "1")  # tests run beside each other already
 
 

@@ -41,7 +41,7 @@ KEYS = {
     "all_gather": st.sampled_from(["auto", "native", "send_recv", "shared_memory"]),
     "reduce_scatter": st.sampled_from(["auto", "native", "send_recv", "shared_memory", "all_to_all"]),
     "bucket_form": st.sampled_from(["auto", "coalesced", "separate"]),
-    "lowering": st.sampled_from(["eager", "inductor", "triton"]),
+    "lowering": st.sampled_from(["auto", "eager", "inductor", "triton"]),
     "eager_fallback": st.booleans(),
     "precision": st.sampled_from(["fp32", "bf16", "fp16", "autocast:bf16", "autocast:fp16"]),
     "reduce_dtype": st.sampled_from(["fp32", "bf16", "fp16"]),
@@ -165,7 +165,7 @@ def test_defaults() -> None:
         "all_gather": "auto",
         "reduce_scatter": "auto",
         "bucket_form": "auto",
-        "lowering": "eager",
+        "lowering": "auto",
         "eager_fallback": False,
         "precision": "fp32",
         "reduce_dtype": "fp32",
@@ -423,10 +423,12 @@ def test_axes_need_a_mesh() -> None:
         ),
         (
             {"lowering": "jit"},
-            ["Plan.lowering: expected 'eager' or 'inductor' or 'triton', got 'jit'; choose from: eager"],
+            [
+                "expected 'auto' or 'eager' or 'inductor' or 'triton', got 'jit'; choose from: auto, eager"
+            ],
         ),
         ({"lowering": "Eager"}, ["got 'Eager'; did you mean 'eager'?"]),
-        ({"lowering": None}, ["got None; choose from: eager"]),
+        ({"lowering": None}, ["got None; choose from: auto, eager"]),
         (
             {"precision": "fp16"},
             ["Plan.loss_scale: expected one, with precision in fp16, got None; set loss_scale='dynamic'"],
@@ -674,7 +676,7 @@ def test_to_toml_as_people_read_it() -> None:
         'all_gather = "auto"\n'
         'reduce_scatter = "auto"\n'
         'bucket_form = "auto"\n'
-        'lowering = "eager"\n'
+        'lowering = "auto"\n'
         "eager_fallback = false\n"
         'precision = "fp32"\n'
         'reduce_dtype = "fp32"\n'

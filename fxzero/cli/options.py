@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from typing import Any
+
+import torch
 
 from fxzero.cli.usage import UsageError
 from fxzero.cost.allocator import CPU, CUDA, Allocator
+from fxzero.lower.choose import VARIABLE, with_lowering
 from fxzero.plan import Plan
 
 # option of the command line -> key of the plan
@@ -37,7 +41,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--all-gather", metavar="NAME", help="native, send_recv, shared_memory or auto")
     group.add_argument("--reduce-scatter", metavar="NAME", help="native, send_recv, shared_memory, all_to_all or auto")
     group.add_argument("--bucket-form", metavar="NAME", help="coalesced, separate or auto")
-    group.add_argument("--lowering", metavar="NAME", help="eager, inductor or triton; marks what is compiled")
+    group.add_argument("--lowering", metavar="NAME", help="auto, eager, inductor or triton; marks what is compiled")
     group.add_argument("--precision", metavar="NAME", help="fp32, bf16, fp16, autocast:bf16 or autocast:fp16")
     group.add_argument("--reduce-dtype", metavar="NAME", help="of gradients under precision bf16 or fp16")
     group.add_argument("--keep-fp32", action="append", metavar="PATTERN,..", help="modules that stay fp32")
@@ -107,7 +111,7 @@ def plan_of(args: argparse.Namespace, *, default_world: int | None = None) -> Pl
         given["mesh"] = _mesh(given["mesh"])
     for key in (key for key in _LISTS if key in given):
         given[key] = [name.strip() for names in given[key] for name in names.split(",") if name.strip()]
-    plan = plan.replace(**given)
+    plan = _lowered(plan.replace(**given), args.backend)
     if args.world is not None:
         return plan.resolve(args.world)
     if plan.mesh is not None:
@@ -116,6 +120,13 @@ def plan_of(args: argparse.Namespace, *, default_world: int | None = None) -> Pl
         fix = "add --world 64, or --mesh dp=64"
         raise UsageError.of("--world", expected="the number of ranks", got="none, and a plan without mesh", fix=fix)
     return plan.resolve(default_world)
+
+
+def _lowered(plan: Plan, backend: str) -> Plan:
+    """The plan with its lowering chosen; GPUs that the step is for are taken to have what Inductor needs."""
+    if backend == "nccl" and plan.lowering == "auto" and not os.environ.get(VARIABLE):
+        return plan.replace(lowering="eager" if plan.schedule == "cost" else "inductor")
+    return with_lowering(plan, torch.device("cpu"))
 
 
 def _number(text: str) -> Any:

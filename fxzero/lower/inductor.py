@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import sysconfig
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +53,10 @@ def check_compiler(device: torch.device) -> None:
     if device.type == "cpu" and compat_inductor.find_cpp_compiler() is None:
         fix = f"install g++ or clang++, name one in the environment's CXX, {fix}"
         raise PlanError.of(where, expected="a C++ compiler for 'inductor' on the CPU", got="none", fix=fix)
+    if device.type == "cpu" and not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        fix = f"install Python's headers (the package python3-dev, say), {fix}"
+        expected = "the headers of this Python for 'inductor' on the CPU"
+        raise PlanError.of(where, expected=expected, got=f"no {sysconfig.get_path('include')}/Python.h", fix=fix)
     if device.type != "cpu" and importlib.util.find_spec("triton") is None:
         expected = f"the package triton for 'inductor' on {device.type}"
         raise PlanError.of(where, expected=expected, got="none", fix=f"pip install triton, {fix}")

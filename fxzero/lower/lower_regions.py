@@ -71,7 +71,7 @@ def lower_by_plan(step: StepGraph, plan: Plan) -> Lowered | None:
     Raises:
         LoweringError: of a region that cannot be compiled.
     """
-    if plan.lowering == "eager":
+    if plan.lowering in ("auto", "eager"):
         return None
     place = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return lower_regions(step, lowering=plan.lowering, place=place, fallback=plan.eager_fallback)
