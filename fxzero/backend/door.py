@@ -14,16 +14,17 @@ it is: such a graph gets a function that raises the error when it is called.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import fx
 
 from fxzero.backend.joint import names_of
-from fxzero.backend.options import read_options
+from fxzero.backend.options import Options, read_options
 from fxzero.backend.programs import Compilation
-from fxzero.backend.rows import read_rows
+from fxzero.backend.rows import read_rows, sharded_in
 from fxzero.backend.shapes import ByShape, is_open, numbers_asked
 from fxzero.backend.sharded import Sharded, tell
 from fxzero.errors import PlanError
@@ -53,25 +54,41 @@ def fxzero_backend(
     """
     sharded: Sharded | None = None
     try:
-        given = read_rows(module, example_inputs)
-        sharded, examples = given.sharded, given.examples
+        sharded = sharded_in(module)
         chosen = read_options(options, mode=mode, sharded=sharded)
-        names = names_of(module)
-
-        def compiled(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            of_inputs = [name for name, kept in zip(names, examples, strict=True) if not is_number(kept)]
-            try:
-                return Compilation(chosen, of_inputs).run(graph, inputs)  # type: ignore[no-any-return]
-            except Exception as error:
-                if sharded is not None:
-                    tell(sharded.agreement, error)
-                raise
-
-        if not any(map(is_open, examples)) and not numbers_asked(module):
-            return given.around(compiled(module, examples))
-        return given.around(torch.compiler.disable(ByShape(module, examples, compiled).run))
+        with _telling(sharded, but=PlanError):  # that comes at the call, and is told there
+            return _compiled(module, example_inputs, chosen)
     except PlanError as error:
         return _raising(error, sharded)
+
+
+def _compiled(module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """What runs a graph: made here, or at its first call where sizes are open."""
+    names = names_of(module)
+    given = read_rows(module, example_inputs)
+
+    def compiled(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        of_inputs = [name for name, kept in zip(names, given.examples, strict=True) if not is_number(kept)]
+        return Compilation(options, of_inputs).run(graph, inputs)  # type: ignore[no-any-return]
+
+    def compiled_later(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        with _telling(options.sharded):
+            return compiled(graph, inputs)
+
+    if not any(map(is_open, given.examples)) and not numbers_asked(module):
+        return given.around(compiled(module, given.examples))
+    return given.around(torch.compiler.disable(ByShape(module, given.examples, compiled_later).run))
+
+
+@contextlib.contextmanager
+def _telling(sharded: Sharded | None, but: tuple[type[Exception], ...] | type[Exception] = ()) -> Iterator[None]:
+    """If this rank cannot compile a graph of a sharded model, the others learn of it."""
+    try:
+        yield
+    except Exception as error:
+        if sharded is not None and not isinstance(error, but):
+            tell(sharded.agreement, error)
+        raise
 
 
 def is_number(value: Any) -> bool:

@@ -27,12 +27,10 @@ class RowInputs:
     """Which inputs of a graph are sharded parameters.
 
     Args:
-        sharded: whose they are; None where there are none.
         examples: of all inputs, DTensors replaced by rows.
         rows: position of a DTensor input -> rows that its plain tensor has; WHOLE where it rests whole.
     """
 
-    sharded: Sharded | None
     examples: list[Any]
     rows: dict[int, int]
 
@@ -52,6 +50,21 @@ class RowInputs:
         return torch.compiler.disable(call)
 
 
+def sharded_in(module: fx.GraphModule) -> Sharded | None:
+    """Whose sharded parameters a graph of Dynamo's reads; None where it reads none.
+
+    Raises:
+        PlanError: if they are those of several sharded models.
+    """
+    graphs = [part.graph for part in module.modules() if isinstance(part, fx.GraphModule)]
+    calls = [call for graph in graphs for call in graph.find_nodes(op="call_function", target=unshard)]
+    names = {str(call.args[2]) for call in calls}
+    if len(names) > 1:
+        fix = "compile each of the models by itself"
+        raise PlanError.of("a captured graph", expected="one sharded model", got=f"{len(names)}", fix=fix)
+    return sharded_by(names.pop()) if names else None
+
+
 def read_rows(module: fx.GraphModule, examples: Sequence[Any]) -> RowInputs:
     """Let a graph of Dynamo's take rows where it took DTensors; the graph is changed.
 
@@ -61,15 +74,7 @@ def read_rows(module: fx.GraphModule, examples: Sequence[Any]) -> RowInputs:
 
     Raises:
         CaptureError: for a DTensor that `fxzero.shard` has not made, or that is not read whole.
-        PlanError: if the parameters are those of several sharded models.
     """
-    graphs = [part.graph for part in module.modules() if isinstance(part, fx.GraphModule)]
-    calls = [call for graph in graphs for call in graph.find_nodes(op="call_function", target=unshard)]
-    names = {str(call.args[2]) for call in calls}
-    if len(names) > 1:
-        fix = "compile each of the models by itself"
-        raise PlanError.of("a captured graph", expected="one sharded model", got=f"{len(names)}", fix=fix)
-    sharded = sharded_by(names.pop()) if names else None
     found, rows = list(examples), {}
     for place, node in enumerate(module.graph.find_nodes(op="placeholder")):
         if isinstance(examples[place], DTensor):
@@ -80,7 +85,7 @@ def read_rows(module: fx.GraphModule, examples: Sequence[Any]) -> RowInputs:
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
             part.recompile()
-    return RowInputs(sharded, found, rows)
+    return RowInputs(found, rows)
 
 
 def _read_directly(module: fx.GraphModule, placeholder: fx.Node) -> set[int]:
@@ -153,12 +158,10 @@ class _TakeRows(torch.autograd.Function):
             parameters: as modules own them.
         """
         ctx.set_materialize_grads(False)
-        rows, ctx.parts = [], []
-        for count, parameter in zip(counts, parameters, strict=True):
-            local = parameter.to_local()
-            rows.append(local.view_as(local) if count == WHOLE else padded_rows(local, count))
-            own = local.shape[0] if count != WHOLE else None
-            ctx.parts.append((own, parameter.device_mesh, parameter.placements, parameter.shape, parameter.stride()))
+        ctx.counts, ctx.parameters = counts, parameters
+        locals_ = [parameter.to_local() for parameter in parameters]
+        rows = [t.view_as(t) if n == WHOLE else padded_rows(t, n) for n, t in zip(counts, locals_, strict=True)]
+        ctx.own = [0 if count == WHOLE else local.shape[0] for count, local in zip(counts, locals_, strict=True)]
         ctx.mark_non_differentiable(*(r for r, p in zip(rows, parameters, strict=True) if not p.requires_grad))
         return tuple(rows)
 
@@ -166,10 +169,8 @@ class _TakeRows(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
         """Gradients of the parameters, sharded as they are; None where there is none."""
         found: list[Any] = [None]
-        for gradient, (own, mesh, placements, shape, stride) in zip(gradients, ctx.parts, strict=True):
-            if gradient is None:
-                found.append(None)
-                continue
-            local = gradient if own is None else gradient[:own]
-            found.append(compat.dtensor_over(local, mesh, placements, shape=shape, stride=stride))
+        for gradient, parameter, count, own in zip(gradients, ctx.parameters, ctx.counts, ctx.own, strict=True):
+            if gradient is not None and count != own and count != WHOLE:
+                gradient = gradient[:own]
+            found.append(None if gradient is None else compat.dtensor_like(gradient, parameter))
         return tuple(found)
