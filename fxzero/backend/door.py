@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx
 
-from fxzero.backend.joint import names_of
+from fxzero.backend.joint import Name, names_of
 from fxzero.backend.options import Options, read_options
 from fxzero.backend.programs import Compilation
 from fxzero.backend.rows import read_rows, sharded_in
@@ -54,17 +54,19 @@ def fxzero_backend(
     """
     sharded: Sharded | None = None
     try:
-        sharded = sharded_in(module)
-        chosen = read_options(options, mode=mode, sharded=sharded)
+        sharded, names = sharded_in(module), names_of(module)
+        reads = any(name.kind == "parameter" for name in names)
+        chosen = read_options(options, mode=mode, sharded=sharded, reads_parameters=reads)
         with _telling(sharded, but=PlanError):  # that comes at the call, and is told there
-            return _compiled(module, example_inputs, chosen)
+            return _compiled(module, example_inputs, names, chosen)
     except PlanError as error:
         return _raising(error, sharded)
 
 
-def _compiled(module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+def _compiled(
+    module: fx.GraphModule, example_inputs: Sequence[Any], names: Sequence[Name], options: Options
+) -> Callable[..., Any]:
     """What runs a graph: made here, or at its first call where sizes are open."""
-    names = names_of(module)
     given = read_rows(module, example_inputs)
 
     def compiled(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fxzero.backend.sharded import Sharded, plans_in_use
+from fxzero.backend.sharded import Sharded
 from fxzero.errors import PlanError
 from fxzero.plan import Plan
 
@@ -58,7 +58,11 @@ class Options:
 
 
 def read_options(
-    options: Mapping[str, Any] | None, *, mode: str | None = None, sharded: Sharded | None = None
+    options: Mapping[str, Any] | None,
+    *,
+    mode: str | None = None,
+    sharded: Sharded | None = None,
+    reads_parameters: bool = True,
 ) -> Options:
     """What torch.compile was given, checked.
 
@@ -67,6 +71,7 @@ def read_options(
             folder.
         mode: torch.compile's own argument.
         sharded: whose parameters the graph reads, if they are sharded.
+        reads_parameters: the graph reads some; else there is nothing in it that a plan could shard.
 
     Raises:
         PlanError: naming the key that cannot be honoured, or that contradicts what `fxzero.shard` was given.
@@ -84,7 +89,8 @@ def read_options(
     if plan is not None and keys:
         fix = "put these keys into the plan, or leave 'plan' out"
         raise PlanError.of(_WHERE, expected="'plan' or keys of a plan", got=f"'plan' and {sorted(keys)}", fix=fix)
-    return Options(_plan(keys if plan is None else plan, sharded), None if dump is None else Path(dump), sharded)
+    plan = _plan(keys if plan is None else plan, sharded, reads_parameters=reads_parameters)
+    return Options(plan, None if dump is None else Path(dump), sharded)
 
 
 def check_shard_plan(plan: Plan) -> Plan:
@@ -105,14 +111,13 @@ def check_shard_plan(plan: Plan) -> Plan:
     return plan
 
 
-def _plan(source: Any, sharded: Sharded | None) -> Plan:
+def _plan(source: Any, sharded: Sharded | None, *, reads_parameters: bool) -> Plan:
     if isinstance(source, (str, os.PathLike)):
         source = Plan.load(source)
     plan = source if isinstance(source, Plan) else Plan.from_dict(source)
     if sharded is not None:
         return check_shard_plan(_joined(sharded.plan, plan, {} if isinstance(source, Plan) else source))
-    between = plan.zero == 3 and plans_in_use()  # between graph breaks of a sharded model, none of its parameters
-    if not between:
+    if reads_parameters:
         _check_alone(plan, says_zero=isinstance(source, Plan) or "zero" in source)
     _check(plan)
     return plan.replace(**_NOT_SHARDED)

@@ -119,11 +119,6 @@ def sharded_by(name: str) -> Sharded:
     return found
 
 
-def plans_in_use() -> list[Plan]:
-    """The plans of all models that are sharded in this process."""
-    return [found.plan for found in list(_BY_NAME.values())]
-
-
 def padded_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
     """Contiguous rows followed by as many others as make `count`; what these hold means nothing.
 

@@ -123,7 +123,7 @@ CASES: dict[str, Case] = {
     "uneven, offload": Case(Uneven, {"offload_activations": "host", "offload_below": 0}),
     "uneven, replicas": Case(Uneven, {"mesh": {"dp_replicate": 2}}),
     "uneven, not compiled": Case(Uneven, options=None),
-    "graph breaks": Case(lambda: Uneven(breaks=True), {}, {"plan": {"zero": 3}}, steps=10),
+    "graph breaks": Case(lambda: Uneven(breaks=True), {}, {"plan": {"zero": 3, "recompute": "blocks"}}, steps=10),
     "graph breaks, tied": Case(lambda: Uneven(breaks=True, tied=True), steps=10),
     "handed on": Case(Handed),
     "sizes differ": Case(Uneven, sizes=lambda step, rank: 2 + (step + rank) % 2, steps=3),

@@ -69,6 +69,11 @@ def test_a_plan_must_say_zero_and_keys_need_not() -> None:
         read_options({"plan": fxzero.Plan(recompute=0.5)})
 
 
+def test_a_graph_without_parameters_has_nothing_to_shard() -> None:
+    plan = read_options({"plan": fxzero.Plan(regather=False, recompute=0.5)}, reads_parameters=False).plan
+    assert plan.axes == {"dp": 1} and plan.zero == 0 and plan.recompute == 0.5
+
+
 @pytest.mark.parametrize("suffix", ["toml", "json"])
 def test_a_plan_may_be_a_file(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"plan.{suffix}"
