@@ -1,5 +1,7 @@
 """fxzero: the compiler for the training step."""
 
+from typing import TYPE_CHECKING, Any
+
 from fxzero.compile import TrainStep, compile
 from fxzero.errors import (
     CaptureError,
@@ -13,6 +15,9 @@ from fxzero.errors import (
 )
 from fxzero.graph import StepGraph
 from fxzero.plan import Plan
+
+if TYPE_CHECKING:
+    from fxzero.backend import shard
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,4 +33,14 @@ __all__ = [
     "TrainStep",
     "VerifyError",
     "compile",
+    "shard",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What belongs to torch.compile's door is imported when it is asked for."""
+    if name != "shard":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fxzero.backend import shard
+
+    return shard

@@ -393,6 +393,13 @@ def dtensor_over(local: torch.Tensor, mesh: Any, placements: Any, *, shape: Any,
     return DTensor(local, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
 
 
+def dtensor_like(local: torch.Tensor, like: Any) -> Any:
+    """A DTensor with this local tensor, in all else as another one: without the checks of `DTensor.from_local`."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor(local, like._spec, requires_grad=False)
+
+
 def is_profiled() -> bool:
     """Whether torch's profiler records this thread."""
     return torch.autograd._profiler_enabled()

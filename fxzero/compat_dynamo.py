@@ -67,6 +67,11 @@ def static_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def own_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
+    """The parameters that a module owns itself, by name; where Dynamo reads one, its source is as of an attribute."""
+    return module._parameters
+
+
 def source_of(placeholder: fx.Node) -> str:
     """Where an input of Dynamo's graph comes from: L['self']._modules['head']._parameters['weight']; "" if unknown."""
     source = getattr(placeholder, "_dynamo_source", None)

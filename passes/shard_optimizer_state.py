@@ -70,7 +70,7 @@ def shard_optimizer_state(step: StepGraph, *, axis: str, persist_below: int = 0)
         for node in updates.get(name, ()):
             rewrite.visit(node)
         rewrite.settle_results(mine, results)
-        rewrite.settle_first_sum(results)
+        rewrite.settle_gradient(results)
         edits += rewrite.edits
     step.set_results(results)
     return edits
@@ -131,11 +131,11 @@ class _RowWiseUpdate:
             elif source not in self.rows and node in self.rows:
                 results[key] = self._gather(node, self.step.output)
 
-    def settle_first_sum(self, results: dict[tuple[str, str], fx.Node]) -> None:
-        """Hand on rows of a first microbatch's gradient, as later ones do."""
-        key = ("accumulated", self.name)
-        if key in results and results[key] not in self.rows and self.step.input(*key) is None:
-            results[key] = self._take_rows(results[key], self.step.output)
+    def settle_gradient(self, results: dict[tuple[str, str], fx.Node]) -> None:
+        """Hand on rows of a gradient that is returned: of a first microbatch's, as later ones do; to a user's loop."""
+        for key in (("accumulated", self.name), ("gradient", self.name)):
+            if key in results and results[key] not in self.rows and self.step.input(*key) is None:
+                results[key] = self._take_rows(results[key], self.step.output)
 
     def _is_row_wise(self, node: fx.Node, whole: object) -> bool:
         if not isinstance(whole, torch.Tensor) or not compat.is_op(node.target):

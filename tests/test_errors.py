@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import fxzero.errors as errors
+from fxzero.backend.options import check_shard_plan
 from fxzero.plan import Plan
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "errors.md"
@@ -69,6 +70,7 @@ def test_the_documented_plan_errors_are_the_ones_raised() -> None:
         message(lambda: Plan(zeros=3)),  # type: ignore[call-arg]
         message(lambda: Plan(mesh={"dp": 4}).resolve(8)),
         message(lambda: Plan(offload_dir="/scratch")),
+        message(lambda: check_shard_plan(Plan(zero=1))),
     ]
 
 

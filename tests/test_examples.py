@@ -1,11 +1,11 @@
-"""The example trains, evaluates, saves, and goes on from what it saved, on other ranks too; small and short."""
+"""The examples run: the one that trains saves, and goes on from what it saved, on other ranks too; small and short."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from tests.numerics.worker import ROOT, torchrun
+from tests.numerics.worker import ROOT, launch, torchrun
 
 SMALL = ("--dim", "32", "--layers", "2", "--heads", "2", "--context", "32", "--batch", "4", "--warmup", "2")
 RARE = ("--eval-every", "4", "--eval-windows", "8", "--save-every", "4")
@@ -30,3 +30,11 @@ def test_the_example_trains_and_resumes(tmp_path: Path) -> None:
     small = ("--accumulate", "2", "--recompute", "blocks")
     later = held_out_losses(tmp_path, "--resume", "--steps", "12", *low, *small, ranks=1)
     assert later.keys() == {12} and later[12] < first[8] + 0.1
+
+
+@pytest.mark.multirank
+def test_a_sharded_model_in_a_loop_of_ones_own() -> None:
+    output = launch("examples.shard_and_compile", ranks=2, timeout_s=120)
+    losses = [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", output)]
+    assert len(losses) == 4 and losses[0] < 3 and losses[-1] < 0.1
+    assert "forward gathers 27 parameters, backward 21, and reduces 27" in output

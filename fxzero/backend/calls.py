@@ -7,13 +7,14 @@ twice before its backward, and backward may run twice or in another thread.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxzero import compat_dynamo
+from fxzero.backend.joint import Key
 from fxzero.backend.slots import Slots
 from fxzero.graph.step_graph import SAVED
 from fxzero.graph.swap_ops import is_off_device
@@ -26,17 +27,24 @@ class Call:
     Args:
         program: lowered.
         outputs: in order, keys of its results, and constants as they are: None, numbers.
-        constants: tensors that the graph holds itself, by the name of their entry.
+        fixed: inputs that no call brings, by the key of their entry: tensors that the graph holds itself, coordinates.
         slots: where activations wait off the device, if they do.
+        agree: called before each run, to settle with other ranks that they run the same.
     """
 
     def __init__(
-        self, program: Program, outputs: Sequence[Any], constants: Mapping[str, torch.Tensor], slots: Slots | None
+        self,
+        program: Program,
+        outputs: Sequence[Any],
+        fixed: Mapping[Key, Any],
+        *,
+        slots: Slots | None = None,
+        agree: Callable[[], None] | None = None,
     ) -> None:
         self.program = program
-        self._slots = slots
-        given = [node for node in program.step.placeholders if node.meta["entry"].kind != "constant"]
-        self._constants = [constants[e.name] for e in program.entries if e.kind == "constant"]
+        self._slots, self._agree = slots, agree
+        given = [node for node in program.step.placeholders if node.meta["entry"].key not in fixed]
+        self._fixed = [fixed[entry.key] for entry in program.entries if entry.key in fixed]
         self._tickets = [(i, node.name) for i, node in enumerate(given) if is_off_device(node)]
         places = {key: index for index, key in enumerate(program.outputs)}
         self._outputs = [(places.get(item), item) if isinstance(item, tuple) else (None, item) for item in outputs]
@@ -49,13 +57,18 @@ class Call:
         """Run the program once.
 
         Args:
-            values: the inputs but constants, in order; the list is emptied.
+            values: the inputs but fixed ones, in order; the list is emptied.
+
+        Raises:
+            RankMismatchError: on every rank, if ranks are not about to run the same.
         """
         slots = self._slots
+        if self._agree is not None:
+            self._agree()
         with contextlib.nullcontext() if slots is None else slots.lock:
             if slots is not None:
                 slots.tidy()
-            inputs = [*values, *self._constants]
+            inputs = [*values, *self._fixed]
             values.clear()
             for index, name in self._tickets:
                 assert slots is not None
@@ -71,17 +84,20 @@ class Call:
         backward may write to, and would then refuse to run backward twice.
         """
         root, graph = nn.Module(), fx.Graph()
-        mapping: dict[fx.Node, fx.Node] = {}
-        constants = iter(self._constants)
+        mapping: dict[fx.Node, Any] = {}
+        placeholders = self.program.step.placeholders
+        fixed = dict(zip(placeholders[len(placeholders) - len(self._fixed) :], self._fixed, strict=True))
         for node in self.program.step.graph.nodes:
-            if node.op == "placeholder" and node.meta["entry"].kind == "constant":
-                root.register_buffer(node.name, next(constants))
+            if node in fixed and not isinstance(fixed[node], torch.Tensor):
+                mapping[node] = fixed[node]
+            elif node in fixed:
+                root.register_buffer(node.name, fixed[node])
                 mapping[node] = graph.get_attr(node.name)
             elif node.op == "placeholder":
                 mapping[node] = graph.placeholder(node.name)
             elif node.op != "output":
                 mapping[node] = graph.node_copy(node, mapping.__getitem__)
-            if node in mapping:
+            if isinstance(mapping.get(node), fx.Node):
                 mapping[node].meta = {"val": node.meta["val"]}
         results = self.program.step.results
         returned = {node for (kind, _), node in results.items() if kind != SAVED}

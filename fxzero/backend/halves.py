@@ -2,7 +2,9 @@
 
 [Note: what is saved]
 Saved is what backward reads and cannot make by itself: a view is made there again from what it views, so that no memory
-is saved under two names. An input is saved as it lies, unless it is written to after forward: then as a copy.
+is saved under two names. An input is saved as it lies, unless it is written to after forward: then as a copy. Of a
+sharded parameter that is its rows, which backward gathers; where it stays gathered, that tensor is saved, and its
+release is left out: it goes with the last reference.
 """
 
 from __future__ import annotations
@@ -15,11 +17,14 @@ from torch import fx
 
 from fxzero.backend.joint import Key
 from fxzero.graph import Result, StateEntry, StepGraph
+from fxzero.graph import collectives as c10d
 from fxzero.graph.edit import Editor
 from fxzero.graph.step_graph import SAVED, TANGENT, is_getitem, is_view
 from fxzero.graph.swap_ops import OPS
 
 aten = torch.ops.aten
+
+_FIXED = ("constant", "coordinate")  # inputs that both halves have by themselves
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Halves:
 
     Args:
         forward: its results are the outputs, then what is saved.
-        backward: its inputs are what is saved, in that order, then gradients of outputs, then constants.
+        backward: its inputs are what is saved, in that order, then gradients of outputs, constants and coordinates.
         saved: keys of forward's results that it saves, in order.
     """
 
@@ -71,7 +76,7 @@ def _in_backward(node: fx.Node) -> bool:
 
 def _saved(step: StepGraph) -> list[fx.Node]:
     """What backward reads of inputs and forward, in program order."""
-    wanted = [node for node in step.calls() if _in_backward(node)]
+    wanted = [node for node in step.calls() if _in_backward(node) and not c10d.is_release(node)]
     read = [source for node in wanted for source in node.all_input_nodes]
     read += [node for (kind, _), node in step.results.items() if kind == "gradient"]
     found: set[fx.Node] = set()
@@ -80,7 +85,7 @@ def _saved(step: StepGraph) -> list[fx.Node]:
             node = node.all_input_nodes[0]
         if not _in_backward(node):
             found.add(node)
-    given = ("constant", TANGENT)
+    given = (*_FIXED, TANGENT)
     return [n for n in step.graph.nodes if n in found and (n.op != "placeholder" or n.meta["entry"].kind not in given)]
 
 
@@ -115,11 +120,12 @@ def _backward(step: StepGraph, saved: list[fx.Node], vals: list[torch.Tensor]) -
         half.copy(node)
     read = {source for node in step.calls() if _in_backward(node) for source in _origins(node)}
     read |= {root for (kind, _), node in step.results.items() if kind == "gradient" for root in _origins(node)}
-    for node in step.inputs("constant"):
+    for node in step.inputs(*_FIXED):
         if node in read:
             half.copy(node)
     for node in step.phase("backward"):
-        half.copy(node)
+        if not (c10d.is_release(node) and any(source in saved for source in node.all_input_nodes)):
+            half.copy(node)
     results = {key: half.value(node) for key, node in step.results.items() if key[0] == "gradient"}
     return half.finish(results)
 
@@ -146,8 +152,7 @@ class _Half:
         """What the other half has made is an input here."""
         taken = self.graph.placeholder(node.name)
         taken.meta = {"phase": "forward", "module": "", "val": val, "entry": entry}
-        if "tier" in node.meta:
-            taken.meta["tier"] = node.meta["tier"]
+        taken.meta |= {key: node.meta[key] for key in ("tier", "sharding") if key in node.meta}
         self.mapping[node] = taken
 
     def copy(self, node: fx.Node) -> fx.Node:

@@ -209,6 +209,8 @@ class _Reader:
         self._check_known(raw, val)
         if compat_dynamo.is_higher_order(target):
             self._refuse(raw, f"{target}, a call of other graphs")
+        if getattr(target, "namespace", "") in ("_c10d_functional", "c10d"):
+            self._refuse(raw, "a collective of the model's own")
         same = self._same(raw)
         if same is not None and raw not in self.returned:
             self.read[raw] = self.made[raw] = same
@@ -239,7 +241,7 @@ class _Reader:
         place = compat_dynamo.module_of(raw) or "the function"
         raise CaptureError.of(
             where=f"torch.compile(backend='fxzero'), op {raw.target} of {place}",
-            expected="ops on tensors of known sizes",
+            expected="ops of one rank on tensors of known sizes",
             got=got,
             fix="let torch.compiler.disable keep that function out of the graph",
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +16,13 @@ from fxzero import compat_dynamo
 from fxzero.backend.calls import Call
 from fxzero.backend.dropout import draw_as_eager
 from fxzero.backend.halves import halves_of
-from fxzero.backend.joint import Joint, Name, read_joint
+from fxzero.backend.joint import Joint, Key, Name, read_joint
 from fxzero.backend.look import Compiled, show
+from fxzero.backend.one_device import bring_to_one_device
 from fxzero.backend.options import Options
 from fxzero.backend.slots import Slots
 from fxzero.graph import StepGraph
+from fxzero.graph import collectives as c10d
 from fxzero.graph.blocks import repeated_blocks
 from fxzero.graph.step_graph import device_of
 from fxzero.graph.verify import verify
@@ -29,6 +33,7 @@ from fxzero.passes.cut_regions import cut_regions
 from fxzero.passes.recompute_chosen import can_be_had_again, is_mask, recompute_chosen
 from fxzero.plan import Plan
 from fxzero.recipe import recipe
+from fxzero.runtime.agreement import agreed_text
 from fxzero.runtime.program import Program
 
 log = logging.getLogger("fxzero")
@@ -66,19 +71,18 @@ class Compilation:
         self, module: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         joint = self._joint(module, num_fwd_outputs)
-        halves = halves_of(self._rewritten(joint), mutated=joint.mutated)
-        slots = self._slots(halves.forward)
-        look = show(self.options.dump)
-        outputs = (*joint.outputs, *halves.saved)
-        self._forward = self._call(halves.forward, outputs, joint, slots, look)
-        self._backward = self._call(halves.backward, joint.gradients, joint, slots, look)
+        step, passes = self._rewritten(joint)
+        halves = halves_of(step, mutated=joint.mutated)
+        made = _Making(self.options, joint, passes, show(self.options.dump), self._slots(halves.forward))
+        self._forward = made.call(halves.forward, (*joint.outputs, *halves.saved))
+        self._backward = made.call(halves.backward, joint.gradients)
         return self._forward.signature(), self._backward.signature()
 
     def _inference(self, module: fx.GraphModule, _: Sequence[Any]) -> compat_dynamo.Boxed:
         joint = self._joint(module, len(module.graph.output_node().args[0]))  # type: ignore[arg-type]
-        step = self._rewritten(joint)
+        step, passes = self._rewritten(joint)
         step.title = "forward"
-        return self._call(step, joint.outputs, joint, None, show(self.options.dump)).boxed()
+        return _Making(self.options, joint, passes, show(self.options.dump)).call(step, joint.outputs).boxed()
 
     @staticmethod
     def _given(call: Call | None) -> compat_dynamo.Boxed:
@@ -87,36 +91,78 @@ class Compilation:
 
     def _joint(self, module: fx.GraphModule, num_outputs: int) -> Joint:
         joint = read_joint(module, num_outputs=num_outputs, names=self.names)
+        if self.options.sharded is not None:
+            bring_to_one_device(joint, self.options.plan.axes)
         draw_as_eager(joint)
         return joint
 
-    def _rewritten(self, joint: Joint) -> StepGraph:
+    def _rewritten(self, joint: Joint) -> tuple[StepGraph, str]:
+        """Forward and backward as the plan wants them, and the passes that made them so, a line each."""
         plan = self.options.plan.replace(lowering="eager", recompute=_found_here(self.options.plan, joint.step))
         if not joint.step.phase("backward"):
             plan = plan.replace(recompute="none", offload_activations="none", **_OFFLOAD_DEFAULTS)
-        pipeline = recipe(plan, backend="none")
-        names = tuple(node.name for node in joint.again if can_be_had_again(node) or is_mask(node))
+        sharded = self.options.sharded
+        pipeline = recipe(plan, backend="none" if sharded is None else sharded.topology.backend)
+        again = [node for node in joint.step.calls() if node in joint.again]  # in an order that all ranks have
+        names = tuple(node.name for node in again if can_be_had_again(node) or is_mask(node))
         if names:
             pipeline = Pipeline([recompute_chosen.using(names=names), *pipeline.passes], disable=plan.disable)
-        return pipeline.run(joint.step)
+        return pipeline.run(joint.step), pipeline.describe()
 
     def _slots(self, forward: StepGraph) -> Slots | None:
         plan = self.options.plan
         return None if plan.offload_activations == "none" else Slots(plan, torch.device(device_of(forward)))
 
-    def _call(self, step: StepGraph, outputs: Sequence[Any], joint: Joint, slots: Slots | None, look: Compiled) -> Call:
+
+@dataclass(frozen=True)
+class _Making:
+    """What the programs of one captured graph are made with.
+
+    Args:
+        options: of torch.compile.
+        joint: the graph.
+        passes: that have rewritten it, a line each.
+        look: where people find them.
+        slots: where activations wait off the device, if they do.
+    """
+
+    options: Options
+    joint: Joint
+    passes: str
+    look: Compiled
+    slots: Slots | None = None
+
+    def call(self, step: StepGraph, outputs: Sequence[Any]) -> Call:
         """A program that returns these outputs: keys of results, and constants as they are."""
-        plan, title = self.options.plan, step.title
+        plan, title, slots = self.options.plan, step.title, self.slots
         if plan.lowering != "eager" and step.calls():  # some graphs only hand their inputs on
             step = Pipeline([cut_regions], disable=plan.disable).run(step)
-        step.title = f"{title} of graph {look.number}"
+        step.title = f"{title} of graph {self.look.number}"
         verify(step)
         if plan.lowering != "eager":
             check_compiler(torch.device(device_of(step)))
         lowered = lower_by_plan(step, plan)
-        program = Program(step, groups={}, swapper=slots and slots.swapper, lowered=lowered, name=step.title)
-        look.add(title, step)
-        return Call(program, outputs, joint.constants, slots)
+        groups = {} if self.options.sharded is None else self.options.sharded.topology.groups
+        program = Program(step, groups=groups, swapper=slots and slots.swapper, lowered=lowered, name=step.title)
+        self.look.add(title, step)
+        return Call(program, outputs, self._fixed(step), slots=slots, agree=self._agreement(step, title))
+
+    def _fixed(self, step: StepGraph) -> dict[Key, Any]:
+        """Inputs that no call brings."""
+        fixed: dict[Key, Any] = {("constant", name): value for name, value in self.joint.constants.items()}
+        sharded = self.options.sharded
+        for node in step.inputs("coordinate"):
+            assert sharded is not None, "only a graph of several ranks asks where it is"
+            fixed[node.meta["entry"].key] = sharded.topology.coordinate(node.meta["entry"].name)
+        return fixed
+
+    def _agreement(self, step: StepGraph, title: str) -> Callable[[], None] | None:
+        """What settles that all ranks are about to run a program; None where it tells them nothing."""
+        sharded = self.options.sharded
+        if sharded is None or not any(map(c10d.is_collective, step.calls())):
+            return None
+        text = agreed_text(step, plan=self.options.plan.fingerprint(), passes=self.passes)
+        return functools.partial(sharded.agree, f"{title} of a captured graph\n{text}")
 
 
 _OFFLOAD_DEFAULTS: dict[str, Any] = {

@@ -14,7 +14,7 @@ from fxzero.graph import ops
 from fxzero.graph.compression_ops import dequantize_blockwise, quantize_blockwise
 from fxzero.graph.compression_rules import packed_by
 from fxzero.graph.rules import Context, Violation, equation, schema_of
-from fxzero.graph.step_graph import CARRIED_KINDS, STATE_KINDS, Sharding, first_argument, iter_views
+from fxzero.graph.step_graph import CARRIED_KINDS, SAVED, STATE_KINDS, Sharding, first_argument, iter_views
 
 aten = torch.ops.aten
 
@@ -125,8 +125,9 @@ def _is_launched(wait: fx.Node) -> bool:
 
 
 def check_release(context: Context) -> Iterator[Violation]:
-    """Each gathered parameter is released once, after its last reader; nothing else is released."""
+    """Each gathered parameter is released once, after its last reader, or is saved for backward; nothing else is."""
     ends: dict[fx.Node, fx.Node] = {}
+    saved = {node for (kind, _), node in context.step.results.items() if kind == SAVED}
     alone = _computed_from_parameters(context)
     for node in context.calls:
         for value in node.args[0] if c10d.is_release(node) else ():  # type: ignore[union-attr]
@@ -142,7 +143,7 @@ def check_release(context: Context) -> Iterator[Violation]:
     for full, end in ends.items():
         yield from _check_use_after(context, full, end)
     for full in context.step.calls(c10d.wait, dequantize_blockwise):
-        if full not in ends and full.meta["phase"] != "update" and _gathers_parameter(full):
+        if full not in ends and full not in saved and full.meta["phase"] != "update" and _gathers_parameter(full):
             fix = "release it after the last reader of it and of its views"
             yield Violation(full, "a release of this gathered parameter", "none", fix)
 

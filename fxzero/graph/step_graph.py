@@ -25,7 +25,7 @@ import itertools
 import math
 import operator
 import re
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -296,15 +296,17 @@ def identifier(name: str) -> str:
 
 
 def sharding_of(node: fx.Node, axis: str, num_shards: int, persist_below: int) -> Sharding | None:
-    """How a parameter is sharded over an axis; None where it stays whole.
+    """How a parameter is sharded over an axis; None where it stays whole."""
+    shape = node.meta["entry"].shape
+    return Sharding(axis, num_shards, shape[0]) if rests_as_rows(shape, persist_below) else None
+
+
+def rests_as_rows(shape: Sequence[int], persist_below: int) -> bool:
+    """Whether a parameter is split where there are ranks to split it over.
 
     Whole stay scalars, what has fewer than `persist_below` elements, and what has a single row.
     """
-    shape = node.meta["entry"].shape
-    rows = shape[0] if shape else 0
-    if rows < 2 or math.prod(shape) < persist_below:
-        return None
-    return Sharding(axis, num_shards, rows)
+    return bool(shape) and shape[0] >= 2 and math.prod(shape) >= persist_below
 
 
 def is_getitem(node: fx.Node) -> bool:

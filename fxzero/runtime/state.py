@@ -23,6 +23,7 @@ from fxzero.capture.rehearsal import rehearse, starts_unlike_later
 from fxzero.graph import AuxiliaryState
 from fxzero.graph.ops import local_shard, shard_rows
 from fxzero.graph.placement import Placement
+from fxzero.graph.step_graph import rests_as_rows
 from fxzero.graph.swap_ops import DEVICE
 from fxzero.runtime.homes import Homes
 from fxzero.runtime.materialize import Init, materialize
@@ -73,7 +74,7 @@ class StepState:
         plan = self.topology.plan
         if plan.zero < stage or plan.axes.get("dp", 1) == 1:
             return False
-        return len(shape) > 0 and shape[0] >= 2 and shape.numel() >= plan.persist_below
+        return rests_as_rows(shape, plan.persist_below)
 
     @property
     def fresh(self) -> bool:

@@ -25,8 +25,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"offload_optimizer": "host"}, r"Plan.offload_optimizer: expected 'none' .*got 'host'; this door does not see"),
     ({"offload_parameters": "host"}, r"Plan.offload_parameters: expected 'none' .*got 'host'; parameters stay"),
     ({"offload_optimizer": "host", "update_on_host": 1.0}, r"Plan.offload_optimizer: expected 'none'"),
-    ({"compress_gathers": "int8"}, r"Plan.compress_gathers: expected 'none' .*got 'int8'; nothing is sent here"),
-    ({"compress_reductions": "int8"}, r"Plan.compress_reductions: expected 'none' .*nothing is sent here"),
+    (
+        {"compress_gathers": "int8"},
+        r"Plan.compress_gathers: expected 'none' .*got 'int8'; tensors are sent",
+    ),
+    ({"compress_reductions": "int8"}, r"Plan.compress_reductions: expected 'none' .*tensors are sent as they are"),
     ({"cross_step": True}, r"Plan.cross_step: expected False .*a call knows of no next step"),
     ({"schedule": "cost"}, r"Plan.schedule: expected 'fixed' .*got 'cost'; forward and backward run when"),
     ({"schedule": "cost", "costs": "costs.json"}, r"Plan.schedule: expected 'fixed'"),
@@ -64,6 +67,11 @@ def test_a_plan_must_say_zero_and_keys_need_not() -> None:
     assert read_options({"plan": fxzero.Plan(zero=0, recompute=0.5)}).plan.recompute == 0.5
     with pytest.raises(PlanError, match=r"write zero=0 .a Plan that does not say it has 3"):
         read_options({"plan": fxzero.Plan(recompute=0.5)})
+
+
+def test_a_graph_without_parameters_has_nothing_to_shard() -> None:
+    plan = read_options({"plan": fxzero.Plan(regather=False, recompute=0.5)}, reads_parameters=False).plan
+    assert plan.axes == {"dp": 1} and plan.zero == 0 and plan.recompute == 0.5
 
 
 @pytest.mark.parametrize("suffix", ["toml", "json"])
