@@ -2,7 +2,8 @@
 
 [Note: in place]
 The graph is functional; its program need not be. A pointwise op whose first input has the output's layout and is
-read by nothing afterwards, under any name that shares its memory, runs as its in-place form. An updated parameter
+read by nothing afterwards, under any name that shares its memory, runs as its in-place form; so does a matrix product
+that is added to such an input. An updated parameter
 or optimizer state so comes to stand in the memory of the old one and needs no copy: the same in-place ops, in the
 same order, that eager optimizers run. A tensor that is being moved or sent is read until that is waited for. A
 region writes over state that goes into it, and hands out other values in memory of their own.
@@ -153,7 +154,8 @@ def _in_place_form(node: fx.Node) -> Any:
     target: Any = node.target
     if not compat.is_op(target) or target.namespace != "aten" or not node.args:
         return None
-    if torch.Tag.pointwise not in target.tags or not isinstance(node.args[0], fx.Node) or is_view(node):
+    adds = target is aten.addmm.default and node.args[0] not in node.args[1:]  # else it reads what it has written
+    if not (adds or torch.Tag.pointwise in target.tags) or not isinstance(node.args[0], fx.Node) or is_view(node):
         return None
     packet = getattr(aten, target._schema.name.removeprefix("aten::") + "_", None)
     if packet is None or target._overloadname not in packet.overloads():
