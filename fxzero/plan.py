@@ -41,6 +41,7 @@ from fxzero.plan_values import (
     path,
     patterns,
     recomputed,
+    rows_or_auto,
     scale,
     seconds,
     show,
@@ -136,9 +137,8 @@ class Plan:
         zero: 0 replicates everything, 1 shards optimizer state, 2 gradients too, 3 parameters too.
         bucket_bytes: bytes of unsharded parameters or gradients in one coalesced collective; 0: each tensor alone;
             "auto": decided by cost. None: 4 MiB, or "auto" with schedule "cost". Files may write "4 MiB".
-        regather: with zero 3, whether backward gathers what forward has gathered: True, False (it stays), or "auto": of
-            each parameter, what is faster within the bound on memory. None: True, or "auto" where buckets are, with
-            schedule "cost".
+        regather: with zero 3, whether backward gathers what forward has: True, False (it stays), "auto" (of each, what
+            is faster within the bound on memory); None: True, or "auto" where buckets are, with schedule "cost".
         persist_below: number of elements below which a parameter stays replicated.
         prefetch: how many buckets ahead of its use a gather is launched.
         cross_step: launch the first gathers of the next step at the end of this one, right behind their updates.
@@ -149,11 +149,10 @@ class Plan:
         lowering: what runs the compute: "eager" (each op), "inductor" (compiled regions of them) or "triton" (a kernel
             for each region of pointwise ops and reductions of rows, all else op by op).
         eager_fallback: a region that cannot be compiled runs op by op, and the report counts it; else it is an error.
-        precision: "fp32" (what parameters and batch have), "bf16" or "fp16" (parameters and the model's floating inputs
-            are cast, before the gather where there is one; the update stays in fp32, on the shards), "autocast:bf16" or
-            "autocast:fp16".
-        loss_scale: "dynamic" (halved when a gradient overflows, and that step is skipped; doubled after a while, all as
-            by `torch.amp.GradScaler`), or a number that stays. Precision in fp16 must say one; 1.0 scales nothing.
+        precision: "fp32" (what parameters and batch have), "bf16" or "fp16" (parameters, before any gather, and inputs
+            are cast; the update stays in fp32, on the shards), "autocast:bf16" or "autocast:fp16".
+        loss_scale: "dynamic" (as by `torch.amp.GradScaler`: halved when a gradient overflows, and that step skipped),
+            or a number that stays. Precision in fp16 must say one; 1.0 scales nothing.
         loss_scale_init: the first scale, where it is dynamic.
         loss_scale_growth_interval: number of steps without overflow after which a dynamic scale doubles.
         max_skipped_steps: so many steps in a row without an update, with a scale of at most 1 or one that stays, end
@@ -180,6 +179,7 @@ class Plan:
         recompute: what backward computes again instead of keeping it: "none" (but cheap pointwise results), "blocks"
             (the inside of each repeated module), a fraction of the blocks (the first), patterns of module paths, or
             "auto": what loses the least time, for a predicted peak within memory_budget.
+        chunk_loss: rows whose logits are made at a time; "auto": where that pays, as their size asks; None: all.
         memory_budget: bytes of device memory that a rank's tensors, state included, may take at the predicted peak.
         offload_optimizer: where optimizer state rests: "none" (on the device), "host" (in host memory), "nvme" (in
             files), or "auto": each where the least time is lost for memory_budget (in files only with offload_dir); it
@@ -239,6 +239,7 @@ class Plan:
     accumulate: int = _key(1, integer(1, fix="write how many microbatches a step has"))
     accumulate_in: str = _key("shards", one_of("shards", "unsharded"))
     recompute: str | float | tuple[str, ...] = _key("none", recomputed)
+    chunk_loss: str | int | None = _key(None, rows_or_auto)
     memory_budget: int | None = _key(None, budget)
     offload_optimizer: str = _key("none", one_of(*WHERE))
     offload_parameters: str = _key("none", one_of(*WHERE))

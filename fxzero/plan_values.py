@@ -196,6 +196,15 @@ def recomputed(where: str, value: Any) -> str | float | tuple[str, ...]:
     return str(value)
 
 
+def rows_or_auto(where: str, value: Any) -> str | int | None:
+    """A number of rows above 0, "auto", or None (False says the same)."""
+    if value is None or value is False:
+        return None
+    if value == "auto":
+        return "auto"
+    return int(integer(1, fix="write a number of rows, 'auto', or leave the key out")(where, value))
+
+
 def patterns(where: str, value: Any) -> tuple[str, ...]:
     """Patterns of module paths, sorted, once each."""
     listed: list[Any] = list(value) if isinstance(value, (tuple, list)) else [None]

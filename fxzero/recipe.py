@@ -15,7 +15,7 @@ from fxzero.capture.options import CaptureOptions
 from fxzero.capture.precision import Precision
 from fxzero.cost.recorded import RecordedCosts
 from fxzero.errors import PlanError
-from fxzero.graph import AuxiliaryState
+from fxzero.graph import AuxiliaryState, StepGraph
 from fxzero.graph.contract import Pass
 from fxzero.graph.placement import NOTHING_PLACED, Placement
 from fxzero.pass_manager import Pipeline
@@ -24,6 +24,7 @@ from fxzero.passes.bucket_all_gathers import bucket_all_gathers
 from fxzero.passes.bucket_reduce_scatters import bucket_reduce_scatters
 from fxzero.passes.choose_buckets import choose_buckets
 from fxzero.passes.choose_collective_algorithms import choose_collective_algorithms
+from fxzero.passes.chunk_losses import chunk_losses
 from fxzero.passes.compress_with_powersgd import compress_with_powersgd, powersgd_states
 from fxzero.passes.compress_with_top_k import compress_with_top_k, top_k_states
 from fxzero.passes.cut_regions import cut_regions
@@ -55,6 +56,7 @@ from fxzero.plan_compression import QUANTIZED
 from fxzero.plan_offload import WHERE, leaves_state_open, state_tiers, uses
 
 ALL_PASSES: tuple[Pass, ...] = (
+    chunk_losses,
     recompute_blocks,
     recompute_chosen,
     recompute_pointwise,
@@ -167,7 +169,7 @@ def recipe(
     rows = {"axis": "dp", "persist_below": plan.persist_below}
 
     gathers = shards and plan.zero >= plan.parameter_stage
-    passes: list[Pass] = []
+    passes = _before_recomputation(plan)
     if plan.recompute == "auto":
         passes.append(recompute_chosen.using(names=decided.recomputed))
     elif plan.recompute != "none":
@@ -219,6 +221,22 @@ def recipe(
     if plan.lowering != "eager":
         passes.append(cut_regions.using(only_rows=True) if plan.lowering == "triton" else cut_regions)
     return Pipeline(passes, disable=plan.disable)
+
+
+def _before_recomputation(plan: Plan) -> list[Pass]:
+    """What changes which calls there are to be had again."""
+    return [] if plan.chunk_loss is None else [chunk_losses.using(rows=plan.chunk_loss)]
+
+
+def recomputed_from(step: StepGraph, plan: Plan) -> StepGraph:
+    """The graph whose forward results may be named to be had again.
+
+    Args:
+        step: as captured; it is not changed.
+        plan: resolved.
+    """
+    passes = _before_recomputation(plan)
+    return Pipeline(passes, disable=plan.disable).run(step, check=False) if passes else step
 
 
 def _recorded(plan: Plan, costs: RecordedCosts | None) -> dict[str, Any]:
