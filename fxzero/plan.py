@@ -31,6 +31,7 @@ from fxzero.plan_values import (
     finite,
     fraction,
     integer,
+    kernel_names,
     name_or_path,
     nearest,
     norm_order,
@@ -141,11 +142,10 @@ class Plan:
             is faster within the bound on memory); None: True, or "auto" where buckets are, with schedule "cost".
         persist_below: number of elements below which a parameter stays replicated.
         prefetch: how many buckets ahead of its use a gather is launched.
-        cross_step: launch the first gathers of the next step at the end of this one, right behind their updates.
+        cross_step: launch the first gathers of the next step at the end of this one.
         all_gather: "native", "send_recv" (a message to each peer), or "auto": send_recv over gloo, native elsewhere.
         reduce_scatter: as all_gather; also "all_to_all" (with a local mean that stands in the graph).
-        bucket_form: "coalesced" (one collective over several tensors), "separate" (one launch a tensor, back
-            to back), or "auto": separate over gloo, where that is faster, coalesced elsewhere.
+        bucket_form: "coalesced" (one collective over several tensors), "separate" (one launch a tensor), or "auto".
         lowering: what runs the compute: "eager" (each op), "inductor" (compiled regions of them) or "triton" (a kernel
             for each region of pointwise ops and reductions of rows, all else op by op).
         eager_fallback: a region that cannot be compiled runs op by op, and the report counts it; else it is an error.
@@ -153,10 +153,8 @@ class Plan:
             are cast; the update stays in fp32, on the shards), "autocast:bf16" or "autocast:fp16".
         loss_scale: "dynamic" (as by `torch.amp.GradScaler`: halved when a gradient overflows, and that step skipped),
             or a number that stays. Precision in fp16 must say one; 1.0 scales nothing.
-        loss_scale_init: the first scale, where it is dynamic.
-        loss_scale_growth_interval: number of steps without overflow after which a dynamic scale doubles.
-        max_skipped_steps: so many steps in a row without an update, with a scale of at most 1 or one that stays, end
-            the training with an error.
+        loss_scale_init, loss_scale_growth_interval: the first dynamic scale; so many good steps until it doubles.
+        max_skipped_steps: so many skipped steps in a row, with a scale that is or stays small, are an error.
         accumulate: number of microbatches in a step: a list of them, or one batch that is split on dim 0.
         accumulate_in: "shards" (each microbatch's gradients are reduced, and added where they are kept), or "unsharded"
             (they are added up whole on each rank, and reduced once).
@@ -180,6 +178,7 @@ class Plan:
             (the inside of each repeated module), a fraction of the blocks (the first), patterns of module paths, or
             "auto": what loses the least time, for a predicted peak within memory_budget.
         chunk_loss: rows whose logits are made at a time; "auto": where that pays, as their size asks; None: all.
+        kernels: updates by one op each: True (all that there are), False, or names of them: "adamw", "sgd".
         memory_budget: bytes of device memory that a rank's tensors, state included, may take at the predicted peak.
         offload_optimizer: where optimizer state rests: "none" (on the device), "host" (in host memory), "nvme" (in
             files), or "auto": each where the least time is lost for memory_budget (in files only with offload_dir); it
@@ -240,6 +239,7 @@ class Plan:
     accumulate_in: str = _key("shards", one_of("shards", "unsharded"))
     recompute: str | float | tuple[str, ...] = _key("none", recomputed)
     chunk_loss: str | int | None = _key(None, rows_or_auto)
+    kernels: bool | tuple[str, ...] = _key(False, kernel_names)
     memory_budget: int | None = _key(None, budget)
     offload_optimizer: str = _key("none", one_of(*WHERE))
     offload_parameters: str = _key("none", one_of(*WHERE))
@@ -320,6 +320,7 @@ class Plan:
             "recompute": list(self.recompute) if isinstance(self.recompute, tuple) else self.recompute,
             "clip_grad_norm_p": "inf" if math.isinf(self.clip_grad_norm_p) else self.clip_grad_norm_p,
             "disable": list(self.disable),
+            "kernels": list(self.kernels) if isinstance(self.kernels, tuple) else self.kernels,
         }
 
     @classmethod

@@ -29,6 +29,7 @@ from fxzero.passes.compress_with_powersgd import compress_with_powersgd, powersg
 from fxzero.passes.compress_with_top_k import compress_with_top_k, top_k_states
 from fxzero.passes.cut_regions import cut_regions
 from fxzero.passes.delay_weight_gradients import delay_weight_gradients
+from fxzero.passes.fuse_updates import fuse_updates
 from fxzero.passes.gather_for_next_step import gather_for_next_step
 from fxzero.passes.gather_within_nodes import gather_within_nodes
 from fxzero.passes.keep_gathered import keep_gathered
@@ -86,6 +87,7 @@ ALL_PASSES: tuple[Pass, ...] = (
     offload_state,
     place_swaps,
     schedule_step,
+    fuse_updates,
     cut_regions,
 )
 
@@ -218,9 +220,7 @@ def recipe(
     passes += _offloading(plan, decided)
     if plan.schedule == "cost":
         passes.append(schedule_step.using(**machine, **_recorded(plan, costs)))
-    if plan.lowering != "eager":
-        passes.append(cut_regions.using(only_rows=True) if plan.lowering == "triton" else cut_regions)
-    return Pipeline(passes, disable=plan.disable)
+    return Pipeline([*passes, *_lowering(plan)], disable=plan.disable)
 
 
 def _before_recomputation(plan: Plan) -> list[Pass]:
@@ -237,6 +237,16 @@ def recomputed_from(step: StepGraph, plan: Plan) -> StepGraph:
     """
     passes = _before_recomputation(plan)
     return Pipeline(passes, disable=plan.disable).run(step, check=False) if passes else step
+
+
+def _lowering(plan: Plan) -> list[Pass]:
+    """What runs the calls of the finished order."""
+    passes: list[Pass] = []
+    if plan.kernels:
+        passes.append(fuse_updates.using(**({} if plan.kernels is True else {"names": plan.kernels})))
+    if plan.lowering != "eager":
+        passes.append(cut_regions.using(only_rows=True) if plan.lowering == "triton" else cut_regions)
+    return passes
 
 
 def _recorded(plan: Plan, costs: RecordedCosts | None) -> dict[str, Any]:

@@ -64,6 +64,7 @@ KEYS = {
     "accumulate_in": st.sampled_from(["shards", "unsharded"]),
     "recompute": st.sampled_from(["none", "blocks", "auto", 0.5, 1, ["layers.*"], ["b", "a"]]),
     "chunk_loss": st.none() | st.just("auto") | st.integers(1, 2**20),
+    "kernels": st.booleans() | st.lists(st.sampled_from(["adamw", "sgd"]), max_size=3),
     "memory_budget": st.none() | st.integers(1, 2**63 - 1),
     "offload_optimizer": st.sampled_from(["none", "host", "nvme", "auto"]),
     "offload_parameters": st.sampled_from(["none", "host", "nvme", "auto"]),
@@ -189,6 +190,7 @@ def test_defaults() -> None:
         "accumulate_in": "shards",
         "recompute": "none",
         "chunk_loss": None,
+        "kernels": False,
         "memory_budget": None,
         "offload_optimizer": "none",
         "offload_parameters": "none",
@@ -695,6 +697,7 @@ def test_to_toml_as_people_read_it() -> None:
         "accumulate = 1\n"
         'accumulate_in = "shards"\n'
         'recompute = "none"\n'
+        "kernels = false\n"
         'offload_optimizer = "none"\n'
         'offload_parameters = "none"\n'
         'offload_activations = "none"\n'
