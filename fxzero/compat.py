@@ -1,7 +1,8 @@
-"""The one place where private names of torch are used; one function each, for torch 2.11 to 2.13.
+"""Where private names of torch are used, one function each, for torch 2.11 to 2.13.
 
-Everything here is a thin door: no fxzero logic, no state. When a torch release moves something, this is the
-file to change.
+Those of its distributed part are in `compat_distributed.py`, those of its compiler in `compat_dynamo.py` and
+`compat_inductor.py`; no other module has any. Everything there is a thin door: no fxzero logic, no state. When a torch
+release moves something, these are the files to change.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
 from typing import Any, TypeGuard
 
 import torch
@@ -256,53 +256,9 @@ def tag_backward_nodes(loss: torch.Tensor) -> None:
         setup_stacktrace_preservation_hooks([loss.grad_fn])
 
 
-def default_store() -> Any:
-    """The key-value store of the default process group."""
-    return torch.distributed.distributed_c10d._get_default_store()
-
-
-def timeout_of(group: Any) -> timedelta:
-    """How long collectives of a process group may take."""
-    return group._get_backend(torch.device("cpu")).options._timeout  # type: ignore[no-any-return]
-
-
 def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
     """Tell LR schedulers that the optimizer has stepped (they warn otherwise)."""
     optimizer._opt_called = True  # type: ignore[attr-defined]
-
-
-def local_tensor_mode(world_size: int) -> Any:
-    """Run the block for `world_size` ranks in one process, with real numerics."""
-    from torch.distributed._local_tensor import LocalTensorMode
-
-    return LocalTensorMode(world_size)
-
-
-def local_int(values: Mapping[int, int]) -> Any:
-    """An int that differs by rank, under `local_tensor_mode`."""
-    from torch.distributed._local_tensor import LocalIntNode
-
-    node = LocalIntNode(dict(values))
-    return torch.SymInt(node)
-
-
-def local_tensor(values: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """A tensor that differs by rank, under `local_tensor_mode`."""
-    from torch.distributed._local_tensor import LocalTensor
-
-    return LocalTensor(dict(values))
-
-
-def local_values(value: Any) -> dict[int, torch.Tensor]:
-    """The per-rank tensors of a value made under `local_tensor_mode`."""
-    return dict(value._local_tensors)
-
-
-def fake_process_group(world_size: int) -> None:
-    """Start a default process group of `world_size` ranks whose collectives move nothing."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
 
 
 def optimizer_hooks(optimizer: torch.optim.Optimizer) -> list[str]:
@@ -375,29 +331,6 @@ def no_modes() -> Any:
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
-
-
-def dtensor_over(local: torch.Tensor, mesh: Any, placements: Any, *, shape: Any, stride: Any) -> Any:
-    """A DTensor with this local tensor, left where it is: off the mesh's device, too.
-
-    `DTensor.from_local` moves what is on another device; FSDP2 makes its offloaded parameters as this does.
-    Covers torch 2.11 to 2.13.
-    """
-    from torch.distributed.tensor import DTensor
-
-    if local.device.type == mesh.device_type:
-        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
-    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-
-    meta = TensorMeta(torch.Size(shape), tuple(stride), local.dtype)
-    return DTensor(local, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
-
-
-def dtensor_like(local: torch.Tensor, like: Any) -> Any:
-    """A DTensor with this local tensor, in all else as another one: without the checks of `DTensor.from_local`."""
-    from torch.distributed.tensor import DTensor
-
-    return DTensor(local, like._spec, requires_grad=False)
 
 
 def is_profiled() -> bool:

@@ -12,13 +12,14 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fxzero.errors import PlanError
 from fxzero.plan_buckets import check_regather
 from fxzero.plan_compression import check_compression
+from fxzero.plan_mesh import AXES, RESERVED_AXES, mesh_of
 from fxzero.plan_offload import WHERE, check_offload
 from fxzero.plan_precision import check_precision
 from fxzero.plan_schedule import check_schedule
@@ -31,6 +32,7 @@ from fxzero.plan_values import (
     finite,
     fraction,
     integer,
+    kernel_names,
     name_or_path,
     nearest,
     norm_order,
@@ -41,23 +43,12 @@ from fxzero.plan_values import (
     path,
     patterns,
     recomputed,
+    rows_or_auto,
     scale,
     seconds,
     show,
     yes_no_or_auto,
 )
-
-AXES = ("dp", "dp_replicate")
-RESERVED_AXES = ("tp", "pp", "sp", "ep")
-
-
-def _mesh(where: str, value: Any) -> Mesh | None:
-    if value is None or isinstance(value, Mesh):
-        return value
-    if not isinstance(value, Mapping) or not all(isinstance(axis, str) for axis in value):
-        fix = "write {'dp': 4}, or leave it out for all ranks on dp"
-        raise PlanError.of(where, expected="axis names with their sizes", got=show(value), fix=fix)
-    return Mesh(**value)
 
 
 def _key(default: Any, check: Check) -> Any:
@@ -83,48 +74,6 @@ def _refuse_unknown_keys(cls: type[Plan]) -> type[Plan]:
     return cls
 
 
-class Mesh(Mapping[str, int]):
-    """Axes of ranks with their sizes, outermost first: immutable, hashable, equal only in the same order.
-
-    Raises:
-        PlanError: no axis, an unknown or reserved one, or a size that is no positive integer.
-    """
-
-    __slots__ = ("_sizes",)
-
-    def __init__(self, /, **axes: int) -> None:
-        if not axes:
-            raise PlanError.of("Plan.mesh", expected="at least one axis", got="none", fix="write {'dp': 4}")
-        size_of = integer(1, fix="write how many ranks the axis has, or leave the axis out")
-        for axis, size in axes.items():
-            if axis not in AXES + RESERVED_AXES:
-                fix = nearest(axis, AXES)
-                raise PlanError.of("Plan.mesh", expected="a mesh axis", got=show(axis), fix=fix)
-            where = f"Plan.mesh[{axis!r}]"
-            if size_of(where, size) != 1 and axis in RESERVED_AXES:
-                fix = f"axis {axis!r} is reserved, not built yet: leave it out"
-                raise PlanError.of(where, expected="size 1", got=show(size), fix=fix)
-        self._sizes = {axis: int(size) for axis, size in axes.items()}
-
-    def __getitem__(self, axis: str) -> int:
-        return self._sizes[axis]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sizes)
-
-    def __len__(self) -> int:
-        return len(self._sizes)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mapping) and tuple(self.items()) == tuple(other.items())
-
-    def __hash__(self) -> int:
-        return hash(tuple(self.items()))
-
-    def __repr__(self) -> str:
-        return f"Mesh({', '.join(f'{axis}={size}' for axis, size in self.items())})"
-
-
 @_refuse_unknown_keys
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -136,30 +85,25 @@ class Plan:
         zero: 0 replicates everything, 1 shards optimizer state, 2 gradients too, 3 parameters too.
         bucket_bytes: bytes of unsharded parameters or gradients in one coalesced collective; 0: each tensor alone;
             "auto": decided by cost. None: 4 MiB, or "auto" with schedule "cost". Files may write "4 MiB".
-        regather: with zero 3, whether backward gathers what forward has gathered: True, False (it stays), or "auto": of
-            each parameter, what is faster within the bound on memory. None: True, or "auto" where buckets are, with
-            schedule "cost".
+        regather: with zero 3, whether backward gathers what forward has: True, False (it stays), "auto" (of each, what
+            is faster within the bound on memory); None: True, or "auto" where buckets are, with schedule "cost".
         persist_below: number of elements below which a parameter stays replicated.
         prefetch: how many buckets ahead of its use a gather is launched.
-        cross_step: launch the first gathers of the next step at the end of this one, right behind their updates.
+        cross_step: launch the first gathers of the next step at the end of this one.
         all_gather: "native", "send_recv" (a message to each peer), "shared_memory" (CPU ranks of one host), or "auto":
             over gloo shared_memory where ranks share a host, else send_recv; native elsewhere.
         reduce_scatter: as all_gather; also "all_to_all" (with a local mean that stands in the graph).
-        bucket_form: "coalesced" (one collective over several tensors), "separate" (one launch a tensor, back
-            to back), or "auto": separate over gloo, where that is faster, coalesced elsewhere.
+        bucket_form: "coalesced" (one collective over several tensors), "separate" (one launch a tensor), or "auto".
         lowering: what runs the compute: "eager" (each op), "inductor" (compiled regions of them), "triton" (a kernel
             for each region of pointwise ops and reductions of rows, all else op by op), or "auto": inductor where its
             compiler is found, eager elsewhere, and with schedule="cost".
         eager_fallback: a region that cannot be compiled runs op by op, and the report counts it; else it is an error.
-        precision: "fp32" (what parameters and batch have), "bf16" or "fp16" (parameters and the model's floating inputs
-            are cast, before the gather where there is one; the update stays in fp32, on the shards), "autocast:bf16" or
-            "autocast:fp16".
-        loss_scale: "dynamic" (halved when a gradient overflows, and that step is skipped; doubled after a while, all as
-            by `torch.amp.GradScaler`), or a number that stays. Precision in fp16 must say one; 1.0 scales nothing.
-        loss_scale_init: the first scale, where it is dynamic.
-        loss_scale_growth_interval: number of steps without overflow after which a dynamic scale doubles.
-        max_skipped_steps: so many steps in a row without an update, with a scale of at most 1 or one that stays, end
-            the training with an error.
+        precision: "fp32" (what parameters and batch have), "bf16" or "fp16" (parameters, before any gather, and inputs
+            are cast; the update stays in fp32, on the shards), "autocast:bf16" or "autocast:fp16".
+        loss_scale: "dynamic" (as by `torch.amp.GradScaler`: halved when a gradient overflows, and that step skipped),
+            or a number that stays. Precision in fp16 must say one; 1.0 scales nothing.
+        loss_scale_init, loss_scale_growth_interval: the first dynamic scale; so many good steps until it doubles.
+        max_skipped_steps: so many skipped steps in a row, with a scale that is or stays small, are an error.
         accumulate: number of microbatches in a step: a list of them, or one batch that is split on dim 0.
         accumulate_in: "shards" (each microbatch's gradients are reduced, and added where they are kept), or "unsharded"
             (they are added up whole on each rank, and reduced once).
@@ -182,6 +126,8 @@ class Plan:
         recompute: what backward computes again instead of keeping it: "none" (but cheap pointwise results), "blocks"
             (the inside of each repeated module), a fraction of the blocks (the first), patterns of module paths, or
             "auto": what loses the least time, for a predicted peak within memory_budget.
+        chunk_loss: rows whose logits are made at a time; "auto": where that pays, as their size asks; None: all.
+        kernels: updates by one op each: True (all that there are), False, or names of them: "adamw", "sgd".
         memory_budget: bytes of device memory that a rank's tensors, state included, may take at the predicted peak.
         offload_optimizer: where optimizer state rests: "none" (on the device), "host" (in host memory), "nvme" (in
             files), or "auto": each where the least time is lost for memory_budget (in files only with offload_dir); it
@@ -209,7 +155,7 @@ class Plan:
             that read one also when the source cannot be read or parsed.
     """
 
-    mesh: Mapping[str, int] | None = _key(None, _mesh)
+    mesh: Mapping[str, int] | None = _key(None, mesh_of)
     zero: int = _key(3, integer(0, 3, fix="shard nothing (0), state (1), gradients too (2), or all (3)"))
     bucket_bytes: int | str | None = _key(None, bytes_or_auto)
     regather: bool | str | None = _key(None, yes_no_or_auto)
@@ -241,6 +187,8 @@ class Plan:
     accumulate: int = _key(1, integer(1, fix="write how many microbatches a step has"))
     accumulate_in: str = _key("shards", one_of("shards", "unsharded"))
     recompute: str | float | tuple[str, ...] = _key("none", recomputed)
+    chunk_loss: str | int | None = _key(None, rows_or_auto)
+    kernels: bool | tuple[str, ...] = _key(False, kernel_names)
     memory_budget: int | None = _key(None, budget)
     offload_optimizer: str = _key("none", one_of(*WHERE))
     offload_parameters: str = _key("none", one_of(*WHERE))
@@ -321,6 +269,7 @@ class Plan:
             "recompute": list(self.recompute) if isinstance(self.recompute, tuple) else self.recompute,
             "clip_grad_norm_p": "inf" if math.isinf(self.clip_grad_norm_p) else self.clip_grad_norm_p,
             "disable": list(self.disable),
+            "kernels": list(self.kernels) if isinstance(self.kernels, tuple) else self.kernels,
         }
 
     @classmethod

@@ -15,6 +15,8 @@ from fxzero.errors import PlanError
 # (where, value) -> the value in canonical form; raises PlanError.
 Check = Callable[[str, Any], Any]
 
+KERNELS = ("adamw", "sgd")  # that patterns of a graph are replaced by
+NOT_YET = ("rms_norm", "layer_norm", "gated_activation", "rotary")
 MAX_INT = 2**63 - 1  # what TOML promises to carry
 _MAX_TIMEOUT_S = 86_400
 _BYTE_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -194,6 +196,24 @@ def recomputed(where: str, value: Any) -> str | float | tuple[str, ...]:
         expected = "'none', 'blocks', 'auto', a number above 0 and at most 1, or a list of patterns"
         raise PlanError.of(where, expected=expected, got=show(value), fix=fix)
     return str(value)
+
+
+def rows_or_auto(where: str, value: Any) -> str | int | None:
+    """A number of rows above 0, "auto", or None (False says the same)."""
+    if value is None or value is False:
+        return None
+    if value == "auto":
+        return "auto"
+    return int(integer(1, fix="write a number of rows, 'auto', or leave the key out")(where, value))
+
+
+def kernel_names(where: str, value: Any) -> bool | tuple[str, ...]:
+    """True, False, or names of kernels, sorted, once each."""
+    if isinstance(value, bool):
+        return value
+    listed = list(value) if isinstance(value, (tuple, list)) else [value]
+    check = one_of(*KERNELS, reserved=NOT_YET)
+    return tuple(sorted({check(where, name) for name in listed}))
 
 
 def patterns(where: str, value: Any) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from fxzero.capture.options import CaptureOptions
 from fxzero.capture.precision import Precision
 from fxzero.cost.recorded import RecordedCosts
 from fxzero.errors import PlanError
-from fxzero.graph import AuxiliaryState
+from fxzero.graph import AuxiliaryState, StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import Pass
 from fxzero.graph.placement import NOTHING_PLACED, Placement
@@ -25,10 +25,12 @@ from fxzero.passes.bucket_all_gathers import bucket_all_gathers
 from fxzero.passes.bucket_reduce_scatters import bucket_reduce_scatters
 from fxzero.passes.choose_buckets import choose_buckets
 from fxzero.passes.choose_collective_algorithms import choose_collective_algorithms
+from fxzero.passes.chunk_losses import chunk_losses
 from fxzero.passes.compress_with_powersgd import compress_with_powersgd, powersgd_states
 from fxzero.passes.compress_with_top_k import compress_with_top_k, top_k_states
 from fxzero.passes.cut_regions import cut_regions
 from fxzero.passes.delay_weight_gradients import delay_weight_gradients
+from fxzero.passes.fuse_updates import fuse_updates
 from fxzero.passes.gather_for_next_step import gather_for_next_step
 from fxzero.passes.gather_within_nodes import gather_within_nodes
 from fxzero.passes.keep_gathered import keep_gathered
@@ -56,6 +58,7 @@ from fxzero.plan_compression import QUANTIZED
 from fxzero.plan_offload import WHERE, leaves_state_open, state_tiers, uses
 
 ALL_PASSES: tuple[Pass, ...] = (
+    chunk_losses,
     recompute_blocks,
     recompute_chosen,
     recompute_pointwise,
@@ -85,6 +88,7 @@ ALL_PASSES: tuple[Pass, ...] = (
     offload_state,
     place_swaps,
     schedule_step,
+    fuse_updates,
     cut_regions,
 )
 
@@ -163,7 +167,7 @@ def recipe(
     rows = {"axis": "dp", "persist_below": plan.persist_below}
 
     gathers = shards and plan.zero >= plan.parameter_stage
-    passes: list[Pass] = []
+    passes = _before_recomputation(plan)
     if plan.recompute == "auto":
         passes.append(recompute_chosen.using(names=decided.recomputed))
     elif plan.recompute != "none":
@@ -212,9 +216,33 @@ def recipe(
     passes += _offloading(plan, decided)
     if plan.schedule == "cost":
         passes.append(schedule_step.using(**machine, **_recorded(plan, costs)))
+    return Pipeline([*passes, *_lowering(plan)], disable=plan.disable)
+
+
+def _before_recomputation(plan: Plan) -> list[Pass]:
+    """What changes which calls there are to be had again."""
+    return [] if plan.chunk_loss is None else [chunk_losses.using(rows=plan.chunk_loss)]
+
+
+def recomputed_from(step: StepGraph, plan: Plan) -> StepGraph:
+    """The graph whose forward results may be named to be had again.
+
+    Args:
+        step: as captured; it is not changed.
+        plan: resolved.
+    """
+    passes = _before_recomputation(plan)
+    return Pipeline(passes, disable=plan.disable).run(step, check=False) if passes else step
+
+
+def _lowering(plan: Plan) -> list[Pass]:
+    """What runs the calls of the finished order."""
+    passes: list[Pass] = []
+    if plan.kernels:
+        passes.append(fuse_updates.using(**({} if plan.kernels is True else {"names": plan.kernels})))
     if plan.lowering not in ("auto", "eager"):
         passes.append(cut_regions.using(only_rows=True) if plan.lowering == "triton" else cut_regions)
-    return Pipeline(passes, disable=plan.disable)
+    return passes
 
 
 def _recorded(plan: Plan, costs: RecordedCosts | None) -> dict[str, Any]:

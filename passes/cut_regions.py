@@ -10,6 +10,9 @@ Numbers of the host (bias corrections) are made right before the region that nee
 to no module goes with what it follows. Releases come after the region of the last use: inside of it memory is free
 after the last use anyway.
 
+Each chunk of a loss's rows is a region of its own, so that no compiler makes their logits at once; what adds up the
+chunks' gradients stays outside, where it writes over the sum.
+
 Where one kernel over rows is to hold a region, a call joins only if that kernel can hold it beside the others
 ([Note: row structure] in `graph/row_structure.py`); else it begins the next region, or runs by itself.
 """
@@ -35,7 +38,7 @@ from fxzero.graph.region_rules import is_fence
 from fxzero.graph.regions import mark
 from fxzero.graph.row_ops import is_row_call
 from fxzero.graph.row_structure import RowStructure
-from fxzero.graph.step_graph import is_getitem, is_view, yields_scalar, yields_tensor
+from fxzero.graph.step_graph import ADDED_UP, is_getitem, is_view, yields_scalar, yields_tensor
 from fxzero.graph.swap_ops import is_off_device
 from fxzero.graph.synchronisation import host_values
 
@@ -164,9 +167,13 @@ class _Cutter:
         """What a call's group has in common; None for what a compiler is not to touch."""
         if not can_be_compiled(node) or (self._only_rows and not is_row_call(node)):
             return None
+        if node.meta.get("chunk") == ADDED_UP:
+            return None
         phase, module = node.meta["phase"], node.meta["module"]
         if phase == "update":
             return phase, node.meta.get("param") or ""
+        if "chunk" in node.meta:
+            return phase, f"chunk {node.meta['chunk']}"
         if phase == "backward" and not module:
             return self._followed(phase)
         return phase, self._blocks.get(module, "")
@@ -202,6 +209,8 @@ def can_be_compiled(node: fx.Node) -> bool:
     return with_tensors(node) is not None
 
 
+# not pointwise by their tag, but what a compiler makes one kernel of with their neighbours
+_FUSED = {aten._log_softmax.default, aten._log_softmax_backward_data.default}
 _NOT_COMPILED = {aten._local_scalar_dense.default, aten.mkldnn_rnn_layer.default, aten.equal.default}
 
 
@@ -216,4 +225,5 @@ def _reads_device(node: fx.Node, host: set[fx.Node]) -> bool:
 def _pays(calls: Iterable[fx.Node], fewest: int) -> bool:
     """Whether calls are worth compiling: some work together, and not only by handing products on."""
     working = [node for node in calls if not is_view(node) and not is_getitem(node)]
-    return len(working) >= fewest and any(torch.Tag.pointwise in node.target.tags for node in working)  # type: ignore[union-attr]
+    fused = (node for node in working if torch.Tag.pointwise in node.target.tags or node.target in _FUSED)  # type: ignore[union-attr]
+    return len(working) >= fewest and next(fused, None) is not None

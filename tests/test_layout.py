@@ -25,16 +25,16 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "compat": frozenset({"errors"}),
     "compat_inductor": frozenset({"errors"}),
     "compat_dynamo": frozenset({"errors"}),
+    "compat_distributed": frozenset({"errors"}),
     "plan_values": frozenset({"errors"}),
     "plan_buckets": frozenset({"errors"}),
     "plan_compression": frozenset({"errors"}),
+    "plan_mesh": frozenset({"errors", "plan_values"}),
     "plan_offload": frozenset({"errors"}),
     "plan_precision": frozenset({"errors"}),
     "plan_schedule": frozenset({"errors"}),
-    "plan": frozenset(
-        {"errors", "compat", "plan_values", "plan_buckets", "plan_compression", "plan_offload", "plan_precision"}
-    )
-    | {"plan_schedule"},
+    "plan": frozenset({"errors", "compat", "plan_values", "plan_buckets", "plan_compression", "plan_mesh"})
+    | {"plan_offload", "plan_precision", "plan_schedule"},
     "arguments": frozenset({"errors"}),
     "graph": BASE,
     "capture": BASE | {"graph"},
@@ -48,7 +48,7 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "decide": BASE | {"plan_buckets", "plan_offload", "graph", "cost", "passes", "pass_manager", "recipe"},
     "kernels": frozenset(),
     "lower": BASE | {"compat_inductor", "graph", "kernels"},
-    "runtime": BASE | {"plan_offload", "graph", "kernels", "capture", "lower"},
+    "runtime": BASE | {"compat_distributed", "plan_offload", "graph", "kernels", "capture", "lower"},
     "calibrate": BASE | {"graph", "cost", "simulate", "runtime"},
     "report": BASE | {"graph", "cost", "simulate", "pass_manager", "decide", "lower"},
     "programs": BASE | {"graph", "capture", "cost", "decide", "lower", "pass_manager", "runtime"},
@@ -57,8 +57,8 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "backend": EVERYTHING,
     "cli": EVERYTHING,
 }
-# what runs anywhere, and torch's compiler: its back end and its front end
-PRIVATE_NAMES_LIVE_IN = ("fxzero.compat", "fxzero.compat_inductor", "fxzero.compat_dynamo")
+# what runs anywhere, what knows other ranks, and torch's compiler: its back end and its front end
+PRIVATE_NAMES_LIVE_IN = tuple(f"fxzero.compat{part}" for part in ("", "_distributed", "_inductor", "_dynamo"))
 KERNELS_MAY_IMPORT = frozenset({"torch", "triton"}) | sys.stdlib_module_names
 SHARED_BY_KERNELS = frozenset(  # no op is defined there
     f"fxzero.kernels.{name}" for name in ("launch", "multi_tensor", "region_functions", "region_ops", "region_tiles")

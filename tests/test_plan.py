@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxzero.errors import FxzeroError, PlanError
-from fxzero.plan import AXES, RESERVED_AXES, Mesh, Plan
+from fxzero.plan import Plan
+from fxzero.plan_mesh import AXES, RESERVED_AXES, Mesh
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "plan.md"
 ACTIVE = dataclasses.fields(Plan)
@@ -63,6 +64,8 @@ KEYS = {
     "accumulate": st.integers(1, 10**6),
     "accumulate_in": st.sampled_from(["shards", "unsharded"]),
     "recompute": st.sampled_from(["none", "blocks", "auto", 0.5, 1, ["layers.*"], ["b", "a"]]),
+    "chunk_loss": st.none() | st.just("auto") | st.integers(1, 2**20),
+    "kernels": st.booleans() | st.lists(st.sampled_from(["adamw", "sgd"]), max_size=3),
     "memory_budget": st.none() | st.integers(1, 2**63 - 1),
     "offload_optimizer": st.sampled_from(["none", "host", "nvme", "auto"]),
     "offload_parameters": st.sampled_from(["none", "host", "nvme", "auto"]),
@@ -187,6 +190,8 @@ def test_defaults() -> None:
         "accumulate": 1,
         "accumulate_in": "shards",
         "recompute": "none",
+        "chunk_loss": None,
+        "kernels": False,
         "memory_budget": None,
         "offload_optimizer": "none",
         "offload_parameters": "none",
@@ -423,9 +428,7 @@ def test_axes_need_a_mesh() -> None:
         ),
         (
             {"lowering": "jit"},
-            [
-                "expected 'auto' or 'eager' or 'inductor' or 'triton', got 'jit'; choose from: auto, eager"
-            ],
+            ["expected 'auto' or 'eager' or 'inductor' or 'triton', got 'jit'; choose from: auto, eager"],
         ),
         ({"lowering": "Eager"}, ["got 'Eager'; did you mean 'eager'?"]),
         ({"lowering": None}, ["got None; choose from: auto, eager"]),
@@ -695,6 +698,7 @@ def test_to_toml_as_people_read_it() -> None:
         "accumulate = 1\n"
         'accumulate_in = "shards"\n'
         'recompute = "none"\n'
+        "kernels = false\n"
         'offload_optimizer = "none"\n'
         'offload_parameters = "none"\n'
         'offload_activations = "none"\n'

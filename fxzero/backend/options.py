@@ -29,6 +29,8 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "compress_gathers": ("none", f"tensors are sent as they are here, if at all; {_STATE}"),
     "compress_reductions": ("none", f"tensors are sent as they are here, if at all; {_STATE}"),
     "node_size": (0, f"ranks gather over all of dp here, if at all; {_STATE}"),
+    "chunk_loss": (None, f"the gradient of the loss is known when your loop calls backward(); {_STATE}"),
+    "kernels": (False, f"this door does not see the optimizer; {_STATE}"),
     "cross_step": (False, f"a call knows of no next step; {_STATE}"),
     "schedule": ("fixed", f"forward and backward run when your loop calls them; {_STATE}"),
     "costs": (None, f"no schedule is decided here; {_STATE}"),

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.distributed.tensor import DTensor
 
-from fxzero import compat, compat_dynamo
+from fxzero import compat, compat_distributed, compat_dynamo
 from fxzero.backend.sharded import WHOLE, Sharded, padded_rows, sharded_by
 from fxzero.backend.unshard_ops import unshard
 from fxzero.errors import CaptureError, PlanError
@@ -172,5 +172,5 @@ class _TakeRows(torch.autograd.Function):
         for gradient, parameter, count, own in zip(gradients, ctx.parameters, ctx.counts, ctx.own, strict=True):
             if gradient is not None and count != own and count != WHOLE:
                 gradient = gradient[:own]
-            found.append(None if gradient is None else compat.dtensor_like(gradient, parameter))
+            found.append(None if gradient is None else compat_distributed.dtensor_like(gradient, parameter))
         return tuple(found)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from fxzero import compat, compat_dynamo
+from fxzero import compat_distributed, compat_dynamo
 from fxzero.arguments import check_model, device_of
 from fxzero.backend.options import check_shard_plan
 from fxzero.backend.sharded import WHOLE, Sharded, tell
@@ -125,7 +125,9 @@ def _rested(parameter: nn.Parameter, sharded: Sharded) -> nn.Parameter:
         rows = memory[: max(0, min(memory.shape[0], full.shape[0] - first))]
     placements = [Shard(0) if split and axis == "dp" else Replicate() for axis in topology.plan.axes]
     stride = torch.empty(full.shape, device="meta").stride()
-    owned = compat.dtensor_over(rows.contiguous(), topology.mesh, placements, shape=full.shape, stride=stride)
+    owned = compat_distributed.dtensor_over(
+        rows.contiguous(), topology.mesh, placements, shape=full.shape, stride=stride
+    )
     return nn.Parameter(owned, requires_grad=parameter.requires_grad)
 
 

@@ -20,7 +20,7 @@ _KEYS += ("all_gather", "reduce_scatter")
 _KEYS += ("compress_gathers", "compress_reductions", "compress_block", "compress_below")
 _KEYS += ("powersgd_rank", "topk_fraction", "node_size")
 _KEYS += ("precision", "reduce_dtype", "keep_fp32", "clip_grad_norm", "clip_grad_norm_p", "clip_grad_value")
-_KEYS += ("loss_scale", "accumulate", "accumulate_in", "recompute", "memory_budget")
+_KEYS += ("loss_scale", "accumulate", "accumulate_in", "recompute", "chunk_loss", "kernels", "memory_budget")
 _KEYS += ("offload_optimizer", "offload_parameters", "offload_activations", "offload_below", "update_on_host")
 _KEYS += ("host_budget", "offload_dir", "offload_io", "offload_buffer_bytes", "disable")
 _LISTS = ("keep_fp32", "disable")
@@ -59,6 +59,8 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--accumulate", type=_number, metavar="K", help="microbatches in a step; default 1")
     group.add_argument("--accumulate-in", metavar="NAME", help="shards or unsharded")
     group.add_argument("--recompute", type=_recompute, metavar="WHAT", help="auto, blocks, a fraction, or PATTERN,..")
+    group.add_argument("--chunk-loss", type=_number, metavar="ROWS", help="whose logits are made at a time, or auto")
+    group.add_argument("--kernels", type=_kernels, metavar="NAME,..", help="updates by one op: all, or adamw, sgd")
     group.add_argument("--memory-budget", type=_number, metavar="BYTES", help="'20 GiB': the greatest predicted peak")
     for part, what in (("optimizer", "its state rests"), ("parameters", "they rest"), ("activations", "they wait")):
         group.add_argument(f"--offload-{part}", metavar="WHERE", help=f"where {what}: none, host, nvme or auto")
@@ -144,6 +146,11 @@ def _recompute(text: str) -> Any:
     value = _number(text)
     patterns = [part.strip() for part in text.split(",") if part.strip()]
     return value if value != text or text in ("none", "blocks", "auto") else patterns
+
+
+def _kernels(text: str) -> bool | list[str]:
+    """All, or names."""
+    return True if text == "all" else [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _mesh(text: str) -> dict[str, Any]:

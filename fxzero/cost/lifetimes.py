@@ -17,10 +17,10 @@ import torch
 from torch import fx
 
 from fxzero.cost.workspace import transport_bytes, workspace_bytes
-from fxzero.graph import StepGraph
+from fxzero.graph import StepGraph, update_ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph.blocked_runs import block_elements, blocked_runs
-from fxzero.graph.step_graph import CARRIED_KINDS, LAUNCHED, STATE_KINDS, is_getitem, is_view, num_bytes
+from fxzero.graph.step_graph import CARRIED_KINDS, LAUNCHED, STATE_KINDS, first_argument, is_getitem, is_view, num_bytes
 from fxzero.graph.storage import InPlace, aliased, done_with
 from fxzero.graph.swap_ops import is_off_device, swap_out, tier_of, wait_of
 
@@ -150,7 +150,11 @@ class _Lives:
         self._end()
 
     def _place(self, node: fx.Node) -> None:
-        source = node.args[0] if node in self.in_place.forms else aliased(node)
+        if update_ops.written(node) and node in self.in_place.forms:
+            return  # its parts stand in the memory of what it writes
+        source = self.in_place.written_by(node) or aliased(node)
+        if node in self.in_place.forms:
+            source = first_argument(node)
         if source is None or _makes_its_value(node):
             self._begin(node)
             return

@@ -29,7 +29,7 @@ from fxzero.pass_manager import Pipeline
 from fxzero.plan import Plan
 from fxzero.plan_buckets import bucket_bytes
 from fxzero.plan_offload import activation_tiers, leaves_state_open, uses
-from fxzero.recipe import Decided, recipe
+from fxzero.recipe import Decided, recipe, recomputed_from
 
 _MAX_RUNS = 6  # of the recipe, beside the one with nothing decided
 _MAX_AIMS = 16
@@ -141,7 +141,7 @@ def decide(
     activations, state = None, None
     if plan.recompute == "auto":
         pointwise = "recompute_pointwise" not in plan.disable
-        found = Activations(step, hardware, tiers=activation_tiers(plan), pointwise=pointwise)
+        found = Activations(recomputed_from(step, plan), hardware, tiers=activation_tiers(plan), pointwise=pointwise)
         activations = ActivationAnswers(found, program, host_is_bounded=plan.host_budget is not None)
     if leaves_state_open(plan) and placed is None:
         state = StateAnswers(program, plan=plan, hardware=hardware)

@@ -19,6 +19,7 @@ from fxzero.decide.decision import Decision, Group, in_order
 from fxzero.decide.frontier import Choice, frontier
 from fxzero.graph import StepGraph
 from fxzero.plan import Plan
+from fxzero.recipe import recomputed_from
 
 
 class UniformAnswers:
@@ -37,7 +38,8 @@ class UniformAnswers:
     def __init__(self, step: StepGraph, plan: Plan, *, backend: str = "") -> None:
         self.step = step
         self.hardware = hardware_of(step, backend=backend)
-        self.activations = Activations(step, self.hardware, pointwise="recompute_pointwise" not in plan.disable)
+        first = recomputed_from(step, plan)
+        self.activations = Activations(first, self.hardware, pointwise="recompute_pointwise" not in plan.disable)
         self.choices = [frontier(block.problem) for block in self.activations.blocks]
         named = zip(self.activations.blocks, self.choices, strict=True)
         self.frontiers = frozenset(choices for block, choices in named if block.name)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from fxzero.graph import collectives as c10d
-from fxzero.graph.step_graph import STATE_KINDS, StepGraph, is_view, iter_views, tensor_val, yields_tensor
+from fxzero.graph.step_graph import STATE_KINDS, StepGraph, is_getitem, is_view, iter_views, tensor_val, yields_tensor
 from fxzero.graph.storage import done_with
 from fxzero.graph.swap_ops import is_wait as is_swap_wait
 
@@ -66,7 +66,7 @@ def reads_before_writes(step: StepGraph) -> Iterator[Pair]:
         if state is None or value is state or is_view(value) or not yields_tensor(value) or not tensor_val(value).dim():
             continue
         # what a move stores lies in its home from the launch on
-        made = value.all_input_nodes[0] if is_swap_wait(value) else value
+        made = value.all_input_nodes[0] if is_swap_wait(value) or is_getitem(value) else value
         for alias in (state, *iter_views(state)):
             for reader in alias.users:
                 if reader.op != "output" and reader not in (made, value):

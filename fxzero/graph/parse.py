@@ -25,7 +25,7 @@ from fxzero.errors import RewriteError
 from fxzero.graph import collectives as c10d
 from fxzero.graph import ops, text
 from fxzero.graph.edit import evaluate
-from fxzero.graph.step_graph import INPUT_KINDS, PHASES, TANGENT, Result, Sharding, StateEntry, StepGraph
+from fxzero.graph.step_graph import ADDED_UP, INPUT_KINDS, PHASES, TANGENT, Result, Sharding, StateEntry, StepGraph
 
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _HEADER = re.compile(
@@ -343,6 +343,10 @@ class _Reader:
                     node.meta["algorithm"] = _unquoted(name)
                 case ["region", number] if number.isdecimal():
                     node.meta["region"] = int(number)
+                case ["chunk", number] if number.isdecimal():
+                    node.meta["chunk"] = int(number)
+                case ["added", "up"]:
+                    node.meta["chunk"] = ADDED_UP
                 case ["whole", *sizes] if re.fullmatch(r"\[[\d, ]*\]", ", ".join(sizes)):
                     stated["whole"] = tuple(ast.literal_eval(", ".join(sizes)))
                 case ["state", "of", name]:

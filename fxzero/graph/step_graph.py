@@ -14,6 +14,7 @@ Everything that a pass needs stands in `node.meta`:
     algorithm  a collective that is not carried by the backend's own: "send_recv"
     bucket     a collective: the number of those that share its launch, where that was chosen by cost
     region     number of the region that a call is compiled in
+    chunk      a call for some of a loss's rows: the number of these; ADDED_UP: it adds up what they give
     stays      a gather of backward: it is left out, because what forward gathered stays
     results    output node only: one Result for each returned value
 """
@@ -44,6 +45,7 @@ WEIGHTS = "microbatch.weights"  # the batch input that says how much each of a r
 # a graph that a loop of the user's own calls: what forward has kept for backward, and the gradient of an output
 SAVED, TANGENT = "saved", "tangent"
 CALL_RESULTS = ("output", SAVED, "gradient")  # what such a graph returns, in place of a loss and state
+ADDED_UP = -1  # in place of a chunk's number: what all chunks of a loss give
 CALLED = "called"  # the fact that a graph is one of these, which may return nothing
 _GIVEN_KINDS = ("hyperparameter", "batch", "constant", "coordinate")
 INPUT_KINDS = (*STATE_KINDS, *CARRIED_KINDS, LAUNCHED, *_GIVEN_KINDS, SAVED, TANGENT)

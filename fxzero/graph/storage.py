@@ -2,10 +2,12 @@
 
 [Note: in place]
 The graph is functional; its program need not be. A pointwise op whose first input has the output's layout and is
-read by nothing afterwards, under any name that shares its memory, runs as its in-place form. An updated parameter
+read by nothing afterwards, under any name that shares its memory, runs as its in-place form; so does a matrix product
+that is added to such an input. An updated parameter
 or optimizer state so comes to stand in the memory of the old one and needs no copy: the same in-place ops, in the
 same order, that eager optimizers run. A tensor that is being moved or sent is read until that is waited for. A
-region writes over state that goes into it, and hands out other values in memory of their own.
+region writes over state that goes into it, and hands out other values in memory of their own. An update of many tensors
+by one op (`update_ops`) writes over all of them, or copies all.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import fx
 
 from fxzero import compat
 from fxzero.graph import collectives as c10d
-from fxzero.graph import swap_ops
+from fxzero.graph import ops, swap_ops, update_ops
 from fxzero.graph.regions import region_of
 from fxzero.graph.step_graph import CARRIED_KINDS, STATE_KINDS, StepGraph, is_getitem, is_view, yields_tensor
 
@@ -53,8 +55,9 @@ class InPlace:
             root = self._root(node)
             form = self._form(node)
             if form is not None:
-                root = self.storage[node.args[0]]  # type: ignore[index]
                 self.forms[node] = form
+            if form is not None and not update_ops.written(node):
+                root = self.storage[node.args[0]]  # type: ignore[index]
             self.storage[node] = root
             self.members.setdefault(root, []).append(node)
         self.last_use = {root: self._last(members) for root, members in self.members.items()}
@@ -85,14 +88,22 @@ class InPlace:
         return groups
 
     def _root(self, node: fx.Node) -> fx.Node:
-        source = aliased(node)
+        source = self.written_by(node) or aliased(node)
         return self.storage[source] if source is not None else node
+
+    def written_by(self, node: fx.Node) -> fx.Node | None:
+        """The tensor in whose memory a part of what an update of many yields stands, where that runs in place."""
+        if not is_getitem(node) or node.args[0] not in self.forms:
+            return None
+        return update_ops.written(node.args[0])[node.args[1]]  # type: ignore[arg-type, index]
 
     def _last(self, members: list[fx.Node]) -> int:
         return max((self.position[user] for member in members for user in member.users), default=-1)
 
     def _form(self, node: fx.Node) -> Any:
         """The in-place op for `node`, or None."""
+        if written := update_ops.written(node):
+            return update_ops.IN_PLACE[node.target][0] if self._may_write(node, written) else None
         form = _in_place_form(node)
         if form is None:
             return None
@@ -120,6 +131,19 @@ class InPlace:
         readers = {done_with(user): None for member in sharing for user in member.users if user is not node}
         self.written_after[node] = [reader for reader in readers if reader is not node]
         return form
+
+    def _may_write(self, node: fx.Node, written: list[fx.Node]) -> bool:
+        """Whether a call may write over all of these: state, or rows of it, that nothing reads behind it."""
+        roots = [self.storage[source] for source in written]
+        sharing = {member for root in roots for member in (*self.members.get(root, ()), *self._natural[root])}
+        if len({*roots}) < len(roots) or not all(root is source for root, source in zip(roots, written, strict=True)):
+            return False
+        if not all(root in self._writable or root.target is ops.local_shard for root in roots):
+            return False
+        here = self.position[node]
+        readers = {done_with(user): None for member in sharing for user in member.users if user is not node}
+        self.written_after[node] = list(readers)
+        return all(self.position[reader] < here for reader in readers)
 
 
 def _is_one_input(sharing: set[fx.Node], region: int | None) -> bool:
@@ -153,7 +177,8 @@ def _in_place_form(node: fx.Node) -> Any:
     target: Any = node.target
     if not compat.is_op(target) or target.namespace != "aten" or not node.args:
         return None
-    if torch.Tag.pointwise not in target.tags or not isinstance(node.args[0], fx.Node) or is_view(node):
+    adds = target is aten.addmm.default and node.args[0] not in node.args[1:]  # else it reads what it has written
+    if not (adds or torch.Tag.pointwise in target.tags) or not isinstance(node.args[0], fx.Node) or is_view(node):
         return None
     packet = getattr(aten, target._schema.name.removeprefix("aten::") + "_", None)
     if packet is None or target._overloadname not in packet.overloads():

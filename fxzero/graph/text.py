@@ -42,7 +42,7 @@ from torch import fx
 
 from fxzero.graph import collectives as c10d
 from fxzero.graph import compression_ops, error_feedback_ops, ops, swap_ops
-from fxzero.graph.step_graph import PHASES, Sharding, StepGraph, num_bytes
+from fxzero.graph.step_graph import ADDED_UP, PHASES, Sharding, StepGraph, num_bytes
 
 SECTIONS = ("inputs", *PHASES, "results")
 SHORT_NAMES: dict[Any, str] = {
@@ -227,6 +227,8 @@ def comment_text(node: fx.Node, mesh: dict[str, int]) -> str:
         parts.append(f"by {_word(meta['algorithm'])}")
     if meta.get("region") is not None:
         parts.append(f"region {meta['region']}")
+    if meta.get("chunk") is not None:
+        parts.append("added up" if meta["chunk"] == ADDED_UP else f"chunk {meta['chunk']}")
     return "; ".join(parts)
 
 

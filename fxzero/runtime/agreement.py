@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from fxzero import compat
+from fxzero import compat_distributed
 from fxzero.errors import RankMismatchError
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
@@ -74,7 +74,7 @@ class Agreement:
     def __init__(self, *, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.round = 0
-        self.store = compat.default_store() if dist.is_available() and dist.is_initialized() else None
+        self.store = compat_distributed.default_store() if dist.is_available() and dist.is_initialized() else None
         self.number = next(_steps) if self.store is not None else 0  # a rank may have made steps of its own before
         self.rank = dist.get_rank() if self.store is not None else 0
         self.world_size = dist.get_world_size() if self.store is not None else 1

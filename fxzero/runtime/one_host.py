@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fxzero import compat
+from fxzero import compat_distributed
 from fxzero.errors import RankMismatchError
 from fxzero.runtime.shared_memory import Card, Channel, is_offered
 
@@ -57,7 +57,7 @@ def open_channels(groups: Mapping[str, Any], *, timeout_s: float) -> dict[str, C
 
 
 def _channel(group: Any) -> Channel:
-    return Channel(group.rank(), group.size(), timeout_s=compat.timeout_of(group).total_seconds())
+    return Channel(group.rank(), group.size(), timeout_s=compat_distributed.timeout_of(group).total_seconds())
 
 
 def _host() -> list[Any]:
@@ -76,7 +76,7 @@ class _Meeting:
 
     def __init__(self, number: int, timeout_s: float) -> None:
         self.number, self.timeout_s = number, timeout_s
-        self.store = compat.default_store()
+        self.store = compat_distributed.default_store()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
     def put(self, what: str, value: Any) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from fxzero import compat
+from fxzero import compat_distributed
 from fxzero.capture.inventory import Inventory, dense_strides, state_name
 from fxzero.capture.priming import InitialStates, check_state_can_be_sharded
 from fxzero.capture.rehearsal import rehearse, starts_unlike_later
@@ -225,7 +225,7 @@ class StepState:
             rows = memory[: max(0, min(each, shape[0] - index * each))]
         placements = [Shard(0) if sharded and axis == "dp" else Replicate() for axis in self.topology.plan.axes]
         stride = strides or torch.empty(shape, device="meta").stride()
-        owned = compat.dtensor_over(rows, mesh, placements, shape=shape, stride=stride)
+        owned = compat_distributed.dtensor_over(rows, mesh, placements, shape=shape, stride=stride)
         self._local[key] = (owned, memory)
         return owned
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import fxzero
-from fxzero import compat
+from fxzero import compat_distributed
 from fxzero.backend import programs
 from fxzero.backend.rows import _TakeRows
 from fxzero.backend.sharded import padded_rows
@@ -30,7 +30,7 @@ from tests.backend.reference import compiled
 @pytest.fixture
 def two_ranks() -> Iterator[list[str]]:
     """This process is rank 0 of two, of which the other never speaks; yields what it would have agreed on."""
-    compat.fake_process_group(2)
+    compat_distributed.fake_process_group(2)
     texts: list[str] = []
 
     def settle(self: Agreement, text: str, *, changed: bool = False) -> bool:

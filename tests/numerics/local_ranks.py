@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fxzero import Plan, StepGraph, compat
+from fxzero import Plan, StepGraph, compat_distributed
 from fxzero.capture import Inventory, capture_step
 from fxzero.capture.rehearsal import rehearse
 from fxzero.graph.ops import local_shard
@@ -55,7 +55,7 @@ def train_ranks(
     )
     state.bind()
     if not dist.is_initialized():
-        compat.fake_process_group(size)
+        compat_distributed.fake_process_group(size)
     assert dist.get_world_size() == size
     groups: dict[str, Any] = dict.fromkeys(plan.axes, dist.group.WORLD)
     if plan.node_size:
@@ -67,34 +67,36 @@ def train_ranks(
             entry = node.meta["entry"]
             if entry.key not in values or entry.kind == "batch":
                 values[entry.key] = _value(node, entry, state, batch)
-        with compat.local_tensor_mode(size):
+        with compat_distributed.local_tensor_mode(size):
             outputs = program.run(list(values.values()))
     losses = next(v for key, v in zip(program.outputs, outputs, strict=True) if key[0] == "loss")
     after = {}
     for node in step.inputs("parameter", "optimizer", "auxiliary"):
         value = values[node.meta["entry"].key]
         if isinstance(value, torch.Tensor):
-            parts = compat.local_values(value) if not isinstance(value, torch.nn.Parameter) else {0: value}
+            parts = compat_distributed.local_values(value) if not isinstance(value, torch.nn.Parameter) else {0: value}
             after[node.meta["entry"].key] = _whole(node, parts)
-    return Outcome(compat.local_values(losses), after)
+    return Outcome(compat_distributed.local_values(losses), after)
 
 
 def _value(node: Any, entry: Any, state: StepState, batches: list[Any]) -> Any:
     ranks = range(len(batches))
     if entry.kind == "coordinate":
         size = node.users and entry.name == "dp_node" and next(iter(node.users)).args[1]
-        return compat.local_int({rank: rank % size if size else rank for rank in ranks})
+        return compat_distributed.local_int({rank: rank % size if size else rank for rank in ranks})
     if entry.kind == "batch":
-        return compat.local_tensor({rank: batches[rank][int(entry.name.split(".")[1])] for rank in ranks})
+        return compat_distributed.local_tensor({rank: batches[rank][int(entry.name.split(".")[1])] for rank in ranks})
     if entry.kind == "auxiliary":
         val = node.meta["val"]
-        return compat.local_tensor({rank: torch.zeros(val.shape, dtype=val.dtype) for rank in ranks})
+        return compat_distributed.local_tensor({rank: torch.zeros(val.shape, dtype=val.dtype) for rank in ranks})
     value = state.lookup(Inventory.of(state.model, state.optimizer), entry.kind, entry.name)
     if not isinstance(value, torch.Tensor):
         return value
     if "sharding" in node.meta:
-        return compat.local_tensor({rank: local_shard(value.detach(), len(batches), rank) for rank in ranks})
-    return compat.local_tensor({rank: value.detach().clone() for rank in ranks})
+        return compat_distributed.local_tensor(
+            {rank: local_shard(value.detach(), len(batches), rank) for rank in ranks}
+        )
+    return compat_distributed.local_tensor({rank: value.detach().clone() for rank in ranks})
 
 
 def _whole(node: Any, parts: dict[int, torch.Tensor]) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 import fxzero
-from fxzero import compat
+from fxzero import compat_distributed
 from fxzero.runtime import gloo
 from fxzero.runtime.program import Program
 from tests.numerics.local_ranks import compile_for
@@ -56,7 +56,7 @@ def test_over_gloo_no_gather_goes_through_what_corrupts_the_heap(alone: None, bu
 
 
 def test_other_backends_launch_the_op_of_the_graph() -> None:
-    compat.fake_process_group(2)
+    compat_distributed.fake_process_group(2)
     text = source("coalesced")
     assert "py__all_gather" not in text and UNSAFE.search(text)
 

@@ -37,8 +37,10 @@ class Group:
 def four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     store = dist.HashStore()
     monkeypatch.setattr(one_host, "_meetings", iter(lambda: 0, 1))
-    monkeypatch.setattr("fxzero.compat.default_store", lambda: store)
-    monkeypatch.setattr("fxzero.compat.timeout_of", lambda group: SimpleNamespace(total_seconds=lambda: 5.0))
+    monkeypatch.setattr("fxzero.compat_distributed.default_store", lambda: store)
+    monkeypatch.setattr(
+        "fxzero.compat_distributed.timeout_of", lambda group: SimpleNamespace(total_seconds=lambda: 5.0)
+    )
     monkeypatch.setattr(dist, "get_rank", lambda: RANK.value)
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: group.ranks)
