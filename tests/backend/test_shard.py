@@ -204,7 +204,7 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize(("build", "error", "message"), MODELS, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("build", "error", "message"), MODELS, ids=[message[:40] for *_, message in MODELS])
 def test_a_model_that_does_not_fit_is_an_error(build: Any, error: Any, message: str, two_ranks: list[str]) -> None:
     model = build()
     with pytest.raises(error, match=message):
