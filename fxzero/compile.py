@@ -104,7 +104,7 @@ class TrainStep(Profiled):
         self.loss = loss
         self.metrics: dict[str, torch.Tensor] = {}
         self._device = device_of(model)
-        self._topology = Topology.of(plan, self._device.type)
+        self._topology = Topology.of(plan, self._device.type).sharing_memory()
         self.plan = with_lowering(self._topology.plan, self._device)
         auxiliary = auxiliary_state(self.plan, dict(model.named_parameters()))
         if self.plan.lowering == "inductor":

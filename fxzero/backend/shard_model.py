@@ -53,6 +53,7 @@ def shard(model: nn.Module, plan: Plan | Mapping[str, Any] | None = None) -> nn.
         tell(agreement, error)
         raise
     sharded.agree(text)
+    sharded.topology = sharded.topology.sharing_memory()
     if sharded.topology.world_size > 1:
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.detach(), src=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,11 +53,21 @@ class Topology:
         backend = gloo.backend_of(mesh.get_group(next(iter(axes))), device_type)
         if backend == "gloo":
             gloo.rest_at_exit()
-            channels = open_channels(groups, timeout_s=plan.timeout_s)
-            groups |= {channel_key(axis): channel for axis, channel in channels.items()}
-            backend = c10d.SHM if channels else backend
-        _check_carriers(plan, backend)
         return cls(plan, mesh, backend, groups)
+
+    def sharing_memory(self) -> Topology:
+        """The same with channels through shared memory, where all ranks are CPU ranks of one host; all must call this.
+
+        Raises:
+            PlanError: if the plan says that collectives go through shared memory, and they cannot.
+            RankMismatchError: naming a rank that does not come.
+        """
+        channels = open_channels(self.groups, timeout_s=self.plan.timeout_s) if self.backend == "gloo" else {}
+        backend = c10d.SHM if channels else self.backend
+        if self.world_size > 1:
+            _check_carriers(self.plan, backend)
+        keyed = {channel_key(axis): channel for axis, channel in channels.items()}
+        return replace(self, backend=backend, groups=self.groups | keyed)
 
     @property
     def rank(self) -> int:

@@ -127,7 +127,7 @@ def train(args):
     model = train_gpt.GPT(dim=args.dim, layers=args.layers, heads=args.heads, context=args.context)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: train_gpt.learning_rate_factor(i, args))
-    plan = fxzero.Plan(zero=3, mesh={"dp": world}, **VARIANTS[args.rank_of])
+    plan = fxzero.Plan(zero=3, mesh={"dp": world}, lowering="eager", **VARIANTS[args.rank_of])
     step = fxzero.compile(model, optimizer, plan, loss=train_gpt.loss_fn)
     data, held_out = train_gpt.corpus()
     times_s, loss = [], 0.0

@@ -166,7 +166,7 @@ def fxzero_step(zero, **own):
     def build(model, plan):
         import fxzero
 
-        keys = {"zero": zero, "mesh": {"dp": dist.get_world_size()}, **own, **plan}
+        keys = {"zero": zero, "mesh": {"dp": dist.get_world_size()}, "lowering": "eager", **own, **plan}
         return fxzero.compile(model, adamw(model.parameters()), fxzero.Plan(**keys))
 
     return build

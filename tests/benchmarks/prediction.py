@@ -60,7 +60,7 @@ class Case:
         torch.manual_seed(0)
         model = Llama(size)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        self.step = fxzero.compile(model, optimizer, fxzero.Plan(**plan))
+        self.step = fxzero.compile(model, optimizer, fxzero.Plan(**{"lowering": "eager"} | plan))
         torch.manual_seed(dist.get_rank())
         x_BT = torch.randint(size.vocab, (size.microbatch, size.seq))
         self.batch = (x_BT, x_BT)
