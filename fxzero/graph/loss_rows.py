@@ -20,7 +20,7 @@ from torch import fx
 
 from fxzero import compat
 from fxzero.graph.randomness import is_random
-from fxzero.graph.step_graph import StepGraph, is_getitem, is_view, yields_tensor
+from fxzero.graph.step_graph import StepGraph, ancestors, is_getitem, is_view, yields_tensor
 
 aten = torch.ops.aten
 
@@ -175,7 +175,7 @@ class _Finder:
                 first = first.all_input_nodes[0]
             if self._position[first] >= anchor:
                 raise NotByRows(f"%{source.name} is made after it is differentiated")
-        if _computed_from(outside) & found.roles.keys():
+        if ancestors(outside, but_of=says_shape) & found.roles.keys():
             raise NotByRows("its gradient depends on its value")
 
     # ---- what a call is
@@ -301,18 +301,6 @@ def how_sliced(node: fx.Node) -> list[Any]:
 def says_shape(node: fx.Node) -> bool:
     """Whether a call needs only the shape of what it reads."""
     return node.target in (aten.ones_like.default, aten.zeros_like.default, aten.full_like.default)
-
-
-def _computed_from(nodes: list[fx.Node]) -> set[fx.Node]:
-    """The nodes and all whose value they need."""
-    seen: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack += [] if says_shape(node) else node.all_input_nodes
-    return seen
 
 
 def _is_cast(node: fx.Node) -> bool:

@@ -26,7 +26,7 @@ import itertools
 import math
 import operator
 import re
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -259,15 +259,20 @@ def num_bytes(val: Any) -> int:
     return 0
 
 
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes and everything that they are computed from."""
+def ancestors(nodes: Iterable[fx.Node], *, but_of: Callable[[fx.Node], bool] | None = None) -> set[fx.Node]:
+    """The nodes and everything that they are computed from.
+
+    Args:
+        nodes: some.
+        but_of: nodes whose own inputs do not count.
+    """
     seen: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
-            stack.extend(node.all_input_nodes)
+            stack.extend([] if but_of is not None and but_of(node) else node.all_input_nodes)
     return seen
 
 

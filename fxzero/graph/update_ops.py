@@ -12,7 +12,7 @@ Shapes: any, contiguous, equal for what belongs to one parameter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,70 +33,51 @@ _LIBRARY.define(
 Tensors = Sequence[torch.Tensor]
 
 
-def adamw_(
-    params: Tensors,
-    grads: Tensors,
-    exp_avgs: Tensors,
-    exp_avg_sqs: Tensors,
-    max_exp_avg_sqs: Tensors,
-    steps: Tensors,
-    **numbers: float,
-) -> list[torch.Tensor]:
-    """Parameters and state are written over; returns them as the op does."""
-    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
-    aten._fused_adamw_.default(*lists, **numbers, amsgrad=bool(max_exp_avg_sqs), maximize=False)
-    return [*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs]
+def adamw_(*lists: Tensors, **numbers: float) -> list[torch.Tensor]:
+    """Parameters and state are written over; returns them as the op does. `lists` are the op's, in order."""
+    params, _, averages, squares, greatest, _ = lists
+    aten._fused_adamw_.default(*lists, **numbers, amsgrad=bool(greatest), maximize=False)
+    return [*params, *averages, *squares, *greatest]
 
 
-def sgd_(params: Tensors, grads: Tensors, momentums: Tensors, **numbers: Any) -> list[torch.Tensor]:
-    """Parameters and momentum are written over; returns them as the op does."""
-    aten._fused_sgd_.default(params, grads, momentums, **numbers, maximize=False, is_first_step=False)
+def sgd_(*lists: Tensors, **numbers: Any) -> list[torch.Tensor]:
+    """Parameters and momentum are written over; returns them as the op does. `lists` are the op's, in order."""
+    params, _, momentums = lists
+    aten._fused_sgd_.default(*lists, **numbers, maximize=False, is_first_step=False)
     return [*params, *momentums]
 
 
-@torch.library.impl(_LIBRARY, "adamw", "CompositeExplicitAutograd")
-def _adamw(
-    params: Tensors,
-    grads: Tensors,
-    exp_avgs: Tensors,
-    exp_avg_sqs: Tensors,
-    max_exp_avg_sqs: Tensors,
-    steps: Tensors,
-    **numbers: float,
-) -> list[torch.Tensor]:
-    lists = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-    params, averages, squares, greatest = ([t.clone() for t in tensors] for tensors in lists)
-    return adamw_(params, grads, averages, squares, greatest, steps, **numbers)
+InPlaceForm = tuple[Callable[..., list[torch.Tensor]], tuple[int, ...]]  # and which of the lists it writes
+_FORMS: dict[str, InPlaceForm] = {
+    "adamw": (adamw_, (0, 2, 3, 4)),
+    "sgd": (sgd_, (0, 2)),
+}
 
 
-@torch.library.impl(_LIBRARY, "sgd", "CompositeExplicitAutograd")
-def _sgd(params: Tensors, grads: Tensors, momentums: Tensors, **numbers: Any) -> list[torch.Tensor]:
-    return sgd_([t.clone() for t in params], grads, [t.clone() for t in momentums], **numbers)
+def _register(name: str) -> None:
+    """Let the functional op write over copies, and be traced on fake tensors."""
+    in_place, writes = _FORMS[name]
+
+    @torch.library.impl(_LIBRARY, name, "CompositeExplicitAutograd")
+    def functional(*lists: Tensors, **numbers: Any) -> list[torch.Tensor]:
+        return in_place(*([t.clone() for t in ts] if i in writes else ts for i, ts in enumerate(lists)), **numbers)
+
+    @torch.library.register_fake(f"fxzero::{name}", lib=_LIBRARY)
+    def fake(*lists: Tensors, **numbers: Any) -> list[torch.Tensor]:
+        return [torch.empty_like(t) for index in writes for t in lists[index]]
 
 
-@torch.library.register_fake("fxzero::adamw", lib=_LIBRARY)
-def _adamw_fake(
-    params: Tensors,
-    grads: Tensors,
-    exp_avgs: Tensors,
-    exp_avg_sqs: Tensors,
-    max_exp_avg_sqs: Tensors,
-    steps: Tensors,
-    **numbers: float,
-) -> list[torch.Tensor]:
-    return [torch.empty_like(t) for t in (*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs)]
-
-
-@torch.library.register_fake("fxzero::sgd", lib=_LIBRARY)
-def _sgd_fake(params: Tensors, grads: Tensors, momentums: Tensors, **numbers: Any) -> list[torch.Tensor]:
-    return [torch.empty_like(t) for t in (*params, *momentums)]
-
+for _name in _FORMS:
+    _register(_name)
 
 adamw = torch.ops.fxzero.adamw.default
 sgd = torch.ops.fxzero.sgd.default
 
 # op -> its form in place, and which of its lists are written
-IN_PLACE: dict[Any, tuple[Any, tuple[int, ...]]] = {adamw: (adamw_, (0, 2, 3, 4)), sgd: (sgd_, (0, 2))}
+IN_PLACE: dict[Any, tuple[Callable[..., list[torch.Tensor]], tuple[int, ...]]] = {
+    adamw: _FORMS["adamw"],
+    sgd: _FORMS["sgd"],
+}
 
 
 def written(node: fx.Node) -> list[fx.Node]:
