@@ -165,11 +165,20 @@ def _check_alone(plan: Plan, *, says_zero: bool) -> None:
 
 
 def _check(plan: Plan) -> None:
-    if plan.lowering == "triton":
-        fix = f"set lowering='inductor', or {_STATE}"
-        raise PlanError.of("Plan.lowering", expected="'eager' or 'inductor' at this door", got="'triton'", fix=fix)
+    check_lowering(plan)
     for key, (allowed, fix) in _REFUSED.items():
         value = getattr(plan, key)
         if value != allowed:
             expected = f"{allowed!r} through torch.compile"
             raise PlanError.of(f"Plan.{key}", expected=expected, got=repr(value), fix=fix)
+
+
+def check_lowering(plan: Plan) -> None:
+    """Check that this door has a plan's lowering.
+
+    Raises:
+        PlanError: for "triton".
+    """
+    if plan.lowering == "triton":
+        fix = f"set lowering='inductor', or {_STATE}"
+        raise PlanError.of("Plan.lowering", expected="'eager' or 'inductor' at this door", got="'triton'", fix=fix)

@@ -19,13 +19,14 @@ from fxzero.backend.halves import halves_of
 from fxzero.backend.joint import Joint, Key, Name, read_joint
 from fxzero.backend.look import Compiled, show
 from fxzero.backend.one_device import bring_to_one_device
-from fxzero.backend.options import Options
+from fxzero.backend.options import Options, check_lowering
 from fxzero.backend.slots import Slots
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.blocks import repeated_blocks
 from fxzero.graph.step_graph import device_of
 from fxzero.graph.verify import verify
+from fxzero.lower.choose import with_lowering
 from fxzero.lower.inductor import check_compiler
 from fxzero.lower.lower_regions import lower_by_plan
 from fxzero.pass_manager import Pipeline
@@ -134,8 +135,8 @@ class _Making:
 
     def call(self, step: StepGraph, outputs: Sequence[Any]) -> Call:
         """A program that returns these outputs: keys of results, and constants as they are."""
-        plan, title, slots = self.options.plan, step.title, self.slots
-        if plan.lowering != "eager" and step.calls():  # some graphs only hand their inputs on
+        plan, title, slots = _lowered_here(self.options.plan, step), step.title, self.slots
+        if plan.lowering != "eager":
             step = Pipeline([cut_regions], disable=plan.disable).run(step)
         step.title = f"{title} of graph {self.look.number}"
         verify(step)
@@ -169,6 +170,15 @@ _OFFLOAD_DEFAULTS: dict[str, Any] = {
     name: Plan.__dataclass_fields__[name].default
     for name in ("offload_below", "offload_dir", "offload_io", "offload_buffer_bytes", "host_budget")
 }
+
+
+def _lowered_here(plan: Plan, step: StepGraph) -> Plan:
+    """The plan with its lowering chosen for a program; some only hand their inputs on."""
+    if not step.calls():
+        return plan.replace(lowering="eager")
+    plan = with_lowering(plan, torch.device(device_of(step)))
+    check_lowering(plan)
+    return plan
 
 
 def _found_here(plan: Plan, step: StepGraph) -> str | float | tuple[str, ...]:

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 import fxzero
+from fxzero import compat_inductor
 from fxzero.backend import fxzero_backend, programs
 from fxzero.backend.options import read_options
 from fxzero.errors import PlanError
+from fxzero.lower.choose import VARIABLE
 from tests.backend.models import Decoder, tokens
-from tests.backend.reference import compiled
+from tests.backend.reference import compiled, regions_interpreted
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"zero": 3}, r"Plan.zero: expected 0 through torch.compile, got 3; write zero=0 .* fxzero.compile\(model"),
@@ -125,3 +127,22 @@ def test_a_pass_may_be_disabled() -> None:
 
 def test_the_backend_has_a_name_that_people_know() -> None:
     assert "fxzero" in fxzero_backend.__name__
+
+
+@pytest.mark.parametrize("compiler", ["g++", None])
+def test_what_the_options_leave_open_is_compiled_where_it_can_be(
+    compiler: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setattr(compat_inductor, "find_cpp_compiler", lambda: compiler)
+    with regions_interpreted() as store:
+        compiled(Decoder(1))(*tokens(0)).backward()
+    assert bool(store.texts) == (compiler is not None)
+    marked = [node for step in programs()[-2:] for node in step.calls() if "region" in node.meta]
+    assert bool(marked) == (compiler is not None)
+
+
+def test_the_environment_cannot_ask_for_what_this_door_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "triton")
+    with pytest.raises(PlanError, match=r"Plan\.lowering: expected 'eager' or 'inductor' at this door, got 'triton'"):
+        compiled(Decoder(1))(*tokens(0))
