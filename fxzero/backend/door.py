@@ -41,7 +41,7 @@ def fxzero_backend(
 
     Args:
         module: the graph.
-        example_inputs: fake tensors and numbers, one an input; sizes may be symbols.
+        example_inputs: tensors, fake ones or real, and numbers, one an input; sizes may be symbols.
         options: of torch.compile: "plan", or keys of a plan; and "dump".
         mode: of torch.compile; must be left out.
 

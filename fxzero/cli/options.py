@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from typing import Any
 
 import torch
 
 from fxzero.cli.usage import UsageError
 from fxzero.cost.allocator import CPU, CUDA, Allocator
-from fxzero.lower.choose import VARIABLE, with_lowering
+from fxzero.lower.choose import with_lowering
 from fxzero.plan import Plan
 
 # option of the command line -> key of the plan
@@ -113,7 +112,9 @@ def plan_of(args: argparse.Namespace, *, default_world: int | None = None) -> Pl
         given["mesh"] = _mesh(given["mesh"])
     for key in (key for key in _LISTS if key in given):
         given[key] = [name.strip() for names in given[key] for name in names.split(",") if name.strip()]
-    plan = _lowered(plan.replace(**given), args.backend)
+    is_gpu = args.backend == "nccl"
+    device = torch.device("cuda" if is_gpu else "cpu")
+    plan = with_lowering(plan.replace(**given), device, is_here=not is_gpu)
     if args.world is not None:
         return plan.resolve(args.world)
     if plan.mesh is not None:
@@ -122,13 +123,6 @@ def plan_of(args: argparse.Namespace, *, default_world: int | None = None) -> Pl
         fix = "add --world 64, or --mesh dp=64"
         raise UsageError.of("--world", expected="the number of ranks", got="none, and a plan without mesh", fix=fix)
     return plan.resolve(default_world)
-
-
-def _lowered(plan: Plan, backend: str) -> Plan:
-    """The plan with its lowering chosen; GPUs that the step is for are taken to have what Inductor needs."""
-    if backend == "nccl" and plan.lowering == "auto" and not os.environ.get(VARIABLE):
-        return plan.replace(lowering="eager" if plan.schedule == "cost" else "inductor")
-    return with_lowering(plan, torch.device("cpu"))
 
 
 def _number(text: str) -> Any:

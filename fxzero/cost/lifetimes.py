@@ -1,11 +1,11 @@
 """The storages of a program: what memory each value takes, from which node to which.
 
 The program frees each tensor at its last use, and updates in place (`graph/storage.py`). What it returns stays, and so
-do the tensors that rest between steps; gradients that an earlier microbatch hands over die like any other value, and
-so do gathers that the step before has launched. What a collective takes stays until its wait (to the end, if that is in
-the next program), but for an all-reduce, which works on a copy; so does what is swapped out. A call that yields several
-tensors yields several storages, of which those that nothing asks for die with the last one that is asked for. What a
-blocked run has in between takes a block (`graph/blocked_runs.py`).
+do the tensors that rest between steps; gradients that an earlier microbatch hands over die like any other value, and so
+do gathers that the step before has launched. What a collective takes stays until its wait (to the end, if that is in
+the next program), but for an all-reduce, which works on a copy, and what shared memory carries; so does what is swapped
+out. A call that yields several tensors yields several storages, of which those that nothing asks for die with the last
+one that is asked for. What a blocked run has in between takes a block (`graph/blocked_runs.py`).
 """
 
 from __future__ import annotations

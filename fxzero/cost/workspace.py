@@ -45,7 +45,7 @@ def transport_bytes(node: fx.Node, *, device: str, by_messages: bool) -> int:
     Args:
         node: the launch.
         device: type of the device that it runs on; gloo carries collectives of CPU tensors.
-        by_messages: point-to-point messages carry it instead.
+        by_messages: point-to-point messages, or shared memory, carry it instead.
     """
     straight = (c10d.all_gather, c10d.all_gather_coalesced, c10d.all_reduce, c10d.all_to_all)
     if device != "cpu" or by_messages or node.target in straight:

@@ -14,7 +14,7 @@ VARIABLE = "FXZERO_LOWERING"
 LOWERINGS = ("eager", "inductor", "triton")
 
 
-def with_lowering(plan: Plan, device: torch.device) -> Plan:
+def with_lowering(plan: Plan, device: torch.device, *, is_here: bool = True) -> Plan:
     """The plan, with its lowering chosen where that is "auto".
 
     What $FXZERO_LOWERING says; else "eager" for a schedule by costs, which are those of single calls; else "inductor"
@@ -23,14 +23,15 @@ def with_lowering(plan: Plan, device: torch.device) -> Plan:
     Args:
         plan: of a step.
         device: that the step runs on.
+        is_here: it is this machine's; another one is taken to have what Inductor needs.
 
     Raises:
         PlanError: if the variable names no lowering.
     """
-    return plan.replace(lowering=_chosen(plan, device)) if plan.lowering == "auto" else plan
+    return plan.replace(lowering=_chosen(plan, device, is_here=is_here)) if plan.lowering == "auto" else plan
 
 
-def _chosen(plan: Plan, device: torch.device) -> str:
+def _chosen(plan: Plan, device: torch.device, *, is_here: bool) -> str:
     if asked := os.environ.get(VARIABLE):
         if asked not in LOWERINGS:
             fix = "unset it, or correct it"
@@ -39,7 +40,8 @@ def _chosen(plan: Plan, device: torch.device) -> str:
     if plan.schedule == "cost":
         return "eager"
     try:
-        check_compiler(device)
+        if is_here:
+            check_compiler(device)
     except PlanError:
         return "eager"
     return "inductor"

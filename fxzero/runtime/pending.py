@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import torch
 
@@ -28,3 +29,12 @@ class Pending(ABC):
 def wait(pending: Pending) -> torch.Tensor:
     """What a collective yields: the whole tensor of a gather, this rank's rows of a reduction."""
     return pending.finish()
+
+
+def reduced(parts: Iterable[torch.Tensor], *, mean: bool) -> torch.Tensor:
+    """The sum, or mean, of what at least two ranks have, added in their order, in new memory."""
+    first, second, *rest = parts
+    total = first + second
+    for part in rest:
+        total += part
+    return total.div_(2 + len(rest)) if mean else total

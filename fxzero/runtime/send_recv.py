@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fxzero.runtime.pending import Pending
+from fxzero.runtime.pending import Pending, reduced
 
 
 @dataclass
@@ -48,11 +48,7 @@ class Messages(Pending):
         self.arrive()
         if self.out is not None:
             return self.out
-        first, second, *rest = self.parts
-        total = first + second
-        for part in rest:
-            total += part
-        return total.div_(len(self.parts)) if self.mean else total
+        return reduced(self.parts, mean=self.mean)
 
 
 def launch_all_gather(shard: torch.Tensor, size: int, group: Any, tag: int) -> Pending:

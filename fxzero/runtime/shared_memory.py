@@ -30,12 +30,12 @@ from typing import NamedTuple
 
 import torch
 
-from fxzero.runtime.pending import Pending
+from fxzero.runtime.pending import Pending, reduced
 from fxzero.runtime.shared_segments import Room, Segment
 
 SLOTS = 1024  # messages of a rank that may be under way
-_MOST_SEGMENTS = 62
-_COUNT, _NUM_SEGMENTS, _FILES, _MESSAGES = 0, 1, 2, 2 + _MOST_SEGMENTS  # words of a head
+_MOST_SEGMENTS = 63
+_COUNT, _FILES, _MESSAGES = 0, 1, 1 + _MOST_SEGMENTS  # words of a head
 _TAG, _SEGMENT, _OFFSET, _BYTES = range(4)  # words of a message
 _READ = _MESSAGES + 4 * SLOTS
 _LOOKS = 200  # at a count before the thread sleeps
@@ -192,7 +192,6 @@ class Channel:
             if number > _MOST_SEGMENTS:
                 raise RuntimeError(f"{self.room.num_bytes} bytes of messages under way; let all ranks wait for theirs")
             head[_FILES + number - 1] = self.room.segments[-1].file
-            head[_NUM_SEGMENTS] = number
             place = self.room.take(size)
         assert place is not None
         return place
@@ -282,14 +281,10 @@ class _Reduction(Pending):
         self.arrive()
         channel, rows = self.channel, self.full.shape[0] // self.channel.size
         begin, end = channel.me * rows, (channel.me + 1) * rows
-        first, second, *rest = (
-            channel.read(rank, self.number, self.tag, self.full)[begin:end] for rank in range(channel.size)
-        )
-        total = first + second
-        for part in rest:
-            total += part
+        whole = (channel.read(rank, self.number, self.tag, self.full) for rank in range(channel.size))
+        total = reduced((each[begin:end] for each in whole), mean=self.mean)
         channel.done(self.number)
-        return total.div_(channel.size) if self.mean else total
+        return total
 
 
 def launch_all_gather(shard: torch.Tensor, size: int, channel: Channel, tag: int) -> Pending:

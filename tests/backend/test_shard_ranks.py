@@ -1,13 +1,12 @@
 """Two ranks over gloo: a model that fxzero.shard has sharded trains through the door as under FSDP2."""
 
-import json
 import re
 from typing import Any
 
 import pytest
 
 from tests.backend.shard_worker import CASES
-from tests.numerics.worker import launch
+from tests.numerics.worker import launch_for_results
 
 pytestmark = pytest.mark.multirank
 
@@ -17,9 +16,7 @@ ROUNDED = {"graph breaks, tied": 1e-6}
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("shard")
-    launch("tests.backend.shard_worker", str(folder / "found.json"), ranks=2, timeout_s=300)
-    return json.loads((folder / "found.json").read_text())
+    return launch_for_results("tests.backend.shard_worker", tmp_path_factory.mktemp("shard"), ranks=2, timeout_s=300)
 
 
 @pytest.mark.parametrize("name", CASES)

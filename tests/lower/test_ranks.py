@@ -1,13 +1,12 @@
 """Two ranks over gloo: compiled regions train as eager calls do, and ranks share the work of compiling them."""
 
-import json
 from typing import Any
 
 import pytest
 
 from fxzero import compat_inductor
 from tests.lower.worker import PLANS
-from tests.numerics.worker import launch
+from tests.numerics.worker import launch_for_results
 
 pytestmark = [
     pytest.mark.multirank,
@@ -17,9 +16,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    launch("tests.lower.worker", str(folder / "found.json"), ranks=2, timeout_s=600)
-    return json.loads((folder / "found.json").read_text())
+    return launch_for_results("tests.lower.worker", tmp_path_factory.mktemp("ranks"), ranks=2, timeout_s=600)
 
 
 @pytest.mark.parametrize("name", PLANS)
