@@ -69,6 +69,7 @@ def test_the_report_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("backend", "expected"), [("nccl", "inductor"), ("gloo", "eager")])
 def test_commands_take_gpus_to_have_a_compiler(backend: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat_inductor, "find_cpp_compiler", lambda: None)
+    monkeypatch.setattr(inductor.importlib.util, "find_spec", lambda name: None)
     parser = argparse.ArgumentParser()
     add_plan_options(parser)
     assert plan_of(parser.parse_args(["--world", "2", "--backend", backend])).lowering == expected
