@@ -8,6 +8,10 @@ each distinct product is tried both ways, in turns, when a program with it is fi
 on disk for this machine. They are no part of the program that ranks agree on: each may multiply as is best where it
 runs. The two round differently, as two versions of one library do.
 
+A step does not multiply the same matrices again and again: factors come from memory, and results go to memory that
+was something else before. So each round takes other factors, and keeps some results: 512 x 512 matrices ran at 102 and
+109 GFLOP/s where they were in the cache, at 86 and 102 where not.
+
 A first factor that stands column after column, as in the gradient of a weight, is left to torch's own: oneDNN takes a
 copy of it, as large as the logits in the gradient of a head, and gains nothing (91 and 94 GFLOP/s there).
 """
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +33,9 @@ from fxzero.lower.store import Store
 aten = torch.ops.aten
 
 _LEAST_FLOPS = 2**23  # below, calling takes as long as computing
-_ROUNDS = 9
+_ROUNDS = 12
+_MOST_COPIES = 7  # of the factors, taken in turns, and of the results that are there at a time
+_COPIES_BYTES = 2**26  # of all of them, unless one is larger: more than caches hold
 _GAIN = 0.97  # of the time of torch's own, at most, for the other to be taken
 
 
@@ -48,7 +55,7 @@ class Products:
         signatures = {node: _signature(node) for node in nodes if _may_be_chosen(node)}
         missing = set(signatures.values()) - self._known.keys()
         if missing:
-            self._known |= self._store.answers("products", sorted(missing), _measure)
+            self._known |= self._store.answers("matrix_products", sorted(missing), _measure)
         return {
             node: compat_inductor.mm_by_onednn()
             for node, signature in signatures.items()
@@ -79,15 +86,20 @@ def _signature(node: fx.Node) -> str:
 def _measure(signature: str) -> str:
     """The library that is faster for a product: "onednn" or "blas"."""
     generator = torch.Generator().manual_seed(0)  # a model's random numbers must not depend on what was measured before
-    a, b = (_random(factor, generator) for factor in signature.split(" * "))
+    factors = [[_random(factor, generator) for factor in signature.split(" * ")]]
+    copies = min(_MOST_COPIES, max(1, _COPIES_BYTES // sum(factor.nbytes for factor in factors[0])))
+    factors += [[factor.clone() for factor in factors[0]] for _ in range(copies - 1)]
     seconds: dict[str, list[float]] = {"blas": [], "onednn": []}
     ops: dict[str, Callable[..., Any]] = {"blas": aten.mm.default, "onednn": compat_inductor.mm_by_onednn()}
+    results: deque[torch.Tensor] = deque(maxlen=copies)
     for round_ in range(_ROUNDS + 1):
-        for name, op in ops.items():
+        for turn, (name, op) in enumerate(ops.items()):
+            a, b = factors[(2 * round_ + turn) % copies]
             start = time.perf_counter()
-            op(a, b)
+            result = op(a, b)
             if round_:  # the first makes what a library keeps for a shape
                 seconds[name].append(time.perf_counter() - start)
+            results.append(result)
     blas, onednn = (statistics.median(seconds[name]) for name in ("blas", "onednn"))
     return "onednn" if onednn < _GAIN * blas else "blas"
 
