@@ -33,7 +33,7 @@ from fxzero.lower.triton import check_triton
 from fxzero.plan import Plan
 from fxzero.profile import Profiled, costs_of
 from fxzero.programs import Compiled, Programs, joined_text
-from fxzero.recipe import auxiliary_state, captured_as
+from fxzero.recipe import auxiliary_state, captured_as, shares_rows
 from fxzero.runtime.agreement import Agreement
 from fxzero.runtime.checkpoint import load_state_dict, state_dict
 from fxzero.runtime.launched_ahead import LaunchedAhead, Rows
@@ -42,7 +42,7 @@ from fxzero.runtime.microbatches import Batch, joined_metrics
 from fxzero.runtime.recording import Recording
 from fxzero.runtime.skipped_steps import SkippedSteps
 from fxzero.runtime.state import StepState
-from fxzero.runtime.topology import Topology
+from fxzero.runtime.topology import SharedBytes, Topology
 from fxzero.runtime.unsharded import unsharded
 
 log = logging.getLogger("fxzero")
@@ -111,7 +111,15 @@ class TrainStep(Profiled):
             check_compiler(self._device)
         if self.plan.lowering == "triton":
             check_triton(self._device)
-        self._state = StepState(model, optimizer, self._topology, device=self._device, auxiliary=auxiliary, init=init)
+        self._state = StepState(
+            model,
+            optimizer,
+            self._topology,
+            device=self._device,
+            auxiliary=auxiliary,
+            init=init,
+            share_rows=shares_rows(self.plan, self._topology.backend),
+        )
         self._options = replace(captured_as(self.plan), device=self._device)
         self._programs = Programs(
             self.plan,
@@ -284,8 +292,13 @@ class TrainStep(Profiled):
             last.seconds,
             decision=last.decision,
             lowered=last.program.lowered,
-            shared_bytes=self._topology.shared_bytes,
+            shared=self.shared_bytes,
         )
+
+    @property
+    def shared_bytes(self) -> SharedBytes:
+        """What of this step lies in memory that ranks of one host share; torch's allocator does not know of it."""
+        return self._topology.shared
 
     def _require_last(self) -> list[Compiled]:
         if not self._last:

@@ -32,6 +32,7 @@ from fxzero.passes.cut_regions import cut_regions
 from fxzero.passes.delay_weight_gradients import delay_weight_gradients
 from fxzero.passes.fuse_updates import fuse_updates
 from fxzero.passes.gather_for_next_step import gather_for_next_step
+from fxzero.passes.gather_in_place import gather_in_place
 from fxzero.passes.gather_within_nodes import gather_within_nodes
 from fxzero.passes.keep_gathered import keep_gathered
 from fxzero.passes.offload_activations import offload_activations
@@ -87,6 +88,7 @@ ALL_PASSES: tuple[Pass, ...] = (
     offload_activations,
     offload_state,
     place_swaps,
+    gather_in_place,
     schedule_step,
     fuse_updates,
     cut_regions,
@@ -214,6 +216,8 @@ def recipe(
     if gathers and plan.cross_step:
         passes.append(gather_for_next_step.using(**(machine if plan.schedule == "cost" else {"memory_bytes": bound})))
     passes += _offloading(plan, decided)
+    if shares_rows(plan, backend):
+        passes.append(gather_in_place)
     if plan.schedule == "cost":
         passes.append(schedule_step.using(**machine, **_recorded(plan, costs)))
     return Pipeline([*passes, *_lowering(plan)], disable=plan.disable)
@@ -303,6 +307,21 @@ def _algorithms(plan: Plan, backend: str, form: str) -> dict[str, str]:
     }
     _check_coalescing(plan, form, algorithms)
     return algorithms
+
+
+def shares_rows(plan: Plan, backend: str) -> bool:
+    """Whether sharded parameters rest in memory that the ranks of a host share, and gathers read them there.
+
+    Not where the next step's gathers are launched in a step: the user may write the rows after that.
+
+    Args:
+        plan: resolved.
+        backend: what carries collectives.
+    """
+    carried = backend == c10d.SHM and plan.all_gather == "auto"
+    if not carried or plan.axes.get("dp", 1) == 1 or plan.zero < plan.parameter_stage or plan.cross_step:
+        return False
+    return plan.bucket_form != "coalesced" and "parameter" not in state_tiers(plan)
 
 
 def _check_coalescing(plan: Plan, form: str, algorithms: dict[str, str]) -> None:

@@ -38,7 +38,7 @@ def report(
     decision: Decision | None = None,
     hardware: Hardware | None = None,
     lowered: Lowered | None = None,
-    shared_bytes: int = 0,
+    shared: tuple[int, int] = (0, 0),
 ) -> str:
     """State, communication, memory, time, passes and compile time of a step, as text for a terminal.
 
@@ -51,7 +51,7 @@ def report(
         decision: what was decided for the last one.
         hardware: the machine that times are predicted for; default: the plan's.
         lowered: the compiled regions of the last one, where it has any.
-        shared_bytes: memory that this rank has made for what other ranks of its host read.
+        shared: bytes of this rank in memory that its host's ranks share: (rows of parameters, messages).
     """
     last = steps[-1]
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.axes.items())
@@ -62,7 +62,7 @@ def report(
         _communication_table(steps),
         _ahead_line(last),
         memory_tables(highest_profile(steps, allocator=allocator)[1]),
-        f"beside it {_mib(shared_bytes)} MiB of memory shared with ranks of this host" if shared_bytes else "",
+        _shared_line(*shared),
         swap_table(swapped_in_step(steps)),
         _time(steps, hardware or hardware_of(last, named=plan.hardware)),
         "" if decision is None else str(decision),
@@ -196,6 +196,14 @@ def region_table(lowered: Lowered) -> str:
         lines.append(f"{len(lowered.ops)} matrix products by oneDNN, measured to be faster here")
     headers = ["region", "phase", "first at", "calls", "times"]
     return "\n".join(lines) + "\n\n" + tabulate(rows.values(), headers=headers, disable_numparse=True)
+
+
+def _shared_line(rows_bytes: int, message_bytes: int) -> str:
+    """What of the peak, and what beside it, ranks of this host read of each other."""
+    if not rows_bytes + message_bytes:
+        return ""
+    rows = f"{_mib(rows_bytes)} MiB of it, rows of parameters that gathers read in place; " if rows_bytes else ""
+    return f"in memory shared with ranks of this host: {rows}beside it {_mib(message_bytes)} MiB for messages"
 
 
 def _waiting_lines(step: StepGraph) -> str:

@@ -11,7 +11,8 @@ S bytes of the whole tensor, n ranks on m nodes, w of them in each:
     tree        all-reduce only: 2 log2 n steps, 2 S bytes. Taken where it is faster: small messages.
     messages    all_to_all and send_recv: one message to each peer, all at once; no rank passes on what is another's.
     memory      shared_memory: nothing travels. The launch writes what is sent to memory that all ranks of a host map,
-                and the wait reads what all have written; both hold the compute lane.
+                and the wait reads what all have written; both hold the compute lane. shared_rows: what is gathered
+                rests in such memory, and nothing is copied.
 Parts within and between nodes overlap: the longer counts. The steps of a ring wait for each other, so latencies add.
 Source: Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms (2009); Thakur et al., Optimization of collective
 communication operations in MPICH (2005).
@@ -85,6 +86,8 @@ def collective_seconds(node: fx.Node, mesh: Mapping[str, int], hardware: Hardwar
         hardware: the machine.
     """
     layout = layout_of(c10d.axis_of(node), mesh, hardware.ranks_per_node)
+    if c10d.carrier_of(node) == c10d.SHARED_ROWS:
+        return message_seconds(c10d.SHARED_ROWS, 0, layout, hardware)
     seconds = message_seconds(algorithm_of(node), message_bytes(node), layout, hardware)
     return seconds + fresh_seconds(node, hardware)
 
@@ -99,7 +102,7 @@ def message_seconds(algorithm: str, size: float, layout: Layout, hardware: Hardw
         hardware: the machine.
     """
     rate = hardware.collectives.get(algorithm, _EXACT)
-    if layout.ranks == 1 or algorithm == c10d.SHARED_MEMORY:
+    if layout.ranks == 1 or algorithm in c10d.IN_MEMORY:
         return rate.overhead_s
     efficiency = rate.part(size)
     if algorithm in ("all_to_all", "send_recv"):
@@ -116,6 +119,8 @@ def launch_seconds(node: fx.Node, hardware: Hardware) -> float:
     Where a machine does not say what handing over a message takes, point-to-point gathers copy their own rows.
     """
     carrier = c10d.carrier_of(node)
+    if carrier == c10d.SHARED_ROWS:
+        return hardware.launch_s
     if carrier == c10d.SHARED_MEMORY:
         return _copy_s(2 * num_bytes([source.meta["val"] for source in c10d.sent(node)]), hardware)
     if hardware.launch_bytes_s:

@@ -118,15 +118,17 @@ def _is_by_messages(node: fx.Node) -> bool:
 
 
 def _is_by_memory(node: fx.Node) -> bool:
-    return c10d.carrier_of(node) == c10d.SHARED_MEMORY
+    return c10d.carrier_of(node) in c10d.IN_MEMORY
 
 
 def _makes_its_value(node: fx.Node) -> bool:
-    """Whether a wait puts into new memory what messages have brought, or others have written."""
+    """Whether a wait puts into new memory what messages have brought, or others have written; not where rows rest."""
     if not c10d.is_wait(node):
         return False
     launch = c10d.launched_by(node)
-    return _is_by_memory(launch) or (launch.target is c10d.reduce_scatter and _is_by_messages(launch))
+    if c10d.carrier_of(launch) == c10d.SHARED_MEMORY:
+        return True
+    return launch.target is c10d.reduce_scatter and _is_by_messages(launch)
 
 
 class _Lives:

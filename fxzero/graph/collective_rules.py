@@ -14,6 +14,12 @@ from fxzero.graph import ops
 from fxzero.graph.compression_ops import dequantize_blockwise, quantize_blockwise
 from fxzero.graph.compression_rules import packed_by
 from fxzero.graph.rules import Context, Violation, equation, schema_of
+from fxzero.graph.shared_rows import (
+    meetings_before_writes,
+    reads_before_writes_in_place,
+    release_of,
+    rows_gathered,
+)
 from fxzero.graph.step_graph import CARRIED_KINDS, SAVED, STATE_KINDS, Sharding, first_argument, iter_views
 
 aten = torch.ops.aten
@@ -27,6 +33,7 @@ def check_collectives(context: Context) -> Iterator[Violation]:
     One that is launched for the next program is returned to it instead; there an input stands for it.
     """
     ahead = c10d.launched_for_next(context.step)
+    yield from _check_rows_in_place(context)
     for node in filter(c10d.is_ahead, context.step.placeholders):
         yield from _check_input_ahead(node, context)
         yield from _check_parts([node])
@@ -44,6 +51,29 @@ def check_collectives(context: Context) -> Iterator[Violation]:
         if node.target not in _GATHERS:
             fix = "return the launch of a gather, or the getitem of a coalesced one"
             yield Violation(node, "the launch of a gather, for the next program", str(node.target), fix)
+
+
+def _check_rows_in_place(context: Context) -> Iterator[Violation]:
+    """What reads rows where they rest takes those of a parameter, releases it, and all ranks meet before a write.
+
+    This order is looked at in any program, not only where a pass has changed it: a broken one computes wrong numbers.
+    """
+    launches = [node for node in context.calls if c10d.carrier_of(node) == c10d.SHARED_ROWS]
+    meetings = meetings_before_writes(context.step) if launches else {}
+    for node in launches:
+        expected, fix = "", f"let it be carried by {c10d.SHARED_MEMORY!r}"
+        if node.target is not c10d.all_gather or rows_gathered(node) is None:
+            expected = "a gather of a parameter's own rows"
+        elif rows_gathered(node) not in meetings:
+            expected = "a parameter whose update follows from a collective of all ranks"
+        elif release_of(node) is None:
+            expected = "a release of what it yields"
+        if expected:
+            yield Violation(node, f"{expected}, as it is carried by {c10d.SHARED_ROWS!r}", "none", fix)
+    for earlier, later in reads_before_writes_in_place(context.step) if launches else ():
+        if context.positions[earlier] > context.positions[later]:
+            fix = "keep that order, or let the parameter's gathers be carried by 'shared_memory'"
+            yield Violation(later, f"it after %{earlier.name}, as others read these rows in place", "it before", fix)
 
 
 def _check_input_ahead(node: fx.Node, context: Context) -> Iterator[Violation]:

@@ -62,7 +62,8 @@ COALESCED = {
     all_reduce: all_reduce_coalesced,
 }
 # what may carry a gather or a reduce-scatter (`meta["algorithm"]`) in place of the backend's own algorithms
-SEND_RECV, SHARED_MEMORY = "send_recv", "shared_memory"
+SEND_RECV, SHARED_MEMORY, SHARED_ROWS = "send_recv", "shared_memory", "shared_rows"
+IN_MEMORY = (SHARED_MEMORY, SHARED_ROWS)
 SHM = "shm"  # name of a backend: gloo, between ranks of one host that share memory
 # what makes a message of a shard: to fewer bits, or packed
 PREPARES = {torch.ops.aten._to_copy.default, compression_ops.quantize_blockwise}
@@ -100,7 +101,7 @@ def launched_for_next(step: StepGraph) -> dict[fx.Node, list[str]]:
 
 
 def carrier_of(launch: fx.Node) -> str | None:
-    """What carries a collective in place of the backend's own algorithm: SEND_RECV, SHARED_MEMORY, or None."""
+    """What carries a collective in place of the backend's own algorithm: SEND_RECV, one of IN_MEMORY, or None."""
     return launch.meta.get("algorithm")
 
 

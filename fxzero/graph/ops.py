@@ -66,3 +66,13 @@ def _nonfinite_fake(x: torch.Tensor) -> torch.Tensor:
 release = torch.ops.fxzero.release.default
 local_shard = torch.ops.fxzero.local_shard.default
 nonfinite = torch.ops.fxzero.nonfinite.default
+
+
+def padded_rows(local: torch.Tensor, rows: int, ranks: int) -> torch.Tensor:
+    """Rows of a shard in memory that holds as many as every rank has: `local` itself where it does."""
+    each = shard_rows(rows, ranks)
+    if local.shape[0] == each and local.is_contiguous():
+        return local
+    memory = local.new_zeros((each, *local.shape[1:]))
+    memory[: local.shape[0]].copy_(local)
+    return memory

@@ -1,8 +1,9 @@
 """The rule of a step graph about order that no read shows: what has to come first although nothing is handed on.
 
 A data dependence, the end of a gathered tensor and the order of random numbers have rules of their own. Here are the
-others: a parameter is not gathered again while it is gathered, and the old value of state is read before its next one
-is made (else the program would have to copy it). A scheduler asks `required_order` what it may not turn around.
+others: a parameter is not gathered again while it is gathered, the old value of state is read before its next one is
+made (else the program would have to copy it), and rows that are read in place are released before their owner may write
+them ([Note: rows side by side] in `shared_rows.py`). A scheduler asks `required_order` what it may not turn around.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from fxzero.graph import collectives as c10d
+from fxzero.graph.shared_rows import reads_before_writes_in_place
 from fxzero.graph.step_graph import STATE_KINDS, StepGraph, is_getitem, is_view, iter_views, tensor_val, yields_tensor
 from fxzero.graph.storage import done_with
 from fxzero.graph.swap_ops import is_wait as is_swap_wait
@@ -25,6 +27,7 @@ def required_order(step: StepGraph) -> Iterator[Pair]:
     """(earlier, later) for each pair of calls whose order matters, beside what the other rules know."""
     yield from gathers_in_turn(step)
     yield from reads_before_writes(step)
+    yield from reads_before_writes_in_place(step)
 
 
 def gathers_in_turn(step: StepGraph) -> Iterator[Pair]:

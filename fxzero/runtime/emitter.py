@@ -21,7 +21,7 @@ from fxzero.graph.blocked_runs import BlockedRun, block_elements, blocked_runs
 from fxzero.graph.step_graph import CALL_RESULTS, STATE_KINDS, device_of, first_argument, yields_tensor
 from fxzero.graph.storage import InPlace
 from fxzero.lower.lower_regions import Lowered, LoweredRegion
-from fxzero.runtime import gloo, pending, send_recv, shared_memory
+from fxzero.runtime import gloo, pending, send_recv, shared_memory, shared_rows
 from fxzero.runtime.one_host import channel_key
 from fxzero.runtime.swap_lines import SWAPPER_METHODS, SwapLines
 
@@ -204,8 +204,10 @@ class Emitter:
         self.messages += 1
         tag = self.messages + (FIRST_TAG_AHEAD if node in self.ahead else 0)
         is_gather = node.target is c10d.all_gather
-        if carrier == c10d.SHARED_MEMORY:
+        if carrier in c10d.IN_MEMORY:
             args[position] = self._bind(f"channel_{axis}", self.groups[channel_key(axis)])
+            if carrier == c10d.SHARED_ROWS:
+                return shared_rows.launch_gather, [*args, str(tag), repr(c10d.sent(node)[0].meta["entry"].name)]
             launch = shared_memory.launch_all_gather if is_gather else shared_memory.launch_reduce_scatter
             return launch, [*args, str(tag)]
         args[position] = self._bind(f"group_{axis}", group)

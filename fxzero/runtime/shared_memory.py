@@ -26,12 +26,15 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from fxzero.runtime.pending import Pending, reduced
 from fxzero.runtime.shared_segments import Room, Segment
+
+if TYPE_CHECKING:
+    from fxzero.runtime.shared_rows import SharedRows
 
 SLOTS = 1024  # messages of a rank that may be under way
 _MOST_SEGMENTS = 63
@@ -81,11 +84,13 @@ class Channel:
 
     Attributes:
         room: this rank's segments.
+        rows: parameters that rest in memory of all ranks, once there are any.
     """
 
     def __init__(self, me: int, size: int, *, timeout_s: float) -> None:
         self.me, self.size, self.timeout_s = me, size, timeout_s
         self.room = Room()
+        self.rows: SharedRows | None = None
         own = Segment.new(8 * (_READ + size * SLOTS))
         self._own = own
         self._heads: list[memoryview] = []
@@ -124,19 +129,35 @@ class Channel:
         for file in getattr(self, "_alive", {}).values():
             os.close(file)
 
+    def process_of(self, index: int) -> int:
+        """The process of a rank, by its index in the group."""
+        return self._cards[index].process
+
     def send(self, tensor: torch.Tensor, tag: int) -> tuple[int, torch.Tensor]:
         """Copy a tensor to where all can read it; returns the number of the message, and the copy."""
         size = tensor.numel() * tensor.element_size()
         place = self._reserve(size)
         copy = self.room.segments[place[0]].view(place[1], tensor)
         copy.copy_(tensor)
-        number, self._number = self._number, self._number + 1
-        head = self._heads[self.me]
+        return self._announce(tag, place, size), copy
+
+    def announce(self, tag: int) -> int:
+        """Send a message without content; returns its number."""
+        return self._announce(tag, None, 0)
+
+    def _announce(self, tag: int, place: tuple[int, int] | None, size: int) -> int:
+        number, head = self._number, self._heads[self.me]
+        before = _READ + self.me * SLOTS + number % SLOTS
+        if number >= SLOTS and not all(other[before] > number - SLOTS for other in self._heads):
+            raise RuntimeError(f"expected at most {SLOTS} collectives under way; let all ranks call the same steps")
+        self._number += 1
         slot = _MESSAGES + 4 * (number % SLOTS)
-        head[slot + _TAG], head[slot + _SEGMENT], head[slot + _OFFSET], head[slot + _BYTES] = tag, *place, size
-        self._sent.append(_Sent(number, *place, size))
+        segment, offset = place or (0, 0)
+        head[slot + _TAG], head[slot + _SEGMENT], head[slot + _OFFSET], head[slot + _BYTES] = tag, segment, offset, size
+        if place is not None:
+            self._sent.append(_Sent(number, *place, size))
         head[_COUNT] = self._number  # last: [Note: order of writes]
-        return number, copy
+        return number
 
     def arrive(self, number: int) -> None:
         """Return when all ranks have sent this message.
@@ -165,15 +186,28 @@ class Channel:
         Raises:
             RuntimeError: if that rank has sent something else.
         """
-        head = self._heads[peer]
-        slot = _MESSAGES + 4 * (number % SLOTS)
-        size = like.numel() * like.element_size()
+        head, slot = self._heads[peer], _MESSAGES + 4 * (number % SLOTS)
+        self.check(peer, number, tag, like.numel() * like.element_size())
+        return self._segment(peer, head[slot + _SEGMENT]).view(head[slot + _OFFSET], like)
+
+    def check(self, peer: int, number: int, tag: int, size: int) -> None:
+        """A message that has arrived is the expected one.
+
+        Args:
+            peer: index of the rank that has sent it.
+            number: of the message.
+            tag: which it must have.
+            size: its bytes.
+
+        Raises:
+            RuntimeError: if that rank has sent something else.
+        """
+        head, slot = self._heads[peer], _MESSAGES + 4 * (number % SLOTS)
         if head[slot + _TAG] != tag or head[slot + _BYTES] != size:
             raise RuntimeError(
                 f"message {number} of rank {self._cards[peer].rank}: expected {size} bytes of collective {tag}, "
                 f"got {head[slot + _BYTES]} bytes of collective {head[slot + _TAG]}; let all ranks call the same steps"
             )
-        return self._segment(peer, head[slot + _SEGMENT]).view(head[slot + _OFFSET], like)
 
     def done(self, number: int) -> None:
         """Say that this rank has read this message of all ranks."""
@@ -183,8 +217,6 @@ class Channel:
 
     def _reserve(self, size: int) -> tuple[int, int]:
         self._let_go()
-        if len(self._sent) == SLOTS:
-            raise RuntimeError(f"expected less than {SLOTS} collectives under way; let all ranks call the same steps")
         place = self.room.take(size)
         if place is None:
             self.room.grow(size)
@@ -201,7 +233,7 @@ class Channel:
         rest = []
         for sent in self._sent:
             slot = _READ + self.me * SLOTS + sent.number % SLOTS
-            if all(head[slot] == sent.number + 1 for head in self._heads):
+            if all(head[slot] > sent.number for head in self._heads):
                 self.room.give_back(sent.segment, sent.offset, sent.num_bytes)
             else:
                 rest.append(sent)

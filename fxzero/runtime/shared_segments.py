@@ -6,6 +6,7 @@ long as a process maps it, so nothing is left behind by one that is killed, and 
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from bisect import insort
@@ -54,6 +55,13 @@ class Segment:
         opened = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
         return cls(opened, os.fstat(opened).st_size)
 
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A part as a contiguous tensor whose storage is that part alone, as what saves tensors looks at storages."""
+        count = math.prod(shape)
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=offset).view(shape)
+
     def view(self, offset: int, like: torch.Tensor) -> torch.Tensor:
         """Shared memory as a contiguous tensor of a shape and dtype."""
         part = self.bytes[offset : offset + like.numel() * like.element_size()]
@@ -82,7 +90,7 @@ class Room:
 
     def take(self, size: int) -> tuple[int, int] | None:
         """Reserve memory: its segment and offset; None if no part is large enough."""
-        size = _rounded(size)
+        size = rounded(size)
         for place, (segment, offset, free) in enumerate(self._free):
             if free >= size:
                 rest = [(segment, offset + size, free - size)] if free > size else []
@@ -92,13 +100,13 @@ class Room:
 
     def grow(self, size: int) -> None:
         """Add a segment that has room for `size` bytes, and doubles what there is."""
-        least = max(LEAST_BYTES, self.num_bytes, _rounded(size))
+        least = max(LEAST_BYTES, self.num_bytes, rounded(size))
         self.segments.append(Segment.new(1 << (least - 1).bit_length()))
         self._free.append((len(self.segments) - 1, 0, self.segments[-1].size))
 
     def give_back(self, segment: int, offset: int, size: int) -> None:
         """Free what was taken."""
-        part = (segment, offset, _rounded(size))
+        part = (segment, offset, rounded(size))
         insort(self._free, part)
         place = self._free.index(part)
         for left in (place, place - 1):  # join with the next one, then with the one before
@@ -111,5 +119,6 @@ def _touch(part: tuple[int, int, int], after: tuple[int, int, int]) -> bool:
     return part[0] == after[0] and part[1] + part[2] == after[1]
 
 
-def _rounded(size: int) -> int:
+def rounded(size: int) -> int:
+    """Bytes that a part of this size takes."""
     return max(ALIGNMENT, -(-size // ALIGNMENT) * ALIGNMENT)

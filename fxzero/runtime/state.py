@@ -21,12 +21,14 @@ from fxzero.capture.inventory import Inventory, dense_strides, state_name
 from fxzero.capture.priming import InitialStates, check_state_can_be_sharded
 from fxzero.capture.rehearsal import rehearse, starts_unlike_later
 from fxzero.graph import AuxiliaryState
-from fxzero.graph.ops import local_shard, shard_rows
+from fxzero.graph.ops import local_shard, padded_rows, shard_rows
 from fxzero.graph.placement import Placement
 from fxzero.graph.step_graph import rests_as_rows
 from fxzero.graph.swap_ops import DEVICE
 from fxzero.runtime.homes import Homes
 from fxzero.runtime.materialize import Init, materialize
+from fxzero.runtime.one_host import channel_key
+from fxzero.runtime.shared_rows import RowsForm, SharedRows
 from fxzero.runtime.topology import Topology
 
 Blank = Callable[[tuple[int, ...]], torch.Tensor]
@@ -41,6 +43,7 @@ class StepState:
         device: where the step runs.
         auxiliary: what the plan makes the step keep beside the model's and the optimizer's own.
         init: for meta models, fills the parameters and buffers that a module owns itself.
+        share_rows: sharded parameters rest in memory that the ranks of this host share.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class StepState:
         device: torch.device,
         auxiliary: Sequence[AuxiliaryState] = (),
         init: Init | None = None,
+        share_rows: bool = False,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -65,6 +69,8 @@ class StepState:
         self.stepped = False
         self.is_unsharded = False
         self.awaits_checkpoint = False
+        self._share_rows = share_rows
+        self._rows: SharedRows | None = None
         self._local: dict[tuple[str, str], tuple[Any, torch.Tensor]] = {}  # key -> (owner's tensor, memory)
 
     # ---- layout
@@ -99,6 +105,8 @@ class StepState:
         inventory = Inventory.of(self.model, self.optimizer)
         on_meta = any(p.is_meta for p in inventory.parameters.values())
         self.special_first_step = starts_unlike_later(inventory, InitialStates(self.optimizer))
+        if self._share_rows:
+            self._make_shared_rows(inventory)
         if on_meta:
             materialize(self, inventory)
         else:
@@ -109,6 +117,18 @@ class StepState:
         for state in self.auxiliary.values():
             self._make_auxiliary(state)
         self.bound = True
+
+    def _make_shared_rows(self, inventory: Inventory) -> None:
+        """Room for the sharded parameters in memory that all ranks of the host map."""
+        plan, groups = self.topology.plan, self.topology.groups
+        forms = {
+            name: RowsForm((shard_rows(p.shape[0], plan.axes["dp"]), *p.shape[1:]), p.dtype)
+            for name, p in inventory.parameters.items()
+            if self.parameter_is_sharded(p.shape, stage=plan.parameter_stage)
+        }
+        if forms:
+            channel = groups[channel_key("dp")]
+            self._rows = channel.rows = SharedRows.between(groups["dp"], channel, forms)
 
     def place(self, placed: Placement) -> None:
         """Let the state that a plan leaves open rest as decided; only the first decision counts."""
@@ -218,6 +238,8 @@ class StepState:
         mesh = self.topology.mesh
         assert mesh is not None
         memory = self.homes.settle(key, memory, shape)
+        if self._rows is not None and sharded and key[0] == "parameter":
+            memory = self._rows.settle(key[1], memory)
         rows = memory
         if sharded:
             size, index = self.topology.plan.axes["dp"], self.topology.coordinate("dp")
@@ -330,12 +352,12 @@ class StepState:
         sharded = any(isinstance(p, Shard) for p in owned.placements)
         local = owned.to_local().detach()
         if self.homes.tier(key, owned.shape) != DEVICE:
-            memory = _padded_rows(local, owned.shape[0], self.topology.plan.axes["dp"]) if sharded else local
+            memory = padded_rows(local, owned.shape[0], self.topology.plan.axes["dp"]) if sharded else local
             return self._take_over(key, self._wrap(key, memory, owned.shape, sharded, owned.stride()), owned)
         if not sharded:
             self._local[key] = (owned, local)
             return local
-        memory = _padded_rows(local, owned.shape[0], self.topology.plan.axes["dp"])
+        memory = padded_rows(local, owned.shape[0], self.topology.plan.axes["dp"])
         if memory is not local:
             return self._take_over(key, self._wrap(key, memory, owned.shape, True, owned.stride()), owned)
         self._local[key] = (owned, memory)
@@ -372,13 +394,3 @@ class StepState:
             yield "optimizer", state_name(param, key), value
         for name, state in self.auxiliary.items():
             yield "auxiliary", name, self._local[state.entry.key][0]
-
-
-def _padded_rows(local: torch.Tensor, rows: int, ranks: int) -> torch.Tensor:
-    """Rows of a shard in memory that holds as many as every rank has: `local` itself where it does."""
-    each = shard_rows(rows, ranks)
-    if local.shape[0] == each and local.is_contiguous():
-        return local
-    memory = local.new_zeros((each, *local.shape[1:]))
-    memory[: local.shape[0]].copy_(local)
-    return memory

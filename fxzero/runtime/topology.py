@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,18 @@ from fxzero.plan import Plan
 from fxzero.runtime import gloo
 from fxzero.runtime.one_host import channel_key, open_channels
 from fxzero.runtime.shared_memory import Channel
+
+
+class SharedBytes(NamedTuple):
+    """What ranks of a host read of each other lies in memory of its own, which torch's allocator does not know.
+
+    Args:
+        rows: this rank's rows of parameters. A step's predicted peak has them among its tensors.
+        messages: made by this rank for what it sends, beside those.
+    """
+
+    rows: int
+    messages: int
 
 
 @dataclass(frozen=True)
@@ -80,9 +92,11 @@ class Topology:
         return self.mesh.size() if self.mesh is not None else 1
 
     @property
-    def shared_bytes(self) -> int:
-        """Memory that this rank has made for messages to the others of its host, as far as it was needed."""
-        return sum(value.room.num_bytes for value in self.groups.values() if isinstance(value, Channel))
+    def shared(self) -> SharedBytes:
+        """The memory that this rank shares with the others of its host, as far as it was needed."""
+        channels = [value for value in self.groups.values() if isinstance(value, Channel)]
+        rows = sum(channel.rows.num_bytes // channel.size for channel in channels if channel.rows is not None)
+        return SharedBytes(rows, sum(channel.room.num_bytes for channel in channels))
 
     def coordinate(self, axis: str) -> Any:
         """This rank's index on an axis, or on the part of dp within a node."""

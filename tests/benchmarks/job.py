@@ -312,6 +312,11 @@ def predicted_mb(step):
     return highest_profile(step.graphs)[1].peak_bytes / MB
 
 
+def rows_mb(step):
+    """MB of parameters of a rank of fxzero's that lie in memory shared by the host, which no allocator counts."""
+    return step.shared_bytes.rows / MB if hasattr(step, "shared_bytes") else 0.0
+
+
 def measure(args):
     """Builds the variant and runs its steps; returns the figures of all ranks together."""
     size, rank, world_size = JOBS[args.job], dist.get_rank(), dist.get_world_size()
@@ -333,7 +338,7 @@ def measure(args):
         began = time.perf_counter()
         losses.append(step(*inputs))
         times_s.append(time.perf_counter() - began)
-    live_mb, peak_mb = memory.read()
+    live_mb, peak_mb = (None if seen is None else seen + rows_mb(step) for seen in memory.read())
     sent = (sent_bytes(args.interface) - sent_before) / (args.steps - args.warmup)
     dist.barrier()
     inputs = batch(data, size, step=args.steps, rank=rank, world_size=world_size)

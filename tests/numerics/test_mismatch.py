@@ -299,7 +299,7 @@ DIFFERENCES = {
     other_width: rf"line \d+ of the program: .*parameter embed\.weight \[{VOCAB}, 8\].*rank 1 has .*\[{VOCAB}, 10\]",
     other_stage: r"line 2 of the program: .*\"zero\":3.*rank 1 has .*\"zero\":2",
     other_buckets: r"line 2 of the program: .*rank 1 has .*\"bucket_bytes\":0",
-    other_pass_order: r"line \d+ of the program: .*pass prefetch_all_gathers.*rank 1 has 'pass place_updates",
+    other_pass_order: r"line \d+ of the program: .*pass place_updates.*rank 1 has 'pass gather_in_place",
     other_optimizer: r"line \d+ of the program: .*optimizer embed\.weight:",
     other_dtype: r"line \d+ of the program: .*torch\.float32.*rank 1 has .*torch\.bfloat16",
 }
