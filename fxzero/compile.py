@@ -36,6 +36,8 @@ from fxzero.programs import Compiled, Programs, joined_text
 from fxzero.recipe import auxiliary_state, captured_as
 from fxzero.runtime.agreement import Agreement
 from fxzero.runtime.checkpoint import load_state_dict, state_dict
+from fxzero.runtime.cuda_graph import graph_calls
+from fxzero.runtime.graphed_program import GraphedProgram
 from fxzero.runtime.launched_ahead import LaunchedAhead, Rows
 from fxzero.runtime.materialize import Init
 from fxzero.runtime.microbatches import Batch, joined_metrics
@@ -120,6 +122,7 @@ class TrainStep(Profiled):
             options=self._options,
             groups=self._topology.groups,
             backend=self._topology.backend,
+            graphs=graph_calls(self.plan, self._device, backend=self._topology.backend),
         )
         self._ahead = LaunchedAhead(self._topology.groups)
         self._agreement = Agreement(timeout_s=self.plan.timeout_s)
@@ -285,6 +288,7 @@ class TrainStep(Profiled):
             decision=last.decision,
             lowered=last.program.lowered,
             shared_bytes=self._topology.shared_bytes,
+            graphed=last.program.status() if isinstance(last.program, GraphedProgram) else "",
         )
 
     def _require_last(self) -> list[Compiled]:
