@@ -291,6 +291,26 @@ class TrainStep(Profiled):
             graphed=last.program.status() if isinstance(last.program, GraphedProgram) else "",
         )
 
+    def write_source(self, folder: str | Path) -> list[Path]:
+        """Write the program of the last step and what its regions became as files to read, with an index.
+
+        Args:
+            folder: new or empty.
+
+        Returns:
+            The files.
+
+        Raises:
+            LoweringError: if the folder has contents, or a compiled region is gone from disk.
+        """
+        from fxzero.step_source import ProgramSource, write_source
+
+        programs = [
+            ProgramSource(compiled.program.body, compiled.program.source, compiled.program.lowered, self.plan.lowering)
+            for compiled in self._require_last()
+        ]
+        return write_source(Path(folder), programs, where="step.write_source(...)")
+
     def _require_last(self) -> list[Compiled]:
         if not self._last:
             raise CaptureError.of(

@@ -53,6 +53,7 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "calibrate": BASE | {"graph", "cost", "simulate", "runtime"},
     "report": BASE | {"graph", "cost", "simulate", "pass_manager", "decide", "lower"},
     "programs": BASE | {"graph", "capture", "cost", "decide", "lower", "pass_manager", "runtime"},
+    "step_source": BASE | {"graph", "lower", "runtime"},
     "profile": BASE | {"graph", "cost", "simulate", "runtime"},
     "compile": EVERYTHING,
     "backend": EVERYTHING,

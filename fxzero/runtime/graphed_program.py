@@ -48,7 +48,8 @@ class GraphedProgram:
         entries: what the inputs are, in order.
         outputs: what `run` returns, in order.
         source: the Python texts of the host's part and the device's.
-        lowered: the regions of the device's part.
+        body: the device's part.
+        lowered: its regions.
         captured_at: the run at which the graph in use was captured; 0: there is none yet.
         num_replays, num_captures: so far.
     """
@@ -64,7 +65,7 @@ class GraphedProgram:
         self.step = step
         self.entries = [node.meta["entry"] for node in step.placeholders]
         host, device = split_at_numbers(step)
-        self.lowered = lower(device)
+        self.body, self.lowered = device, lower(device)
         self._host = Program(host, groups={}, name="numbers of a step")
         self._device = Program(device, groups=groups, lowered=self.lowered)
         self.source = f"# numbers of the host\n{self._host.source}\n# captured as one graph\n{self._device.source}"

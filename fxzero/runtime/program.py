@@ -30,6 +30,7 @@ class Program:
     Attributes:
         entries: what the inputs are, in order.
         outputs: what `run` returns, in order: the loss, metrics, and state that is a Python number.
+        body: the graph that `lowered` has the regions of.
         source: the Python text; ops in place end with an underscore.
     """
 
@@ -42,7 +43,7 @@ class Program:
         lowered: Lowered | None = None,
         name: str = "step",
     ) -> None:
-        self.step = step
+        self.step = self.body = step
         self.entries = [node.meta["entry"] for node in step.placeholders]
         self.groups = dict(groups)
         self.swapper = swapper
