@@ -56,7 +56,7 @@ def hand_over_numbers(step: StepGraph) -> int:
     numbers = numbers_that_change(step)
     _check_tensors_are_on_device(step, numbers)
     calls = step.calls()
-    giver = _Giver(step, calls, numbers)
+    giver = _Giver(step, numbers)
     for node in calls:
         if node not in numbers and any(source in numbers for source in node.all_input_nodes):
             _take_tensors(node, giver)
@@ -75,11 +75,11 @@ class _Giver:
         made: the calls that do so.
     """
 
-    def __init__(self, step: StepGraph, calls: list[fx.Node], numbers: set[fx.Node]) -> None:
+    def __init__(self, step: StepGraph, numbers: set[fx.Node]) -> None:
         self.step, self.numbers = step, numbers
         self.made: list[fx.Node] = []
         self._device = torch.device(device_of(step))
-        self._behind: fx.Node = next((n for n in reversed(calls) if n in numbers), step.placeholders[-1])
+        self._behind = next((node for node in reversed(step.graph.nodes) if node in numbers), step.output)
         self._given: dict[tuple[fx.Node, torch.dtype | None], fx.Node] = {}
 
     def tensor(self, number: fx.Node, dtype: torch.dtype | None = None) -> fx.Node:
