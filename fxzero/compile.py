@@ -36,6 +36,8 @@ from fxzero.programs import Compiled, Programs, joined_text
 from fxzero.recipe import auxiliary_state, captured_as, shares_rows
 from fxzero.runtime.agreement import Agreement
 from fxzero.runtime.checkpoint import load_state_dict, state_dict
+from fxzero.runtime.cuda_graph import graph_calls
+from fxzero.runtime.graphed_program import GraphedProgram
 from fxzero.runtime.launched_ahead import LaunchedAhead, Rows
 from fxzero.runtime.materialize import Init
 from fxzero.runtime.microbatches import Batch, joined_metrics
@@ -128,6 +130,7 @@ class TrainStep(Profiled):
             options=self._options,
             groups=self._topology.groups,
             backend=self._topology.backend,
+            graphs=graph_calls(self.plan, self._device, backend=self._topology.backend),
         )
         self._ahead = LaunchedAhead(self._topology.groups)
         self._agreement = Agreement(timeout_s=self.plan.timeout_s)
@@ -293,7 +296,28 @@ class TrainStep(Profiled):
             decision=last.decision,
             lowered=last.program.lowered,
             shared=self.shared_bytes,
+            graphed=last.program.status() if isinstance(last.program, GraphedProgram) else "",
         )
+
+    def write_source(self, folder: str | Path) -> list[Path]:
+        """Write the program of the last step and what its regions became as files to read, with an index.
+
+        Args:
+            folder: new or empty.
+
+        Returns:
+            The files.
+
+        Raises:
+            LoweringError: if the folder has contents, or a compiled region is gone from disk.
+        """
+        from fxzero.step_source import ProgramSource, write_source
+
+        programs = [
+            ProgramSource(compiled.program.body, compiled.program.source, compiled.program.lowered, self.plan.lowering)
+            for compiled in self._require_last()
+        ]
+        return write_source(Path(folder), programs, where="step.write_source(...)")
 
     @property
     def shared_bytes(self) -> SharedBytes:

@@ -19,6 +19,7 @@ from typing import Any
 from fxzero.errors import PlanError
 from fxzero.plan_buckets import check_regather
 from fxzero.plan_compression import check_compression
+from fxzero.plan_cuda_graph import check_cuda_graph
 from fxzero.plan_mesh import AXES, RESERVED_AXES, mesh_of
 from fxzero.plan_offload import WHERE, check_offload
 from fxzero.plan_precision import check_precision
@@ -98,6 +99,7 @@ class Plan:
             for each region of pointwise ops and reductions of rows, all else op by op), or "auto": inductor where its
             compiler is found, eager elsewhere, and with schedule="cost".
         eager_fallback: a region that cannot be compiled runs op by op, and the report counts it; else it is an error.
+        cuda_graph: the whole step is captured as one CUDA graph, and replayed at each call.
         precision: "fp32" (what parameters and batch have), "bf16" or "fp16" (parameters, before any gather, and inputs
             are cast; the update stays in fp32, on the shards), "autocast:bf16" or "autocast:fp16".
         loss_scale: "dynamic" (as by `torch.amp.GradScaler`: halved when a gradient overflows, and that step skipped),
@@ -167,6 +169,7 @@ class Plan:
     bucket_form: str = _key("auto", one_of("auto", "coalesced", "separate"))
     lowering: str = _key("auto", one_of("auto", "eager", "inductor", "triton"))
     eager_fallback: bool = _key(False, boolean)
+    cuda_graph: bool = _key(False, boolean)
     precision: str = _key("fp32", one_of("fp32", "bf16", "fp16", "autocast:bf16", "autocast:fp16"))
     reduce_dtype: str = _key("fp32", one_of("fp32", "bf16", "fp16"))
     keep_fp32: tuple[str, ...] = _key((), patterns)
@@ -215,6 +218,7 @@ class Plan:
         check_offload(self)
         check_schedule(self)
         check_regather(self)
+        check_cuda_graph(self)
         if self.recompute == "auto" and self.memory_budget is None:
             fix = "say how much memory there is, such as '20 GiB', or set recompute='blocks'"
             raise PlanError.of("Plan.memory_budget", expected="one, with recompute='auto'", got="None", fix=fix)

@@ -15,7 +15,7 @@ from torch import fx
 from fxzero.cost.hardware import Hardware, hardware_of
 from fxzero.cost.recorded import RecordedCosts, costs_from
 from fxzero.cost.tasks import FREE, Task
-from fxzero.errors import CaptureError
+from fxzero.errors import CaptureError, PlanError
 from fxzero.graph.lanes import COMPUTE, RUNS, is_launch
 from fxzero.plan import Plan
 from fxzero.runtime.recorder import Recorder
@@ -47,10 +47,14 @@ class Profiled:
             costs: a file of recorded costs, by signature of the calls; rank 0 adds what it saw, or begins it.
 
         Raises:
+            PlanError: if the step is one CUDA graph, whose calls have no times of their own.
             CaptureError: if `steps` is not 1 or more, or each step was captured anew, or the file has no folder.
             HardwareError: if the file holds costs of another machine.
         """
         file = None if costs is None else _own_file(str(costs), "record(..., costs=")
+        if self.plan.cuda_graph:
+            fix = "record a step compiled with cuda_graph=False"
+            raise PlanError.of("step.record(...)", expected="calls that run one by one", got="one CUDA graph", fix=fix)
         if steps < 1:
             where = "step.record(..., steps=)"
             raise CaptureError.of(where, expected="1 or more", got=repr(steps), fix="leave it out, or give 5")

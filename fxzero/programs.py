@@ -23,6 +23,8 @@ from fxzero.lower.lower_regions import lower_by_plan
 from fxzero.pass_manager import PassRecord
 from fxzero.plan import Plan
 from fxzero.runtime.agreement import agreed_text
+from fxzero.runtime.cuda_graph import GraphCalls
+from fxzero.runtime.graphed_program import GraphedProgram
 from fxzero.runtime.microbatches import Batch
 from fxzero.runtime.program import Program
 from fxzero.runtime.state import StepState
@@ -48,7 +50,7 @@ class Compiled:
 
     captured: StepGraph
     step: StepGraph
-    program: Program
+    program: Program | GraphedProgram
     capture: Capture
     text: str
     records: list[PassRecord]
@@ -95,6 +97,7 @@ class Programs:
         options: what the plan says of a capture.
         groups: mesh axis -> process group.
         backend: what carries collectives.
+        graphs: what makes a CUDA graph of each program, where the plan asks for that.
 
     Attributes:
         costs: recorded ones, by which programs to come are ordered; the same on all ranks.
@@ -109,9 +112,10 @@ class Programs:
         options: CaptureOptions,
         groups: Any,
         backend: str,
+        graphs: GraphCalls | None = None,
     ) -> None:
         self._plan, self._state, self._loss, self._options = plan, state, loss, options
-        self._groups, self._backend = groups, backend
+        self._groups, self._backend, self._graphs = groups, backend, graphs
         self._compiled: dict[tuple[Signature, Accumulation], list[Compiled]] = {}
         self._has_run = False
         self.costs: RecordedCosts | None = None
@@ -229,10 +233,16 @@ class Programs:
         with _timed(seconds, "passes"):
             step = pipeline.run(capture.step)
         with _timed(seconds, "lower"):
-            lowered = lower_by_plan(step, plan)
-            program = Program(step, groups=self._groups, swapper=self._state.homes.swapper, lowered=lowered)
+            program = self._program(step)
         text = agreed_text(step, plan=plan.fingerprint(), passes=pipeline.describe())
         return Compiled(capture.step, step, program, capture, text, list(pipeline.records), seconds, place, decision)
+
+    def _program(self, step: StepGraph) -> Program | GraphedProgram:
+        """What runs a finished graph."""
+        lower = functools.partial(lower_by_plan, plan=self._plan)
+        if self._graphs is not None:
+            return GraphedProgram(step, groups=self._groups, lower=lower, calls=self._graphs)
+        return Program(step, groups=self._groups, swapper=self._state.homes.swapper, lowered=lower(step))
 
 
 def carried(step: StepGraph) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from fxzero.passes.fuse_updates import fuse_updates
 from fxzero.passes.gather_for_next_step import gather_for_next_step
 from fxzero.passes.gather_in_place import gather_in_place
 from fxzero.passes.gather_within_nodes import gather_within_nodes
+from fxzero.passes.hand_over_numbers import hand_over_numbers
 from fxzero.passes.keep_gathered import keep_gathered
 from fxzero.passes.offload_activations import offload_activations
 from fxzero.passes.offload_state import offload_state
@@ -91,6 +92,7 @@ ALL_PASSES: tuple[Pass, ...] = (
     gather_in_place,
     schedule_step,
     fuse_updates,
+    hand_over_numbers,
     cut_regions,
 )
 
@@ -244,6 +246,8 @@ def _lowering(plan: Plan) -> list[Pass]:
     passes: list[Pass] = []
     if plan.kernels:
         passes.append(fuse_updates.using(**({} if plan.kernels is True else {"names": plan.kernels})))
+    if plan.cuda_graph:
+        passes.append(hand_over_numbers)
     if plan.lowering not in ("auto", "eager"):
         passes.append(cut_regions.using(only_rows=True) if plan.lowering == "triton" else cut_regions)
     return passes

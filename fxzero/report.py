@@ -39,6 +39,7 @@ def report(
     hardware: Hardware | None = None,
     lowered: Lowered | None = None,
     shared: tuple[int, int] = (0, 0),
+    graphed: str = "",
 ) -> str:
     """State, communication, memory, time, passes and compile time of a step, as text for a terminal.
 
@@ -52,6 +53,7 @@ def report(
         hardware: the machine that times are predicted for; default: the plan's.
         lowered: the compiled regions of the last one, where it has any.
         shared: bytes of this rank in memory that its host's ranks share: (rows of parameters, messages).
+        graphed: what is known of the step's CUDA graph, where it is one.
     """
     last = steps[-1]
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.axes.items())
@@ -68,6 +70,7 @@ def report(
         "" if decision is None else str(decision),
         *last.remarks.values(),
         _waiting_lines(last),
+        graphed,
         "" if lowered is None else region_table(lowered),
         _pass_table(records),
         "compiled in " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),

@@ -44,6 +44,7 @@ KEYS = {
     "bucket_form": st.sampled_from(["auto", "coalesced", "separate"]),
     "lowering": st.sampled_from(["auto", "eager", "inductor", "triton"]),
     "eager_fallback": st.booleans(),
+    "cuda_graph": st.just(False),
     "precision": st.sampled_from(["fp32", "bf16", "fp16", "autocast:bf16", "autocast:fp16"]),
     "reduce_dtype": st.sampled_from(["fp32", "bf16", "fp16"]),
     "keep_fp32": st.lists(st.sampled_from(["*.norm", "head", "layers.[01].*"]), max_size=3),
@@ -170,6 +171,7 @@ def test_defaults() -> None:
         "bucket_form": "auto",
         "lowering": "auto",
         "eager_fallback": False,
+        "cuda_graph": False,
         "precision": "fp32",
         "reduce_dtype": "fp32",
         "keep_fp32": [],
@@ -528,6 +530,21 @@ def test_axes_need_a_mesh() -> None:
             {"cross_step": True, "offload_parameters": "host"},
             ["Plan.cross_step: expected offload_parameters='none' with it", "got 'host'; leave out"],
         ),
+        ({"cuda_graph": 1}, ["Plan.cuda_graph: expected True or False, got 1;"]),
+        (
+            {"cuda_graph": True, "offload_optimizer": "host"},
+            ["Plan.cuda_graph: expected offload_optimizer='none' with it: what moves", "got 'host'; leave out"],
+        ),
+        (
+            {"cuda_graph": True, "offload_parameters": "nvme"},
+            ["Plan.cuda_graph: expected offload_parameters='none' with it", "got 'nvme'; leave out"],
+        ),
+        (
+            {"cuda_graph": True, "offload_activations": "host"},
+            ["Plan.cuda_graph: expected offload_activations='none' with it", "got 'host'; leave out"],
+        ),
+        ({"cuda_graph": True, "cross_step": True}, ["Plan.cuda_graph: expected cross_step=False with it", "got True"]),
+        ({"cuda_graph": True, "accumulate": 2}, ["Plan.cuda_graph: expected accumulate=1 with it", "got 2; leave out"]),
         ({"costs": "costs.json"}, ["Plan.costs: expected schedule='cost' with it, got 'fixed'; set schedule"]),
         ({"costs": 1, "schedule": "cost"}, ["Plan.costs: expected a path, got 1"]),
         ({"costs_of_any_machine": True}, ["Plan.costs_of_any_machine: expected costs with it, got None"]),
@@ -681,6 +698,7 @@ def test_to_toml_as_people_read_it() -> None:
         'bucket_form = "auto"\n'
         'lowering = "auto"\n'
         "eager_fallback = false\n"
+        "cuda_graph = false\n"
         'precision = "fp32"\n'
         'reduce_dtype = "fp32"\n'
         "keep_fp32 = []\n"

@@ -32,6 +32,7 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "chunk_loss": (None, f"the gradient of the loss is known when your loop calls backward(); {_STATE}"),
     "kernels": (False, f"this door does not see the optimizer; {_STATE}"),
     "cross_step": (False, f"a call knows of no next step; {_STATE}"),
+    "cuda_graph": (False, f"forward, backward and update are launched by your loop; {_STATE}"),
     "schedule": ("fixed", f"forward and backward run when your loop calls them; {_STATE}"),
     "costs": (None, f"no schedule is decided here; {_STATE}"),
     "memory_budget": (None, f"the peak depends on your loop; set recompute='blocks', or {_STATE}"),

@@ -64,7 +64,7 @@ _BY_WORD = {
     "_unsafe_index _unsafe_index_put upsample_nearest2d max_pool2d_with_indices constant_pad_nd local_shard",
     "strided": "cat stack contiguous roll flip repeat split_with_sizes_copy as_strided_copy permute_copy",
     "fill": "full full_like zeros zeros_like ones ones_like empty empty_like arange scalar_tensor new_zeros new_full "
-    "new_ones new_empty eye",
+    "new_ones new_empty eye on_device",
 }
 _CLASSES = {word: name for name, words in _BY_WORD.items() for word in words.split()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -225,11 +226,9 @@ def move_launch(launch: fx.Node, *, before: fx.Node) -> None:
 def reorder(step: StepGraph, order: Sequence[fx.Node]) -> int:
     """Let all calls stand in this order, behind the inputs; returns how many have another place."""
     moved = sum(before is not node for before, node in zip(step.calls(), order, strict=True))
-    anchor = step.placeholders[-1]
-    for node in order:
+    for anchor, node in itertools.pairwise([*step.placeholders[-1:], *order]):
         if anchor.next is not node:
             anchor.append(node)
-        anchor = node
     return moved
 
 

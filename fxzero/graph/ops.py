@@ -4,6 +4,7 @@ release(tensors)                            the end of an unsharded parameter's 
 local_shard(x, num_shards, index) -> shard  rows of `x` (dim 0) that rank `index` of an axis owns, padded with
                                             zeros to ceil(rows / num_shards) so that all ranks agree on shapes
 nonfinite(x) -> flag                        1.0 where `x` holds an infinity or a NaN, else 0.0; float32, 0-dim
+on_device(number, *, device) -> tensor      a number of the host as a 0-dim tensor: float64, or int64 of an integer
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ _LIBRARY = torch.library.Library("fxzero", "DEF")
 _LIBRARY.define("release(Tensor[] tensors) -> ()")
 _LIBRARY.define("local_shard(Tensor x, int num_shards, SymInt index) -> Tensor")
 _LIBRARY.define("nonfinite(Tensor x) -> Tensor")
+_LIBRARY.define("on_device(Scalar number, *, Device device) -> Tensor")
 
 
 def shard_rows(rows: int, num_shards: int) -> int:
@@ -63,9 +65,25 @@ def _nonfinite_fake(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty((), dtype=torch.float32)
 
 
+@torch.library.impl(_LIBRARY, "on_device", "CompositeExplicitAutograd")
+def _on_device(number: float, *, device: torch.device) -> torch.Tensor:
+    return torch.tensor(number, dtype=number_dtype(number), device=device)
+
+
+@torch.library.register_fake("fxzero::on_device", lib=_LIBRARY)
+def _on_device_fake(number: float, *, device: torch.device) -> torch.Tensor:
+    return torch.empty((), dtype=number_dtype(number), device=device)
+
+
+def number_dtype(number: float) -> torch.dtype:
+    """In which dtype a number of the host stands on the device."""
+    return torch.int64 if isinstance(number, (int, torch.SymInt)) else torch.float64
+
+
 release = torch.ops.fxzero.release.default
 local_shard = torch.ops.fxzero.local_shard.default
 nonfinite = torch.ops.fxzero.nonfinite.default
+on_device = torch.ops.fxzero.on_device.default
 
 
 def padded_rows(local: torch.Tensor, rows: int, ranks: int) -> torch.Tensor:

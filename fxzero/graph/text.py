@@ -52,6 +52,7 @@ SHORT_NAMES: dict[Any, str] = {
     ops.local_shard: "local_shard",
     **{op: op.name().removeprefix("fxzero::") for op in (*compression_ops.OPS, *error_feedback_ops.OPS, *swap_ops.OPS)},
     ops.nonfinite: "nonfinite",
+    ops.on_device: "on_device",
     operator.getitem: "getitem",
 }
 # A column is as wide as its widest cell up to this; wider cells push only their own line out.

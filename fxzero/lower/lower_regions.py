@@ -84,6 +84,7 @@ def lower_regions(
     store: Store | None = None,
     place: tuple[int, int] = (0, 1),
     fallback: bool = False,
+    measure: bool = True,
 ) -> Lowered:
     """Compile the regions of a program, or find them on disk.
 
@@ -94,6 +95,7 @@ def lower_regions(
         place: (index of this rank among those of its host, their number); they begin at different regions, so that they
             share the work.
         fallback: a region that cannot be compiled runs call by call.
+        measure: matrix products are tried on this machine, to choose their library.
 
     Raises:
         LoweringError: of a region that cannot be compiled.
@@ -102,7 +104,7 @@ def lower_regions(
     found = regions(step)
     store = store or Store(lowering=lowering)
     by_triton = lowering == "triton"
-    ops = {} if by_triton else Products(store).choose(step.calls())
+    ops = {} if by_triton or not measure else Products(store).choose(step.calls())
     compile_ = triton.compile_region if by_triton else functools.partial(compile_region, threads=1)
     forms = {region.number: region_text(region, in_place, ops=ops) for region in found}
     distinct = list(dict.fromkeys(form.text for form in forms.values()))

@@ -19,9 +19,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import json
+import re
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -35,6 +37,7 @@ from fxzero.graph import collectives as c10d
 from fxzero.graph.step_graph import num_bytes
 
 _steps = itertools.count()
+_PLAN = re.compile(r"(?:\w+ )*plan (\{.*\})")  # a line that holds a fingerprint
 
 
 def agreed_text(step: StepGraph, *, plan: str, passes: str) -> str:
@@ -93,7 +96,8 @@ class Agreement:
             Whether any rank's have changed; at the first step, all ranks'.
 
         Raises:
-            RankMismatchError: on every rank, naming the first line that differs; or ranks that failed or are missing.
+            RankMismatchError: on every rank, naming the plan's keys that differ, or the first line that does; or ranks
+                that failed or are missing.
         """
         if self.store is None or self.world_size == 1:
             return changed
@@ -214,7 +218,7 @@ class Agreement:
         for rank in range(1, self.world_size):
             theirs = zlib.decompress(self._wait_for(f"text/{rank}", self.timeout_s)).decode()
             if theirs != mine:
-                reports.append(_first_difference(mine, theirs, rank))
+                reports.append(first_difference(mine, theirs, rank))
         report = " | ".join(reports[:3]).encode()
         self._put("report", report)
         return report
@@ -267,15 +271,36 @@ def _missing_message(ranks: list[int], timeout_s: float) -> str:
     )
 
 
-def _first_difference(mine: str, theirs: str, rank: int) -> str:
+def first_difference(mine: str, theirs: str, rank: int) -> str:
+    """What ranks are told of two texts that differ: the first line, or of two plans the keys; "" of equal ones.
+
+    Args:
+        mine: of rank 0.
+        theirs, rank: of another rank.
+    """
+    fix = "give every rank the same model, optimizer and plan"
     for number, (a, b) in enumerate(itertools.zip_longest(mine.splitlines(), theirs.splitlines()), start=1):
-        if a != b:
-            return str(
-                RankMismatchError.of(
-                    where=f"line {number} of the program",
-                    expected=f"all ranks to agree; rank 0 has {a!r}",
-                    got=f"rank {rank} has {b!r}",
-                    fix="give every rank the same model, optimizer and plan",
-                )
-            )
+        if a == b:
+            continue
+        where, ours, others = f"line {number} of the program", repr(a), repr(b)
+        if keys := _differing_keys(a or "", b or ""):
+            where = ", ".join(f"Plan.{key}" for key in keys)
+            ours, others = (", ".join(f"{key}={pair[i]}" for key, pair in keys.items()) for i in (0, 1))
+            fix = "give every rank the same plan"
+        expected = f"all ranks to agree; rank 0 has {ours}"
+        return str(RankMismatchError.of(where, expected=expected, got=f"rank {rank} has {others}", fix=fix))
     return ""
+
+
+def _differing_keys(mine: str, theirs: str) -> dict[str, tuple[str, str]]:
+    """Key -> its two values, of two lines that end with a plan's fingerprint; none of other lines."""
+    matches = _PLAN.fullmatch(mine), _PLAN.fullmatch(theirs)
+    if matches[0] is None or matches[1] is None:
+        return {}
+    ours, others = json.loads(matches[0][1]), json.loads(matches[1][1])
+    keys = (key for key in {**ours, **others} if key not in ours or key not in others or ours[key] != others[key])
+    return {key: (_value(ours, key), _value(others, key)) for key in keys}
+
+
+def _value(plan: Mapping[str, Any], key: str) -> str:
+    return repr(plan[key]) if key in plan else "(no such key)"

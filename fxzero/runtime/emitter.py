@@ -187,14 +187,14 @@ class Emitter:
             self.line_nodes[len(self.lines)] = node
             return
         if c10d.is_collective(node):
-            target, args = self._collective(node, args)
+            target, args = self.collective(node, args)
         elif c10d.is_wait(node) and c10d.carrier_of(c10d.launched_by(node)):
             target = pending.wait
         args += [f"{key}={self._argument(value)}" for key, value in node.kwargs.items()]
         self.lines.append(f"{self.indent}{node.name} = {self._op(target)}({', '.join(args)})")
         self.line_nodes[len(self.lines)] = node
 
-    def _collective(self, node: fx.Node, args: list[str]) -> tuple[Any, list[str]]:
+    def collective(self, node: fx.Node, args: list[str]) -> tuple[Any, list[str]]:
         """The call that launches a collective on this rank's groups."""
         position, axis = c10d.TABLE[node.target].axis_arg, c10d.axis_of(node)
         group, carrier = self.groups[axis], c10d.carrier_of(node)

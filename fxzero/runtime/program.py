@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import fx
 
 from fxzero.graph import StepGraph
 from fxzero.lower.lower_regions import Lowered
@@ -29,6 +30,7 @@ class Program:
     Attributes:
         entries: what the inputs are, in order.
         outputs: what `run` returns, in order: the loss, metrics, and state that is a Python number.
+        body: the graph that `lowered` has the regions of.
         source: the Python text; ops in place end with an underscore.
     """
 
@@ -41,7 +43,7 @@ class Program:
         lowered: Lowered | None = None,
         name: str = "step",
     ) -> None:
-        self.step = step
+        self.step = self.body = step
         self.entries = [node.meta["entry"] for node in step.placeholders]
         self.groups = dict(groups)
         self.swapper = swapper
@@ -84,16 +86,25 @@ class Program:
                 self._explain(error)
                 raise
 
-    def _explain(self, error: Exception) -> None:
-        """Add the node of the graph to an error that surfaces in the program."""
-        frame = error.__traceback__
+    def node_of(self, error: BaseException) -> fx.Node | None:
+        """The call of the graph at which an error has surfaced in the program; None where it did elsewhere."""
+        found, frame = None, error.__traceback__
         while frame is not None:
             if frame.tb_frame.f_code.co_filename == self.file:
-                node = self._emitter.line_nodes.get(frame.tb_lineno)
-                if node is not None and hasattr(error, "add_note"):
-                    module = node.meta.get("module") or "the model"
-                    error.add_note(f"fxzero: in {node.meta['phase']} of {module}, node %{node.name}: {node.target}")
+                found = self._emitter.line_nodes.get(frame.tb_lineno, found)
             frame = frame.tb_next
+        return found
+
+    def _explain(self, error: Exception) -> None:
+        """Add the node of the graph to an error that surfaces in the program."""
+        node = self.node_of(error)
+        if node is not None and hasattr(error, "add_note"):
+            error.add_note(f"fxzero: in {node.meta['phase']} of {place_of(node)}, node %{node.name}: {node.target}")
+
+
+def place_of(node: fx.Node) -> str:
+    """The module that a call belongs to, as errors name it."""
+    return str(node.meta.get("module") or "the model")
 
 
 def _load(emitter: Emitter, source: str, file: str) -> RunFunction:

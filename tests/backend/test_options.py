@@ -33,6 +33,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"compress_reductions": "int8"}, r"Plan.compress_reductions: expected 'none' .*tensors are sent as they are"),
     ({"cross_step": True}, r"Plan.cross_step: expected False .*a call knows of no next step"),
+    ({"cuda_graph": True}, r"Plan.cuda_graph: expected False .*are launched by your loop"),
     ({"schedule": "cost"}, r"Plan.schedule: expected 'fixed' .*got 'cost'; forward and backward run when"),
     ({"schedule": "cost", "costs": "costs.json"}, r"Plan.schedule: expected 'fixed'"),
     ({"memory_budget": "1 GiB"}, r"Plan.memory_budget: expected None .*got 1073741824; the peak depends on your loop"),

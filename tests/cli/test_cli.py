@@ -433,6 +433,15 @@ def test_what_a_plan_leaves_open_follows_the_backend(printed) -> None:
         (("--world", "4", "--out", "absent/step.txt"), r"--out: expected a file to write, got absent/step\.txt, .*"),
         (("--world", "4", "--out", "."), r"--out: expected a file to write, got the folder \.; .*"),
         (
+            ("--world", "4", "--regions", "new", "--after", "place_updates"),
+            r"--regions: expected no --after with it, got --after place_updates; leave one of them out: .*",
+        ),
+        (
+            ("--world", "4", "--regions", "absent/new"),
+            r"--regions: expected a folder that is new or empty, got absent/new, in a folder that there is not; .*",
+        ),
+        (("--world", "4", "--regions", "."), r"--regions: expected a folder .*, got \., which has contents; .*"),
+        (
             ("--world", "4", "--after", "shard-params"),
             r"--after: expected a pass of this plan's recipe, got 'shard-params'; did you mean 'shard_parameters'\? "
             r"choose from: capture, recompute_pointwise, .*place_updates",
@@ -469,6 +478,29 @@ def test_help_shows_an_example_that_the_parser_takes(printed, command) -> None:
 
 def test_version(printed) -> None:
     assert printed("--version") == f"fxzero {fxzero.__version__}\n"
+
+
+# ---- regions
+
+
+def test_dump_of_a_plan_that_compiles_says_which_regions_share_a_function(printed, tiny) -> None:
+    out = printed("dump", f"{tiny}:step", "--world", "1", "--lowering", "inductor", "--quiet")
+    head = [line for line in out.splitlines() if line.startswith("# ")]
+    assert re.fullmatch(r"# \d+ regions of \d+ functions; a call's region is in its comment", head[1])
+    named = re.search(r"^# (region_\d+): region (\d+): update of lin.weight, (\d+) calls$", out, flags=re.MULTILINE)
+    assert named is not None
+    assert len(re.findall(rf"; region {named[2]}$", out, flags=re.MULTILINE)) == int(named[3])
+    assert str(from_text(out)) == "\n".join(line for line in out.splitlines() if line not in head[1:-1]) + "\n"
+
+
+def test_dump_without_regions_writes_the_program(call, tiny, tmp_path) -> None:
+    folder = tmp_path / "source"
+    code, _, err = call("dump", f"{tiny}:step", "--world", "4", "--lowering", "eager", "--regions", str(folder))
+    assert code == 0 and "write program.py: lowering eager has no regions" in err
+    assert sorted(path.name for path in folder.iterdir()) == ["index.md", "program.py"]
+    program = (folder / "program.py").read_text()
+    assert re.search(r"all_gather\w*\(.*, 4, 'dp'\)", program) and "return (" in program
+    assert "No regions" in (folder / "index.md").read_text()
 
 
 # ---- passes

@@ -139,3 +139,11 @@ def test_without_a_compiler_the_plan_is_refused_before_anything_is_traced() -> N
         pytest.raises(PlanError, match=r"Plan\.lowering: expected a C\+\+ compiler .* got none; install g\+\+"),
     ):
         step_of("inductor")
+
+
+def test_sources_are_those_that_were_compiled(compiled: tuple[fxzero.TrainStep, list[float]], tmp_path: Path) -> None:
+    step, _ = compiled
+    files = step.write_source(tmp_path / "source")
+    modules = [path.read_text() for path in files if path.name.startswith("region_")]
+    assert len(modules) == lowered(step).num_distinct
+    assert all("def call(" in text and ("cpp_fused" in text or "extern_kernels" in text) for text in modules)

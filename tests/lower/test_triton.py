@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxzero
+from fxzero.cli import main
 from fxzero.errors import LoweringError, PlanError
 from fxzero.graph import row_ops
 from fxzero.graph.region_rules import check_regions
@@ -201,3 +203,19 @@ def test_without_triton_the_plan_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "triton" else find(name, *a))
     with pytest.raises(PlanError, match=r"Plan\.lowering: expected the package triton .*got none; pip install triton"):
         decoder("triton")
+
+
+def test_dump_writes_the_kernels_of_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = tmp_path / "steps.py"
+    steps.write_text(
+        "import torch\nfrom tests.lower.models import Decoder, tokens\n"
+        "def step():\n    model = Decoder(2)\n    return model, torch.optim.AdamW(model.parameters()), tokens(0)\n"
+    )
+    folder = tmp_path / "regions"
+    args = ["--world", "2", "--backend", "gloo", "--lowering", "triton", "--regions", str(folder), "--quiet"]
+    assert main(["dump", f"{steps}:step", *args]) == 0
+    header = re.search(r"# (\d+) regions of (\d+) functions;", capsys.readouterr().out)
+    kernels = sorted(folder.glob("region_*.py"))
+    assert header is not None and len(kernels) == int(header[2]) < int(header[1])
+    assert all("tl.load(" in path.read_text() and ast.parse(path.read_text()) for path in kernels)
+    assert "group_dp" in (folder / "program.py").read_text()

@@ -14,6 +14,7 @@ from fxzero import Plan, compat
 from fxzero.capture import Inventory, capture_step
 from fxzero.capture.rehearsal import rehearse
 from fxzero.graph import StateEntry, StepGraph
+from fxzero.graph.edit import reorder
 from fxzero.graph.region_rules import is_fence
 from fxzero.graph.regions import mark, region_of, regions
 from fxzero.graph.step_graph import Result, is_getitem, yields_scalar
@@ -164,3 +165,30 @@ def test_it_does_not_write_over_what_another_region_made() -> None:
     assert not text_of_last(step).written
     del regions(step)[0].calls[0].meta["region"]
     assert not text_of_last(step).written
+
+
+@pytest.mark.parametrize("only_rows", [False, True])
+def test_a_graph_without_inputs_is_cut_too(only_rows: bool) -> None:
+    """Nothing at all, or what is made of nothing: a graph that torch.compile hands over may be so."""
+    empty = StepGraph(fx.Graph())
+    empty.graph.output(()).meta["results"] = ()
+    assert cut_regions.run(empty, only_rows=only_rows) == 0
+
+    graph, mode = fx.Graph(), compat.new_fake_mode()
+    ones = graph.call_function(aten.ones.default, ([4, 4],))
+    calls = [ones, graph.call_function(aten.sin.default, (ones,))]
+    calls.append(graph.call_function(aten.mul.Tensor, (calls[-1], calls[-1])))
+    for node in calls:
+        with mode:
+            node.meta = {"phase": "forward", "module": "", "val": torch.empty(4, 4)}
+    graph.output((calls[-1],)).meta["results"] = (Result("loss", "loss"),)
+    assert cut_regions.run(StepGraph(graph), only_rows=only_rows) == 1
+    assert [node for node in graph.nodes if node.op == "call_function"] == calls
+
+
+def test_calls_of_a_graph_without_inputs_are_put_in_order() -> None:
+    graph = fx.Graph()
+    one, two, three = (graph.call_function(aten.ones.default, ([size],)) for size in (1, 2, 3))
+    graph.output(()).meta["results"] = ()
+    assert reorder(StepGraph(graph), [three, one, two]) == 3
+    assert [node for node in graph.nodes if node.op == "call_function"] == [three, one, two]
