@@ -20,6 +20,7 @@ from torch import nn
 from fxzero import arguments, compat
 from fxzero.arguments import check_model, check_types, device_of
 from fxzero.capture import Inventory
+from fxzero.capture.changing_sizes import SizedCapture, contiguous
 from fxzero.capture.loss_scaling import OVERFLOWED, SCALE, SKIPPED
 from fxzero.capture.signature import flatten_batch
 from fxzero.capture.trace import LossFn
@@ -223,7 +224,10 @@ class TrainStep(Profiled):
     def _inputs(
         self, compiled: Compiled, inventory: Inventory, batch: Batch, index: int, carried: dict[str, Any]
     ) -> list[Any]:
-        leaves = {**dict(flatten_batch(*batch.microbatches[index])[0]), **batch.weight_inputs(index)}
+        of_batch = batch.microbatches[index]
+        if isinstance(compiled.capture, SizedCapture):
+            of_batch = contiguous(of_batch)
+        leaves = {**dict(flatten_batch(*of_batch)[0]), **batch.weight_inputs(index)}
         constants = compiled.capture.constants
         inputs = []
         for entry in compiled.program.entries:

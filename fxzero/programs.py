@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fxzero.capture import Capture, Inventory, Signature, capture_step
+from fxzero.capture import Capture, Inventory, Signature
 from fxzero.capture.accumulation import Accumulation
+from fxzero.capture.changing_sizes import Captures, Example
 from fxzero.capture.options import CaptureOptions
 from fxzero.capture.trace import LossFn
 from fxzero.cost.recorded import RecordedCosts
@@ -28,6 +29,8 @@ from fxzero.runtime.program import Program
 from fxzero.runtime.state import StepState
 
 log = logging.getLogger("fxzero")
+
+MOST_SHAPES = 64  # kinds of batches whose programs are kept
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ class Programs:
     ) -> None:
         self._plan, self._state, self._loss, self._options = plan, state, loss, options
         self._groups, self._backend = groups, backend
-        self._compiled: dict[tuple[Signature, Accumulation], list[Compiled]] = {}
+        self._compiled: dict[tuple[Signature, Accumulation], list[Compiled]] = {}  # the last used one is last
+        self._captures = Captures(plan.dynamic)
         self._has_run = False
         self.costs: RecordedCosts | None = None
 
@@ -129,6 +133,7 @@ class Programs:
         if not self._state.bound:  # so that a failure leaves model and optimizer as they were
             inventory = self._state.rehearsal()
             self._compiled.clear()
+            self._captures.forget()
         asked: list[_Asked] = []
         for index, (args, kwargs) in enumerate(batch.microbatches):
             carries = asked[-1].carries if asked else ()
@@ -150,6 +155,7 @@ class Programs:
             programs.insert(0, found)
         if fresh:
             check_budget([compiled.step for compiled in programs], plan=self._plan)
+            self._drop_least_used(len(batch.microbatches))
         self._has_run = True
         return programs
 
@@ -157,8 +163,16 @@ class Programs:
         """Programs made before model and optimizer were bound serve those that are."""
         self._compiled.clear()
         for compiled, (args, kwargs) in zip(programs, batch.microbatches, strict=True):
-            signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
-            self._compiled[(signature, compiled.accumulation)] = [compiled]
+            example = self._example(inventory, compiled.accumulation, args, kwargs)
+            self._compiled[(example.signature, compiled.accumulation)] = [compiled]
+            self._captures.note(example)
+
+    def _drop_least_used(self, in_use: int) -> None:
+        """Keep no more programs than MOST_SHAPES, but all that are in use."""
+        surplus = len(self._compiled) - max(MOST_SHAPES, in_use)
+        for key in [*self._compiled][:surplus] if surplus > 0 else ():
+            log.info("fxzero: more than %d kinds of batches: the program of the least used one is dropped", MOST_SHAPES)
+            del self._compiled[key]
 
     def _asked(
         self,
@@ -176,11 +190,14 @@ class Programs:
             args, kwargs: the microbatch.
             before: what was asked for earlier ones in the same place.
         """
-        signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
-        known = self._compiled.setdefault((signature, place), [])
+        example = self._example(inventory, place, args, kwargs)
+        key = example.signature, place
+        known = self._compiled.setdefault(key, [])
+        if len(self._compiled) > 1:
+            self._compiled[key] = self._compiled.pop(key)
         alike = next((a for a in before if a.known is known), None)
         if not self._state.bound:
-            return alike or _Asked(known, place, self._capture(inventory, place, args, kwargs))
+            return alike or _Asked(known, place, self._captures.of(example, None))
         lookup = functools.partial(self._state.lookup, inventory)
         for compiled in known:
             if compiled.capture.guards.hold(lookup, inventory.attributes):
@@ -190,7 +207,7 @@ class Programs:
         if self._has_run:
             log.info("fxzero: capturing again: the signature or a guard has changed")
         self._state.prime(inventory)  # a parameter may have been unfrozen
-        capture = self._capture(inventory, place, args, kwargs)
+        capture = self._captures.of(example, lookup)
         for compiled in known:
             if compiled.capture.same_as(capture):
                 compiled.capture.guards.relax(lookup, inventory.attributes)
@@ -202,11 +219,12 @@ class Programs:
         asked.known.append(self._compile(asked.found, asked.place, beside, placed))
         return asked.known[-1]
 
-    def _capture(
+    def _example(
         self, inventory: Inventory, place: Accumulation, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Capture:
+    ) -> Example:
         options = replace(self._options, accumulation=place)
-        return capture_step(inventory, self._loss, args, kwargs, options=options, fresh=self._state.fresh)
+        signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
+        return Example(inventory, self._loss, args, kwargs, options, signature)
 
     def _compile(
         self, capture: Capture, place: Accumulation, beside: Sequence[StepGraph], placed: Placement | None

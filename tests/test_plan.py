@@ -44,6 +44,7 @@ KEYS = {
     "bucket_form": st.sampled_from(["auto", "coalesced", "separate"]),
     "lowering": st.sampled_from(["auto", "eager", "inductor", "triton"]),
     "eager_fallback": st.booleans(),
+    "dynamic": st.sampled_from(["auto", True, False]),
     "precision": st.sampled_from(["fp32", "bf16", "fp16", "autocast:bf16", "autocast:fp16"]),
     "reduce_dtype": st.sampled_from(["fp32", "bf16", "fp16"]),
     "keep_fp32": st.lists(st.sampled_from(["*.norm", "head", "layers.[01].*"]), max_size=3),
@@ -170,6 +171,7 @@ def test_defaults() -> None:
         "bucket_form": "auto",
         "lowering": "auto",
         "eager_fallback": False,
+        "dynamic": "auto",
         "precision": "fp32",
         "reduce_dtype": "fp32",
         "keep_fp32": [],
@@ -432,6 +434,8 @@ def test_axes_need_a_mesh() -> None:
         ),
         ({"lowering": "Eager"}, ["got 'Eager'; did you mean 'eager'?"]),
         ({"lowering": None}, ["got None; choose from: auto, eager"]),
+        ({"dynamic": "yes"}, ["Plan.dynamic: expected True, False or 'auto', got 'yes'; write true, false or 'auto'"]),
+        ({"dynamic": 1}, ["got 1;"]),
         (
             {"precision": "fp16"},
             ["Plan.loss_scale: expected one, with precision in fp16, got None; set loss_scale='dynamic'"],
@@ -681,6 +685,7 @@ def test_to_toml_as_people_read_it() -> None:
         'bucket_form = "auto"\n'
         'lowering = "auto"\n'
         "eager_fallback = false\n"
+        'dynamic = "auto"\n'
         'precision = "fp32"\n'
         'reduce_dtype = "fp32"\n'
         "keep_fp32 = []\n"
