@@ -6,22 +6,25 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fxzero.capture import Capture, Inventory, Signature
 from fxzero.capture.accumulation import Accumulation
-from fxzero.capture.changing_sizes import Captures, Example
+from fxzero.capture.changing_sizes import Captures, Example, SizedCapture
 from fxzero.capture.options import CaptureOptions
+from fxzero.capture.symbolic import SymbolicStep
 from fxzero.capture.trace import LossFn
 from fxzero.cost.recorded import RecordedCosts
 from fxzero.decide import Decision, check_budget, decided_recipe
+from fxzero.errors import FxzeroError
 from fxzero.graph import StepGraph
 from fxzero.graph.placement import NOTHING_PLACED, Placement
 from fxzero.graph.step_graph import CARRIED_KINDS
 from fxzero.lower.lower_regions import lower_by_plan
-from fxzero.pass_manager import PassRecord
+from fxzero.lower.sized_regions import AtSizes, SizedRegions
+from fxzero.pass_manager import PassRecord, Pipeline
 from fxzero.plan import Plan
 from fxzero.runtime.agreement import agreed_text
 from fxzero.runtime.microbatches import Batch
@@ -117,6 +120,7 @@ class Programs:
         self._groups, self._backend = groups, backend
         self._compiled: dict[tuple[Signature, Accumulation], list[Compiled]] = {}  # the last used one is last
         self._captures = Captures(plan.dynamic)
+        self._regions = SizedRegions()
         self._has_run = False
         self.costs: RecordedCosts | None = None
 
@@ -214,6 +218,14 @@ class Programs:
                 return _Asked(known, place, compiled)
         return _Asked(known, place, capture)
 
+    def _at(self, capture: Capture, decided: Callable[..., Any]) -> AtSizes | None:
+        """Where a program stands among those of other sizes, if there may be any."""
+        if not isinstance(capture, SizedCapture):
+            return None
+        sizes, source = capture.sizes, capture.source
+        elsewhere = functools.partial(_elsewhere, source, sizes, self._plan.axes, decided)
+        return AtSizes(sizes, source, self._regions, elsewhere)
+
     def _new(self, asked: _Asked, beside: Sequence[StepGraph], placed: Placement | None) -> Compiled:
         assert isinstance(asked.found, Capture)
         asked.known.append(self._compile(asked.found, asked.place, beside, placed))
@@ -239,18 +251,34 @@ class Programs:
         """
         plan = self._plan
         seconds = {"capture": capture.seconds}
+
+        def decided(step: StepGraph) -> tuple[Pipeline, Decision | None]:
+            how: Any = {"backend": self._backend, "beside": beside, "placed": placed, "costs": self.costs}
+            return decided_recipe(step, plan=plan, **how)
+
         capture.step.mesh = dict(plan.axes)
         with _timed(seconds, "decide"):
-            pipeline, decision = decided_recipe(
-                capture.step, plan=plan, backend=self._backend, beside=beside, placed=placed, costs=self.costs
-            )
+            pipeline, decision = decided(capture.step)
         with _timed(seconds, "passes"):
             step = pipeline.run(capture.step)
         with _timed(seconds, "lower"):
-            lowered = lower_by_plan(step, plan)
+            lowered = lower_by_plan(step, plan, at=self._at(capture, decided))
             program = Program(step, groups=self._groups, swapper=self._state.homes.swapper, lowered=lowered)
         text = agreed_text(step, plan=plan.fingerprint(), passes=pipeline.describe())
         return Compiled(capture.step, step, program, capture, text, list(pipeline.records), seconds, place, decision)
+
+
+def _elsewhere(
+    source: SymbolicStep, sizes: Mapping[str, int], mesh: Mapping[str, int], decided: Callable[..., Any]
+) -> Iterator[tuple[StepGraph, Mapping[str, int]]]:
+    """Programs of a trace at other sizes than these, and which; only regions are asked for, nothing runs them."""
+    for others in source.elsewhere(**sizes):
+        captured = source.at(**others)
+        captured.mesh = dict(mesh)
+        try:
+            yield decided(captured)[0].run(captured), others
+        except FxzeroError as error:
+            log.info("fxzero: no program at %s, where regions were to be compared: %s", others, error)
 
 
 def carried(step: StepGraph) -> tuple[str, ...]:

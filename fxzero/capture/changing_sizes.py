@@ -51,8 +51,8 @@ class SizedCapture(Capture):
         source: the trace.
     """
 
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    source: SymbolicStep | None = None
+    sizes: Mapping[str, int] = field(kw_only=True)
+    source: SymbolicStep = field(kw_only=True)
 
 
 class ChangingSizes:

@@ -15,7 +15,7 @@ looks whether its own positions hold several sequences) are computed anew for ea
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -178,6 +178,22 @@ class SymbolicStep:
             return False
         return True
 
+    def elsewhere(self, **sizes: int) -> Iterator[dict[str, int]]:
+        """Other sizes that `at` takes, near to these, such that products of them can be told apart.
+
+        Each is a prime of its own if it can be. One that the step takes at its present value only stays.
+        """
+        seen = [dict(sizes)]
+        for upwards in (False, True):
+            found, taken = dict(sizes), {*sizes.values()}
+            for name, size in sizes.items():
+                near = (n for n in _beside(size, upwards) if n not in taken and self.takes(**{**found, name: n}))
+                found[name] = next(near, size)
+                taken.add(found[name])
+            if found not in seen:
+                seen.append(found)
+                yield found
+
     def let_go(self) -> None:
         """Hold no tensor of model, optimizer and batch; a size that is 1 where it was not so far is refused then."""
         self.leaves = [(path, torch.empty_like(leaf, device="meta")) for path, leaf in self.leaves]
@@ -268,6 +284,14 @@ def _check_derived(trace: _Trace, sizes: Mapping[str, int]) -> None:
 def _value_of(derived: DerivedNumber, numbers: Mapping[Any, int]) -> Any:
     with compat.no_modes(), torch.no_grad():
         return derived.program(*(int(size.xreplace(numbers)) for size in derived.sizes))
+
+
+def _beside(size: int, upwards: bool) -> Iterator[int]:
+    """Sizes to try beside one: the nearest primes, then multiples of it, for what must divide."""
+    primes = [n for n in range(3, max(2 * size, 32)) if all(n % factor for factor in range(2, int(n**0.5) + 1))]
+    below, above = [n for n in reversed(primes) if n < size][:4], [n for n in primes if n > size][:8]
+    yield from ([*above, *below] if upwards else [*below, *above])
+    yield from (size * 3, size * 5, size * 7)
 
 
 def _refused(sizes: Mapping[str, int], expected: str) -> CaptureError:
