@@ -289,6 +289,7 @@ class TrainStep(Profiled):
             decision=last.decision,
             lowered=last.program.lowered,
             shared_bytes=self._topology.shared_bytes,
+            shapes=self._programs.shapes(last),
         )
 
     def _require_last(self) -> list[Compiled]:

@@ -121,8 +121,28 @@ class Programs:
         self._compiled: dict[tuple[Signature, Accumulation], list[Compiled]] = {}  # the last used one is last
         self._captures = Captures(plan.dynamic)
         self._regions = SizedRegions()
+        self._num_made = self._first_sized = 0
         self._has_run = False
         self.costs: RecordedCosts | None = None
+
+    def shapes(self, last: Compiled) -> str:
+        """Which sizes of the batch are symbols and what that has come to, as a line; "" while there is one shape.
+
+        Args:
+            last: the program that it is about.
+        """
+        number, names = len(self._compiled), ", ".join(getattr(last.capture, "sizes", ()))
+        parts = [f"shapes: {number} programs" if number > 1 else "shapes: 1 program"]
+        if names:
+            parts.append(f"{names} symbolic since program {self._first_sized}")
+        if self._captures.refused:
+            parts.append(
+                f"{len(self._captures.refused)} captured for one shape, the last as {self._captures.refused[-1]}"
+            )
+        lowered = last.program.lowered
+        if lowered is not None and lowered.num_alone is not None:
+            parts.append(f"{lowered.num_open} regions of symbolic sizes, {lowered.num_alone} compiled for one shape")
+        return "; ".join(parts) if number > 1 or len(parts) > 1 else ""
 
     def forget(self) -> None:
         """Compile what comes anew."""
@@ -228,6 +248,9 @@ class Programs:
 
     def _new(self, asked: _Asked, beside: Sequence[StepGraph], placed: Placement | None) -> Compiled:
         assert isinstance(asked.found, Capture)
+        self._num_made += 1
+        if isinstance(asked.found, SizedCapture):
+            self._first_sized = self._first_sized or self._num_made
         asked.known.append(self._compile(asked.found, asked.place, beside, placed))
         return asked.known[-1]
 

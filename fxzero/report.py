@@ -39,6 +39,7 @@ def report(
     hardware: Hardware | None = None,
     lowered: Lowered | None = None,
     shared_bytes: int = 0,
+    shapes: str = "",
 ) -> str:
     """State, communication, memory, time, passes and compile time of a step, as text for a terminal.
 
@@ -52,6 +53,7 @@ def report(
         hardware: the machine that times are predicted for; default: the plan's.
         lowered: the compiled regions of the last one, where it has any.
         shared_bytes: memory that this rank has made for what other ranks of its host read.
+        shapes: which sizes there were, in words.
     """
     last = steps[-1]
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.axes.items())
@@ -68,6 +70,7 @@ def report(
         "" if decision is None else str(decision),
         *last.remarks.values(),
         _waiting_lines(last),
+        shapes,
         "" if lowered is None else region_table(lowered),
         _pass_table(records),
         "compiled in " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),
@@ -192,8 +195,9 @@ def region_table(lowered: Lowered) -> str:
     ]
     if lowered.refused:
         lines.append(f"{len(lowered.refused)} regions run op by op: {next(iter(lowered.refused.values()))}")
-    if lowered.ops:
-        lines.append(f"{len(lowered.ops)} matrix products by oneDNN, measured to be faster here")
+    by_onednn = len(lowered.ops) + sum(region.num_chosen for region in lowered.regions.values())
+    if by_onednn:
+        lines.append(f"{by_onednn} matrix products by oneDNN, measured to be faster here")
     headers = ["region", "phase", "first at", "calls", "times"]
     return "\n".join(lines) + "\n\n" + tabulate(rows.values(), headers=headers, disable_numparse=True)
 

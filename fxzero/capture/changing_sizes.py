@@ -104,12 +104,12 @@ class _Family:
     Args:
         changing: their sizes so far.
         traces: (named dims, dims of size 0 or 1) -> traces.
-        refused: those of these keys that cannot be traced with symbols.
+        refused: those of these keys that cannot be traced with symbols -> why.
     """
 
     changing: ChangingSizes
     traces: dict[Hashable, list[_Traced]] = field(default_factory=dict)
-    refused: set[Hashable] = field(default_factory=set)
+    refused: dict[Hashable, str] = field(default_factory=dict)
 
 
 class _Traced:
@@ -203,11 +203,15 @@ class Captures:
     Args:
         dynamic: "auto" (what has changed becomes a symbol), True (what `find_dims` names is one from the first batch
             on), False (each example is captured with numbers).
+
+    Attributes:
+        refused: for each example that could not have symbols for its sizes, why.
     """
 
     def __init__(self, dynamic: bool | str = "auto") -> None:
         self._dynamic = dynamic
         self._families: dict[Hashable, _Family] = {}
+        self.refused: list[str] = []
 
     def forget(self) -> None:
         """Begin anew."""
@@ -232,16 +236,20 @@ class Captures:
             return example.capture()
         family = self._family(example)
         dims, key = family.changing.dims(example.leaves), family.changing.key(example.leaves)
-        if not dims or key in family.refused:
+        if not dims:
             return example.capture()
         start = time.perf_counter()
-        try:
-            found = _from_traces(family.traces.setdefault(key, []), example, dims, lookup)
-            return replace(found, seconds=time.perf_counter() - start)
-        except CaptureError as error:
-            log.info("fxzero: captured for one shape, as sizes cannot be symbols: %s", error)
-            family.refused.add(key)
-            return example.capture()
+        if key not in family.refused:
+            try:
+                found = _from_traces(family.traces.setdefault(key, []), example, dims, lookup)
+            except CaptureError as error:
+                log.info("fxzero: captured for one shape, as sizes cannot be symbols: %s", error)
+                family.refused[key] = str(error)
+        if key in family.refused:
+            found = example.capture()
+        if not isinstance(found, SizedCapture):
+            self.refused.append(family.refused.get(key, f"{MOST_TRACES} traces with symbols do not take it"))
+        return replace(found, seconds=time.perf_counter() - start)
 
     def _family(self, example: Example) -> _Family:
         family = self._families.get(example.family)

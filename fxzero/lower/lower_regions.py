@@ -34,6 +34,7 @@ class LoweredRegion:
         function: takes a list of the inputs, which it empties, and returns the outputs.
         name: of that function; equal regions share it.
         sizes: of the batch, which it takes before the inputs.
+        num_chosen: so many of its calls another op runs, as was chosen where it was learned for all sizes.
     """
 
     calls: tuple[fx.Node, ...]
@@ -41,6 +42,7 @@ class LoweredRegion:
     function: Function
     name: str
     sizes: tuple[int, ...] = ()
+    num_chosen: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,8 @@ def lower_regions(
     for number, region in ((region.number, region) for region in found if region.number not in refused):
         form, open_ = forms[number], served.get(number)
         function, text = (made.functions[form.text], form.text) if open_ is None else (open_.function, open_.text)
-        values = () if open_ is None else open_.values
-        lowered[number] = LoweredRegion(region.calls, form, function, names[text], values)
+        values, num_chosen = ((), 0) if open_ is None else (open_.values, open_.num_chosen)
+        lowered[number] = LoweredRegion(region.calls, form, function, names[text], values, num_chosen)
     fixed = at.regions.fixed if at is not None else {*distinct}
     alone = None if at is None else len([text for text in distinct if text not in fixed])
     num_compiled = made.num_compiled + num_open

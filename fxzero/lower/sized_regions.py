@@ -44,11 +44,13 @@ class Served:
         text: of the region, sizes left open.
         function: takes the sizes, then the region's inputs.
         values: of these sizes.
+        num_chosen: so many calls another op than their own runs.
     """
 
     text: str
     function: Function
     values: tuple[int, ...]
+    num_chosen: int
 
 
 class SizedRegions:
@@ -107,7 +109,7 @@ class SizedRegions:
         wanted = {number: by_text[text] for number, text in plain.items() if text in by_text}
         functions, num_compiled = self._functions({known.text for known in wanted.values()}, sizes, maker)
         served = {
-            number: Served(known.text, functions[known.text], known.values(sizes))
+            number: Served(known.text, functions[known.text], known.values(sizes), known.num_chosen)
             for number, known in wanted.items()
             if known.text in functions
         }

@@ -32,11 +32,13 @@ class SymbolicText:
         text: what is compiled; see [Note: open sizes].
         plain: its document with each call's own op, by which regions are found to be the same.
         names: of the sizes, in the order in which the compiled function takes them.
+        num_chosen: so many calls another op than their own runs.
     """
 
     text: str
     plain: Any
     names: tuple[str, ...]
+    num_chosen: int = 0
 
     def at(self, sizes: Sizes) -> str:
         """The canonical text of this region at some sizes, with each call's own op."""
@@ -76,11 +78,11 @@ def symbolic_text(
     if document is None:
         return None
     names = tuple(name for name in sizes if name in {*_names(document)})
-    runs = dict(document)
-    if chosen is not None:
-        ops = [call["op"] for call in json.loads(chosen)["calls"]]
-        runs["calls"] = [{**call, "op": op} for call, op in zip(document["calls"], ops, strict=True)]
-    return SymbolicText(as_text({**runs, "sizes": names}), document, names)
+    calls = document["calls"]
+    ops = [call["op"] for call in (calls if chosen is None else json.loads(chosen)["calls"])]
+    runs = {**document, "calls": [{**call, "op": op} for call, op in zip(calls, ops, strict=True)], "sizes": names}
+    num_chosen = sum(call["op"] != op for call, op in zip(calls, ops, strict=True))
+    return SymbolicText(as_text(runs), document, names, num_chosen)
 
 
 def value_of(terms: Terms, sizes: Mapping[str, Any]) -> Any:

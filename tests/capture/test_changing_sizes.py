@@ -15,6 +15,8 @@ import fxzero
 from fxzero import programs
 from fxzero.capture import trace
 from fxzero.capture.changing_sizes import MOST_TRACES, ChangingSizes, contiguous
+from fxzero.capture.symbolic import SymbolicStep
+from fxzero.errors import CaptureError
 from tests.lower.models import Decoder
 
 SIZES = ((4, 16), (2, 24), (3, 10), (4, 16), (1, 5), (1, 7))
@@ -164,6 +166,22 @@ def test_a_model_with_a_program_for_each_size_is_captured_for_each(caplog: pytes
         for rows in range(2, 5 + MOST_TRACES):
             step(torch.ones(rows, 4))
     assert f"captured for one shape: {MOST_TRACES} traces with symbols do not take it" in caplog.text
+    assert f"2 captured for one shape, the last as {MOST_TRACES} traces with symbols do not take it" in step.report()
+
+
+def test_a_model_that_cannot_be_traced_with_symbols_is_captured_for_each_size(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: SymbolicStep) -> None:
+        raise CaptureError("this cannot be traced with symbols")
+
+    monkeypatch.setattr(SymbolicStep, "trace", refuse)
+    sizes = SIZES[:3]
+    with caplog.at_level(logging.INFO, logger="fxzero"):
+        found, count, step = losses_of("auto", sizes)
+    assert (found, count) == (losses_of(False, sizes)[0], 3)
+    assert caplog.text.count("sizes cannot be symbols: this cannot be traced with symbols") == 1
+    assert "2 captured for one shape, the last as this cannot be traced with symbols" in step.report()
 
 
 def test_only_so_many_programs_are_kept(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -68,9 +68,9 @@ def alone(lowered: list[Any]) -> list[int | None]:
     return [one.num_alone for one in lowered]
 
 
-@pytest.mark.parametrize(("dynamic", "first"), [("auto", None), (True, 0)])
+@pytest.mark.parametrize(("dynamic", "first", "since"), [("auto", None, 2), (True, 0, 1)])
 def test_after_the_first_new_size_no_region_is_made_again(
-    dynamic: str | bool, first: int | None, expected: list[float]
+    dynamic: str | bool, first: int | None, since: int, expected: list[float]
 ) -> None:
     with interpreted() as store:
         losses, lowered, step = train("inductor", dynamic=dynamic)
@@ -79,6 +79,10 @@ def test_after_the_first_new_size_no_region_is_made_again(
     texts = [text for text in store.texts if '"sizes"' in text]
     assert len(texts) == len(set(texts)) == lowered[-1].num_open == OPEN
     assert "    values = [5, 19, " in step._last[-1].program.source
+    said = (
+        f"shapes: 5 programs; batch, sequence symbolic since program {since}; 2 regions of symbolic sizes, 0 compiled"
+    )
+    assert f"{said} for one shape" in step.report()
 
 
 class Normed(Tiny):
@@ -106,8 +110,9 @@ def test_others_train_to_the_bit_at_all_sizes(model: Callable[[], nn.Module]) ->
 
 def test_without_symbols_each_size_has_regions_of_its_own(expected: list[float]) -> None:
     with interpreted() as store:
-        losses, lowered, _ = train("inductor", dynamic=False)
+        losses, lowered, step = train("inductor", dynamic=False)
     assert losses == expected
+    assert "shapes: 5 programs\n" in step.report()
     assert alone(lowered) == [None] * len(SIZES) and not any('"sizes"' in text for text in store.texts)
 
 
@@ -171,9 +176,10 @@ def test_regions_whose_conditions_never_hold_are_compiled_for_a_shape(
 ) -> None:
     conditional(lambda variant: ["batch > 1000"], monkeypatch)
     with interpreted():
-        losses, lowered, _ = train("inductor")
+        losses, lowered, step = train("inductor")
     assert losses == expected
     assert alone(lowered) == [None, OPEN, OPEN, OPEN, OPEN]
+    assert "0 regions of symbolic sizes, 2 compiled for one shape" in step.report()
 
 
 def test_a_region_that_is_refused_for_all_sizes_is_compiled_for_each(
