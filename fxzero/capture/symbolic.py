@@ -181,15 +181,20 @@ class SymbolicStep:
     def elsewhere(self, **sizes: int) -> Iterator[dict[str, int]]:
         """Other sizes that `at` takes, near to these, such that products of them can be told apart.
 
-        Each is a prime of its own if it can be. One that the step takes at its present value only stays.
+        Each is a prime of its own if it can be; one that the step takes at its present value only stays. First come
+        sizes with about the same product, so that a pass which asks how large a tensor is answers as it does at these.
         """
         seen = [dict(sizes)]
-        for upwards in (False, True):
-            found, taken = dict(sizes), {*sizes.values()}
-            for name, size in sizes.items():
-                near = (n for n in _beside(size, upwards) if n not in taken and self.takes(**{**found, name: n}))
+        for balanced in (True, False):
+            found, taken, ratio = dict(sizes), {*sizes.values()}, 1.0
+            ascending = sorted(sizes, key=sizes.__getitem__)
+            for name in ascending:
+                size = sizes[name]
+                target = size * ratio if balanced and name == ascending[-1] else size + 1 if balanced else size - 1
+                near = (n for n in _beside(size, target) if n not in taken and self.takes(**{**found, name: n}))
                 found[name] = next(near, size)
                 taken.add(found[name])
+                ratio *= size / found[name]
             if found not in seen:
                 seen.append(found)
                 yield found
@@ -286,11 +291,11 @@ def _value_of(derived: DerivedNumber, numbers: Mapping[Any, int]) -> Any:
         return derived.program(*(int(size.xreplace(numbers)) for size in derived.sizes))
 
 
-def _beside(size: int, upwards: bool) -> Iterator[int]:
-    """Sizes to try beside one: the nearest primes, then multiples of it, for what must divide."""
-    primes = [n for n in range(3, max(2 * size, 32)) if all(n % factor for factor in range(2, int(n**0.5) + 1))]
-    below, above = [n for n in reversed(primes) if n < size][:4], [n for n in primes if n > size][:8]
-    yield from ([*above, *below] if upwards else [*below, *above])
+def _beside(size: int, target: float) -> Iterator[int]:
+    """Sizes to try instead of one: the primes nearest to a target, then multiples of it, for what must divide."""
+    window = range(max(3, int(target) - 200), int(target) + 200)
+    primes = [n for n in window if all(n % factor for factor in range(2, int(n**0.5) + 1))]
+    yield from sorted(primes, key=lambda n: abs(n - target))[:12]
     yield from (size * 3, size * 5, size * 7)
 
 
