@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
+import sympy
 import torch
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -289,6 +290,18 @@ def symbolic_size(env: ShapeEnv, value: int, *, name: str) -> Any:
     # with an upper bound, a slice to the end is known to take all, and is left out as it is for numbers
     env.constrain_symbol_range(symbol, compiler_min=2, compiler_max=2**31 - 1)
     return env.create_symintnode(symbol, hint=value, source=source)
+
+
+def is_same_size(one: Any, other: Any) -> bool:
+    """Whether two sizes are equal at all sizes of the batch: numbers, symbols, or sympy expressions of these."""
+    one, other = (size.node.expr if isinstance(size, torch.SymInt) else size for size in (one, other))
+    return bool(one == other) or bool(sympy.expand(one - other) == 0)
+
+
+def pinned(env: ShapeEnv, symbol: Any) -> bool:
+    """Whether a trace in `env` has taken one number for a symbol."""
+    least, most = value_range(env, symbol)
+    return not env.replacements.get(symbol, symbol).free_symbols or bool(least == most)
 
 
 def kernels_for_symbols() -> contextlib.AbstractContextManager[None]:

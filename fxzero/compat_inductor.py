@@ -11,11 +11,12 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 
-def decomposed(module: fx.GraphModule, fakes: list[torch.Tensor]) -> fx.GraphModule:
+def decomposed(module: fx.GraphModule, fakes: list[Any]) -> fx.GraphModule:
     """The module in the ops that Inductor has kernels or patterns for, traced on fake tensors."""
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -24,14 +25,15 @@ def decomposed(module: fx.GraphModule, fakes: list[torch.Tensor]) -> fx.GraphMod
 
 
 def inductor_source(
-    module: fx.GraphModule, fakes: list[torch.Tensor], mode: Any
-) -> tuple[str, list[int], list[tuple[int, ...] | None]]:
+    module: fx.GraphModule, fakes: list[Any], mode: Any
+) -> tuple[str, list[int], list[tuple[Any, ...] | None]]:
     """The Python text that Inductor writes for a decomposed module, whose `call(list of tensors)` runs it.
 
     All outputs keep the strides of the graph. Compiles what the text needs, so that loading it finds that ready.
 
     Returns:
-        The text, the inputs that its kernels take for aligned (GPU), and the strides of its outputs.
+        The text, the inputs that its kernels take for aligned (GPU), and the strides of its outputs: whole numbers, or
+        expressions of the symbols in the mode's environment.
     """
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_inner
@@ -40,7 +42,12 @@ def inductor_source(
     output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]
     with tracing(TracingContext(mode)):
         compiled: Any = compile_fx_inner(module, fakes, is_inference=True)
-    strides = [None if found is None else tuple(map(int, found)) for found in compiled.output_strides]
+    symbols = {str(symbol): symbol for symbol in mode.shape_env.var_to_range}
+
+    def read(text: Any) -> Any:
+        return int(text) if str(text).isdecimal() else sympy.sympify(str(text), locals=symbols)
+
+    strides = [None if found is None else tuple(map(read, found)) for found in compiled.output_strides]
     return compiled.source_code, list(compiled.inputs_to_check), strides
 
 

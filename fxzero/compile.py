@@ -20,12 +20,12 @@ from torch import nn
 from fxzero import arguments, compat
 from fxzero.arguments import check_model, check_types, device_of
 from fxzero.capture import Inventory
+from fxzero.capture.changing_sizes import SizedCapture, contiguous
 from fxzero.capture.loss_scaling import OVERFLOWED, SCALE, SKIPPED
 from fxzero.capture.signature import flatten_batch
 from fxzero.capture.trace import LossFn
 from fxzero.cost.recorded import Machine, RecordedCosts
 from fxzero.errors import CaptureError, FxzeroError, PlanError
-from fxzero.graph import StepGraph
 from fxzero.graph.step_graph import CARRIED_KINDS, LAUNCHED
 from fxzero.lower.choose import with_lowering
 from fxzero.lower.inductor import check_compiler
@@ -33,18 +33,18 @@ from fxzero.lower.triton import check_triton
 from fxzero.plan import Plan
 from fxzero.profile import Profiled, costs_of
 from fxzero.programs import Compiled, Programs, joined_text
+from fxzero.readable import Readable
 from fxzero.recipe import auxiliary_state, captured_as, shares_rows
 from fxzero.runtime.agreement import Agreement
 from fxzero.runtime.checkpoint import load_state_dict, state_dict
 from fxzero.runtime.cuda_graph import graph_calls
-from fxzero.runtime.graphed_program import GraphedProgram
 from fxzero.runtime.launched_ahead import LaunchedAhead, Rows
 from fxzero.runtime.materialize import Init
 from fxzero.runtime.microbatches import Batch, joined_metrics
 from fxzero.runtime.recording import Recording
 from fxzero.runtime.skipped_steps import SkippedSteps
 from fxzero.runtime.state import StepState
-from fxzero.runtime.topology import SharedBytes, Topology
+from fxzero.runtime.topology import Topology
 from fxzero.runtime.unsharded import unsharded
 
 log = logging.getLogger("fxzero")
@@ -83,7 +83,7 @@ def compile(
     return TrainStep(model, optimizer, plan, loss=loss, init=init)
 
 
-class TrainStep(Profiled):
+class TrainStep(Readable, Profiled):
     """A compiled training step; call it with a batch.
 
     Attributes:
@@ -234,7 +234,10 @@ class TrainStep(Profiled):
     def _inputs(
         self, compiled: Compiled, inventory: Inventory, batch: Batch, index: int, carried: dict[str, Any]
     ) -> list[Any]:
-        leaves = {**dict(flatten_batch(*batch.microbatches[index])[0]), **batch.weight_inputs(index)}
+        of_batch = batch.microbatches[index]
+        if isinstance(compiled.capture, SizedCapture):
+            of_batch = contiguous(of_batch)
+        leaves = {**dict(flatten_batch(*of_batch)[0]), **batch.weight_inputs(index)}
         constants = compiled.capture.constants
         inputs = []
         for entry in compiled.program.entries:
@@ -265,74 +268,6 @@ class TrainStep(Profiled):
         except Exception as error:
             self._agreement.fail(str(error) if isinstance(error, FxzeroError) else repr(error))
             raise
-
-    # ---- looking at it
-
-    @property
-    def graph(self) -> StepGraph:
-        """The program of the last step (of its last microbatch), as an annotated graph; print it."""
-        return self._require_last()[-1].step
-
-    @property
-    def graphs(self) -> list[StepGraph]:
-        """The programs of the last step, one a microbatch; equal ones are the same object."""
-        return [compiled.step for compiled in self._require_last()]
-
-    @property
-    def captured(self) -> StepGraph:
-        """The graph of the last step (of its last microbatch) before any pass."""
-        return self._require_last()[-1].captured
-
-    def report(self) -> str:
-        """Tables: state on this rank, communication per step, predicted peak and time, passes, time to compile."""
-        from fxzero.report import report
-
-        last = self._require_last()[-1]
-        return report(
-            self.graphs,
-            self.plan,
-            last.records,
-            last.seconds,
-            decision=last.decision,
-            lowered=last.program.lowered,
-            shared=self.shared_bytes,
-            graphed=last.program.status() if isinstance(last.program, GraphedProgram) else "",
-        )
-
-    def write_source(self, folder: str | Path) -> list[Path]:
-        """Write the program of the last step and what its regions became as files to read, with an index.
-
-        Args:
-            folder: new or empty.
-
-        Returns:
-            The files.
-
-        Raises:
-            LoweringError: if the folder has contents, or a compiled region is gone from disk.
-        """
-        from fxzero.step_source import ProgramSource, write_source
-
-        programs = [
-            ProgramSource(compiled.program.body, compiled.program.source, compiled.program.lowered, self.plan.lowering)
-            for compiled in self._require_last()
-        ]
-        return write_source(Path(folder), programs, where="step.write_source(...)")
-
-    @property
-    def shared_bytes(self) -> SharedBytes:
-        """What of this step lies in memory that ranks of one host share; torch's allocator does not know of it."""
-        return self._topology.shared
-
-    def _require_last(self) -> list[Compiled]:
-        if not self._last:
-            raise CaptureError.of(
-                where="TrainStep",
-                expected="a step that has run",
-                got="none yet",
-                fix="call step(batch) first: capture happens then",
-            )
-        return self._last
 
     # ---- recorded costs
 

@@ -26,6 +26,7 @@ from fxzero.plan_precision import check_precision
 from fxzero.plan_schedule import check_schedule
 from fxzero.plan_values import (
     Check,
+    always_or_auto,
     boolean,
     bound,
     budget,
@@ -100,6 +101,8 @@ class Plan:
             compiler is found, eager elsewhere, and with schedule="cost".
         eager_fallback: a region that cannot be compiled runs op by op, and the report counts it; else it is an error.
         cuda_graph: the whole step is captured as one CUDA graph, and replayed at each call.
+        dynamic: when sizes of the batch become symbols, for which no new size is traced or compiled: "auto" (those that
+            have changed, at their first change), True (from the first batch on), False (never: each is by itself).
         precision: "fp32" (what parameters and batch have), "bf16" or "fp16" (parameters, before any gather, and inputs
             are cast; the update stays in fp32, on the shards), "autocast:bf16" or "autocast:fp16".
         loss_scale: "dynamic" (as by `torch.amp.GradScaler`: halved when a gradient overflows, and that step skipped),
@@ -170,6 +173,7 @@ class Plan:
     lowering: str = _key("auto", one_of("auto", "eager", "inductor", "triton"))
     eager_fallback: bool = _key(False, boolean)
     cuda_graph: bool = _key(False, boolean)
+    dynamic: bool | str = _key("auto", always_or_auto)
     precision: str = _key("fp32", one_of("fp32", "bf16", "fp16", "autocast:bf16", "autocast:fp16"))
     reduce_dtype: str = _key("fp32", one_of("fp32", "bf16", "fp16"))
     keep_fp32: tuple[str, ...] = _key((), patterns)

@@ -85,6 +85,18 @@ def yes_no_or_auto(where: str, value: Any) -> bool | str | None:
     raise PlanError.of(where, expected="True, False, 'auto' or None", got=show(value), fix=fix)
 
 
+def always_or_auto(where: str, value: Any) -> bool | str:
+    """True, False or "auto"."""
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise PlanError.of(
+        where,
+        expected="True, False or 'auto'",
+        got=show(value),
+        fix="write true, false or 'auto', or leave the key out",
+    )
+
+
 def budget(where: str, value: Any) -> int | None:
     """Bytes above 0, as a whole number or with a unit, or None."""
     if value is None:

@@ -6,21 +6,25 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fxzero.capture import Capture, Inventory, Signature, capture_step
+from fxzero.capture import Capture, Inventory, Signature
 from fxzero.capture.accumulation import Accumulation
+from fxzero.capture.changing_sizes import Captures, Example, SizedCapture
 from fxzero.capture.options import CaptureOptions
+from fxzero.capture.symbolic import SymbolicStep
 from fxzero.capture.trace import LossFn
 from fxzero.cost.recorded import RecordedCosts
 from fxzero.decide import Decision, check_budget, decided_recipe
+from fxzero.errors import FxzeroError
 from fxzero.graph import StepGraph
 from fxzero.graph.placement import NOTHING_PLACED, Placement
 from fxzero.graph.step_graph import CARRIED_KINDS
 from fxzero.lower.lower_regions import lower_by_plan
-from fxzero.pass_manager import PassRecord
+from fxzero.lower.sized_regions import AtSizes, SizedRegions
+from fxzero.pass_manager import PassRecord, Pipeline
 from fxzero.plan import Plan
 from fxzero.runtime.agreement import agreed_text
 from fxzero.runtime.cuda_graph import GraphCalls
@@ -30,6 +34,8 @@ from fxzero.runtime.program import Program
 from fxzero.runtime.state import StepState
 
 log = logging.getLogger("fxzero")
+
+MOST_SHAPES = 64  # kinds of batches whose programs are kept
 
 
 @dataclass(frozen=True)
@@ -116,9 +122,31 @@ class Programs:
     ) -> None:
         self._plan, self._state, self._loss, self._options = plan, state, loss, options
         self._groups, self._backend, self._graphs = groups, backend, graphs
-        self._compiled: dict[tuple[Signature, Accumulation], list[Compiled]] = {}
+        self._compiled: dict[tuple[Signature, Accumulation], list[Compiled]] = {}  # the last used one is last
+        self._captures = Captures(plan.dynamic)
+        self._regions = SizedRegions()
+        self._num_made = self._first_sized = 0
         self._has_run = False
         self.costs: RecordedCosts | None = None
+
+    def shapes(self, last: Compiled) -> str:
+        """Which sizes of the batch are symbols and what that has come to, as a line; "" while there is one shape.
+
+        Args:
+            last: the program that it is about.
+        """
+        number, names = len(self._compiled), ", ".join(getattr(last.capture, "sizes", ()))
+        parts = [f"shapes: {number} programs" if number > 1 else "shapes: 1 program"]
+        if names:
+            parts.append(f"{names} symbolic since program {self._first_sized}")
+        if self._captures.refused:
+            parts.append(
+                f"{len(self._captures.refused)} captured for one shape, the last as {self._captures.refused[-1]}"
+            )
+        lowered = last.program.lowered
+        if lowered is not None and lowered.num_alone is not None:
+            parts.append(f"{lowered.num_open} regions of symbolic sizes, {lowered.num_alone} compiled for one shape")
+        return "; ".join(parts) if number > 1 or len(parts) > 1 else ""
 
     def forget(self) -> None:
         """Compile what comes anew."""
@@ -133,6 +161,7 @@ class Programs:
         if not self._state.bound:  # so that a failure leaves model and optimizer as they were
             inventory = self._state.rehearsal()
             self._compiled.clear()
+            self._captures.forget()
         asked: list[_Asked] = []
         for index, (args, kwargs) in enumerate(batch.microbatches):
             carries = asked[-1].carries if asked else ()
@@ -154,6 +183,7 @@ class Programs:
             programs.insert(0, found)
         if fresh:
             check_budget([compiled.step for compiled in programs], plan=self._plan)
+            self._drop_least_used(len(batch.microbatches))
         self._has_run = True
         return programs
 
@@ -161,8 +191,16 @@ class Programs:
         """Programs made before model and optimizer were bound serve those that are."""
         self._compiled.clear()
         for compiled, (args, kwargs) in zip(programs, batch.microbatches, strict=True):
-            signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
-            self._compiled[(signature, compiled.accumulation)] = [compiled]
+            example = self._example(inventory, compiled.accumulation, args, kwargs)
+            self._compiled[(example.signature, compiled.accumulation)] = [compiled]
+            self._captures.note(example)
+
+    def _drop_least_used(self, in_use: int) -> None:
+        """Keep no more programs than MOST_SHAPES, but all that are in use."""
+        surplus = len(self._compiled) - max(MOST_SHAPES, in_use)
+        for key in [*self._compiled][:surplus] if surplus > 0 else ():
+            log.info("fxzero: more than %d kinds of batches: the program of the least used one is dropped", MOST_SHAPES)
+            del self._compiled[key]
 
     def _asked(
         self,
@@ -180,11 +218,14 @@ class Programs:
             args, kwargs: the microbatch.
             before: what was asked for earlier ones in the same place.
         """
-        signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
-        known = self._compiled.setdefault((signature, place), [])
+        example = self._example(inventory, place, args, kwargs)
+        key = example.signature, place
+        known = self._compiled.setdefault(key, [])
+        if len(self._compiled) > 1:
+            self._compiled[key] = self._compiled.pop(key)
         alike = next((a for a in before if a.known is known), None)
         if not self._state.bound:
-            return alike or _Asked(known, place, self._capture(inventory, place, args, kwargs))
+            return alike or _Asked(known, place, self._captures.of(example, None))
         lookup = functools.partial(self._state.lookup, inventory)
         for compiled in known:
             if compiled.capture.guards.hold(lookup, inventory.attributes):
@@ -194,23 +235,35 @@ class Programs:
         if self._has_run:
             log.info("fxzero: capturing again: the signature or a guard has changed")
         self._state.prime(inventory)  # a parameter may have been unfrozen
-        capture = self._capture(inventory, place, args, kwargs)
+        capture = self._captures.of(example, lookup)
         for compiled in known:
             if compiled.capture.same_as(capture):
                 compiled.capture.guards.relax(lookup, inventory.attributes)
                 return _Asked(known, place, compiled)
         return _Asked(known, place, capture)
 
+    def _at(self, capture: Capture, decided: Callable[..., Any]) -> AtSizes | None:
+        """Where a program stands among those of other sizes, if there may be any."""
+        if not isinstance(capture, SizedCapture):
+            return None
+        sizes, source = capture.sizes, capture.source
+        elsewhere = functools.partial(_elsewhere, source, sizes, self._plan.axes, decided)
+        return AtSizes(sizes, source, self._regions, elsewhere)
+
     def _new(self, asked: _Asked, beside: Sequence[StepGraph], placed: Placement | None) -> Compiled:
         assert isinstance(asked.found, Capture)
+        self._num_made += 1
+        if isinstance(asked.found, SizedCapture):
+            self._first_sized = self._first_sized or self._num_made
         asked.known.append(self._compile(asked.found, asked.place, beside, placed))
         return asked.known[-1]
 
-    def _capture(
+    def _example(
         self, inventory: Inventory, place: Accumulation, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Capture:
+    ) -> Example:
         options = replace(self._options, accumulation=place)
-        return capture_step(inventory, self._loss, args, kwargs, options=options, fresh=self._state.fresh)
+        signature = Signature.of(inventory, args, kwargs, fresh=self._state.fresh)
+        return Example(inventory, self._loss, args, kwargs, options, signature)
 
     def _compile(
         self, capture: Capture, place: Accumulation, beside: Sequence[StepGraph], placed: Placement | None
@@ -225,24 +278,45 @@ class Programs:
         """
         plan = self._plan
         seconds = {"capture": capture.seconds}
+
+        def decided(step: StepGraph) -> tuple[Pipeline, Decision | None]:
+            how: Any = {"backend": self._backend, "beside": beside, "placed": placed, "costs": self.costs}
+            return decided_recipe(step, plan=plan, **how)
+
         capture.step.mesh = dict(plan.axes)
         with _timed(seconds, "decide"):
-            pipeline, decision = decided_recipe(
-                capture.step, plan=plan, backend=self._backend, beside=beside, placed=placed, costs=self.costs
-            )
+            pipeline, decision = decided(capture.step)
         with _timed(seconds, "passes"):
             step = pipeline.run(capture.step)
         with _timed(seconds, "lower"):
-            program = self._program(step)
+            program = self._program(step, self._at(capture, decided))
         text = agreed_text(step, plan=plan.fingerprint(), passes=pipeline.describe())
         return Compiled(capture.step, step, program, capture, text, list(pipeline.records), seconds, place, decision)
 
-    def _program(self, step: StepGraph) -> Program | GraphedProgram:
-        """What runs a finished graph."""
-        lower = functools.partial(lower_by_plan, plan=self._plan)
+    def _program(self, step: StepGraph, at: AtSizes | None) -> Program | GraphedProgram:
+        """What runs a finished graph.
+
+        Args:
+            step: the graph.
+            at: its sizes, where others may come.
+        """
+        lower = functools.partial(lower_by_plan, plan=self._plan, at=at)
         if self._graphs is not None:
             return GraphedProgram(step, groups=self._groups, lower=lower, calls=self._graphs)
         return Program(step, groups=self._groups, swapper=self._state.homes.swapper, lowered=lower(step))
+
+
+def _elsewhere(
+    source: SymbolicStep, sizes: Mapping[str, int], mesh: Mapping[str, int], decided: Callable[..., Any]
+) -> Iterator[tuple[StepGraph, Mapping[str, int]]]:
+    """Programs of a trace at other sizes than these, and which; only regions are asked for, nothing runs them."""
+    for others in source.elsewhere(**sizes):
+        captured = source.at(**others)
+        captured.mesh = dict(mesh)
+        try:
+            yield decided(captured)[0].run(captured), others
+        except FxzeroError as error:
+            log.info("fxzero: no program at %s, where regions were to be compared: %s", others, error)
 
 
 def carried(step: StepGraph) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ def report(
     lowered: Lowered | None = None,
     shared: tuple[int, int] = (0, 0),
     graphed: str = "",
+    shapes: str = "",
 ) -> str:
     """State, communication, memory, time, passes and compile time of a step, as text for a terminal.
 
@@ -54,6 +55,7 @@ def report(
         lowered: the compiled regions of the last one, where it has any.
         shared: bytes of this rank in memory that its host's ranks share: (rows of parameters, messages).
         graphed: what is known of the step's CUDA graph, where it is one.
+        shapes: which sizes there were, in words.
     """
     last = steps[-1]
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.axes.items())
@@ -71,6 +73,7 @@ def report(
         *last.remarks.values(),
         _waiting_lines(last),
         graphed,
+        shapes,
         "" if lowered is None else region_table(lowered),
         _pass_table(records),
         "compiled in " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),
@@ -195,8 +198,9 @@ def region_table(lowered: Lowered) -> str:
     ]
     if lowered.refused:
         lines.append(f"{len(lowered.refused)} regions run op by op: {next(iter(lowered.refused.values()))}")
-    if lowered.ops:
-        lines.append(f"{len(lowered.ops)} matrix products by oneDNN, measured to be faster here")
+    by_onednn = len(lowered.ops) + sum(region.num_chosen for region in lowered.regions.values())
+    if by_onednn:
+        lines.append(f"{by_onednn} matrix products by oneDNN, measured to be faster here")
     headers = ["region", "phase", "first at", "calls", "times"]
     return "\n".join(lines) + "\n\n" + tabulate(rows.values(), headers=headers, disable_numparse=True)
 

@@ -54,6 +54,7 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "report": BASE | {"graph", "cost", "simulate", "pass_manager", "decide", "lower"},
     "programs": BASE | {"graph", "capture", "cost", "decide", "lower", "pass_manager", "runtime"},
     "step_source": BASE | {"graph", "lower", "runtime"},
+    "readable": BASE | {"graph", "programs", "report", "runtime", "step_source"},
     "profile": BASE | {"graph", "cost", "simulate", "runtime"},
     "compile": EVERYTHING,
     "backend": EVERYTHING,

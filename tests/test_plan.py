@@ -45,6 +45,7 @@ KEYS = {
     "lowering": st.sampled_from(["auto", "eager", "inductor", "triton"]),
     "eager_fallback": st.booleans(),
     "cuda_graph": st.just(False),
+    "dynamic": st.sampled_from(["auto", True, False]),
     "precision": st.sampled_from(["fp32", "bf16", "fp16", "autocast:bf16", "autocast:fp16"]),
     "reduce_dtype": st.sampled_from(["fp32", "bf16", "fp16"]),
     "keep_fp32": st.lists(st.sampled_from(["*.norm", "head", "layers.[01].*"]), max_size=3),
@@ -172,6 +173,7 @@ def test_defaults() -> None:
         "lowering": "auto",
         "eager_fallback": False,
         "cuda_graph": False,
+        "dynamic": "auto",
         "precision": "fp32",
         "reduce_dtype": "fp32",
         "keep_fp32": [],
@@ -434,6 +436,8 @@ def test_axes_need_a_mesh() -> None:
         ),
         ({"lowering": "Eager"}, ["got 'Eager'; did you mean 'eager'?"]),
         ({"lowering": None}, ["got None; choose from: auto, eager"]),
+        ({"dynamic": "yes"}, ["Plan.dynamic: expected True, False or 'auto', got 'yes'; write true, false or 'auto'"]),
+        ({"dynamic": 1}, ["got 1;"]),
         (
             {"precision": "fp16"},
             ["Plan.loss_scale: expected one, with precision in fp16, got None; set loss_scale='dynamic'"],
@@ -699,6 +703,7 @@ def test_to_toml_as_people_read_it() -> None:
         'lowering = "auto"\n'
         "eager_fallback = false\n"
         "cuda_graph = false\n"
+        'dynamic = "auto"\n'
         'precision = "fp32"\n'
         'reduce_dtype = "fp32"\n'
         "keep_fp32 = []\n"

@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from fxzero.backend.joint import Name, names_of
+from fxzero.backend.open_sizes import OpenSizes
 from fxzero.backend.options import Options, read_options
 from fxzero.backend.programs import Compilation
 from fxzero.backend.rows import read_rows, sharded_in
@@ -69,13 +70,13 @@ def _compiled(
     """What runs a graph: made here, or at its first call where sizes are open."""
     given = read_rows(module, example_inputs)
 
-    def compiled(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def compiled(graph: fx.GraphModule, inputs: Sequence[Any], sizes: OpenSizes | None = None) -> Callable[..., Any]:
         of_inputs = [name for name, kept in zip(names, given.examples, strict=True) if not is_number(kept)]
-        return Compilation(options, of_inputs).run(graph, inputs)  # type: ignore[no-any-return]
+        return Compilation(options, of_inputs, sizes).run(graph, inputs)  # type: ignore[no-any-return]
 
-    def compiled_later(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def compiled_later(graph: fx.GraphModule, inputs: Sequence[Any], sizes: OpenSizes) -> Callable[..., Any]:
         with _telling(options.sharded):
-            return compiled(graph, inputs)
+            return compiled(graph, inputs, sizes)
 
     if not any(map(is_open, given.examples)) and not numbers_asked(module):
         return given.around(compiled(module, given.examples))

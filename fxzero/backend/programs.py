@@ -19,6 +19,7 @@ from fxzero.backend.halves import halves_of
 from fxzero.backend.joint import Joint, Key, Name, read_joint
 from fxzero.backend.look import Compiled, show
 from fxzero.backend.one_device import bring_to_one_device
+from fxzero.backend.open_sizes import OpenSizes
 from fxzero.backend.options import Options, check_lowering
 from fxzero.backend.slots import Slots
 from fxzero.graph import StepGraph
@@ -28,7 +29,7 @@ from fxzero.graph.step_graph import device_of
 from fxzero.graph.verify import verify
 from fxzero.lower.choose import with_lowering
 from fxzero.lower.inductor import check_compiler
-from fxzero.lower.lower_regions import lower_by_plan
+from fxzero.lower.lower_regions import Lowered, lower_by_plan
 from fxzero.pass_manager import Pipeline
 from fxzero.passes.cut_regions import cut_regions
 from fxzero.passes.recompute_chosen import can_be_had_again, is_mask, recompute_chosen
@@ -49,11 +50,13 @@ class Compilation:
     Args:
         options: of torch.compile.
         names: of the graph's inputs.
+        sizes: those that Dynamo leaves open.
     """
 
-    def __init__(self, options: Options, names: Sequence[Name]) -> None:
+    def __init__(self, options: Options, names: Sequence[Name], sizes: OpenSizes | None = None) -> None:
         self.options = options
         self.names = names
+        self.sizes = sizes if options.plan.dynamic else None
         self._backward: Call | None = None
         self._forward: Call | None = None
 
@@ -74,7 +77,7 @@ class Compilation:
         joint = self._joint(module, num_fwd_outputs)
         step, passes = self._rewritten(joint)
         halves = halves_of(step, mutated=joint.mutated)
-        made = _Making(self.options, joint, passes, show(self.options.dump), self._slots(halves.forward))
+        made = _Making(self.options, joint, passes, show(self.options.dump), self._slots(halves.forward), self.sizes)
         self._forward = made.call(halves.forward, (*joint.outputs, *halves.saved))
         self._backward = made.call(halves.backward, joint.gradients)
         return self._forward.signature(), self._backward.signature()
@@ -83,7 +86,8 @@ class Compilation:
         joint = self._joint(module, len(module.graph.output_node().args[0]))  # type: ignore[arg-type]
         step, passes = self._rewritten(joint)
         step.title = "forward"
-        return _Making(self.options, joint, passes, show(self.options.dump)).call(step, joint.outputs).boxed()
+        made = _Making(self.options, joint, passes, show(self.options.dump), sizes=self.sizes)
+        return made.call(step, joint.outputs).boxed()
 
     @staticmethod
     def _given(call: Call | None) -> compat_dynamo.Boxed:
@@ -125,6 +129,7 @@ class _Making:
         passes: that have rewritten it, a line each.
         look: where people find them.
         slots: where activations wait off the device, if they do.
+        sizes: those that Dynamo leaves open, if regions may serve all of them.
     """
 
     options: Options
@@ -132,6 +137,7 @@ class _Making:
     passes: str
     look: Compiled
     slots: Slots | None = None
+    sizes: OpenSizes | None = None
 
     def call(self, step: StepGraph, outputs: Sequence[Any]) -> Call:
         """A program that returns these outputs: keys of results, and constants as they are."""
@@ -142,11 +148,19 @@ class _Making:
         verify(step)
         if plan.lowering != "eager":
             check_compiler(torch.device(device_of(step)))
-        lowered = lower_by_plan(step, plan)
+        lowered = self._lowered(step, plan, title)
         groups = {} if self.options.sharded is None else self.options.sharded.topology.groups
         program = Program(step, groups=groups, swapper=slots and slots.swapper, lowered=lowered, name=step.title)
         self.look.add(title, step)
         return Call(program, outputs, self._fixed(step), slots=slots, agree=self._agreement(step, title))
+
+    def _lowered(self, step: StepGraph, plan: Plan, title: str) -> Lowered | None:
+        if self.sizes is None or plan.lowering == "eager":
+            return lower_by_plan(step, plan)
+        siblings = self.sizes.of(title)
+        lowered = lower_by_plan(step, plan, at=siblings.at(self.sizes.sizes))
+        siblings.keep(step, self.sizes.sizes)
+        return lowered
 
     def _fixed(self, step: StepGraph) -> dict[Key, Any]:
         """Inputs that no call brings."""

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from fxzero import compat, compat_dynamo
+from fxzero.backend.open_sizes import OpenSizes, Siblings, places_of_symbols, sizes_at
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -40,14 +41,14 @@ class ByShape:
     Args:
         module: as Dynamo gives it.
         examples: its inputs, as Dynamo gives them.
-        compiled: (graph on tensors alone, fake tensors of known sizes) -> what runs it.
+        compiled: (graph on tensors alone, fake tensors of known sizes, these sizes) -> what runs it.
     """
 
     def __init__(
         self,
         module: fx.GraphModule,
         examples: Sequence[Any],
-        compiled: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+        compiled: Callable[[fx.GraphModule, Sequence[Any], OpenSizes], Callable[..., Any]],
     ) -> None:
         self._module = module
         self._compiled = compiled
@@ -55,6 +56,8 @@ class ByShape:
         self._numbers = numbers_asked(module)
         self._own = [i for i, v in enumerate(examples) if not isinstance(v, torch.nn.Parameter)]
         self._known: dict[Hashable, Callable[..., Any]] = {}
+        self._places = places_of_symbols(examples)
+        self._siblings: dict[str, Siblings] = {}
 
     def run(self, *inputs: Any) -> Any:
         """What the graph yields for these inputs."""
@@ -89,10 +92,11 @@ class ByShape:
                 mapping[node] = inputs[self._numbers[node]].item()
             else:
                 mapping[node] = _copied(graph, node, mapping)
+        sizes = OpenSizes(sizes_at(self._places, inputs), self._siblings)
         mode = compat_dynamo.static_mode()
         with compat_dynamo.apart(mode):
             fakes = [compat.fake_like(mode, value) for value in inputs if isinstance(value, torch.Tensor)]
-            return self._compiled(fx.GraphModule(self._module, graph), fakes)
+            return self._compiled(fx.GraphModule(self._module, graph), fakes, sizes)
 
 
 def _copied(graph: fx.Graph, node: fx.Node, mapping: dict[fx.Node, Any]) -> fx.Node:

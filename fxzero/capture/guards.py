@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,7 +114,8 @@ def collect_guards(
     *,
     entries: list[StateEntry],
     symbols: dict[Any, tuple[str, str]],
-    reads: list[Read],
+    reads: Sequence[Read],
+    sizes: Mapping[Any, Any] | None = None,
 ) -> Guards:
     """The conditions that a trace met.
 
@@ -124,9 +125,11 @@ def collect_guards(
         entries: what its placeholders are.
         symbols: symbol -> key of the entry that it stands for.
         reads: the numbers read from tensors.
+        sizes: symbol of a size of the batch -> its number; what is asked about these alone is no condition on scalars.
     """
     guards = Guards()
-    conditions = [guard.expr for guard in env.guards]
+    asked = [guard.expr.xreplace(sizes or {}) for guard in env.guards]
+    conditions = [expr for expr in asked if expr.free_symbols]
     used = set().union(*(expr.free_symbols for expr in conditions)) if conditions else set()
     names: dict[Any, str] = {}
     for symbol in used:

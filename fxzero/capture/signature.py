@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,10 @@ class Signature:
             fresh=fresh,
         )
 
+    def without_sizes(self) -> Signature:
+        """What it has in common with calls whose tensors have other sizes."""
+        return replace(self, batch=tuple(_without_sizes(*leaf) for leaf in self.batch))
+
     def describe_change(self, other: Signature) -> str:
         """What differs from `other`, in words, for logs."""
         fields = ("batch", "structure", "training", "parameters", "optimizer", "fresh")
@@ -92,6 +96,17 @@ def _leaf(path: str, leaf: Any) -> Any:
             fix="pass it as tensors, or register the type as a pytree node",
         ) from error
     return (type(leaf), leaf)
+
+
+def _without_sizes(first: Any, second: Any, *rest: Any) -> tuple[Any, ...]:
+    """Of a tensor, how many dims it has and whether they stand in memory in order; another leaf as it is."""
+    return (len(first), stands_in_order(first, second), *rest) if rest else (first, second)
+
+
+def stands_in_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the first dim is the outermost in memory and so on, as in a contiguous tensor and in a slice of one."""
+    found = [stride for size, stride in zip(shape, strides, strict=True) if size > 1 and stride]
+    return found == sorted(found, reverse=True)
 
 
 def _constants(group: dict[str, Any]) -> tuple[Any, ...]:

@@ -14,7 +14,8 @@ looks whether its own positions hold several sequences) are computed anew for ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,13 +26,13 @@ from torch import fx
 
 from fxzero import compat
 from fxzero.capture.batch_dims import NamedDims, SymbolicSizes, find_dims, shape_at, sizes_of
-from fxzero.capture.guards import compile_condition
+from fxzero.capture.guards import Guards, collect_guards, compile_condition, freeze_unused
 from fxzero.capture.inventory import Inventory
 from fxzero.capture.options import CaptureOptions
 from fxzero.capture.scalars import DerivedNumber
 from fxzero.capture.signature import flatten_batch
 from fxzero.capture.specialise import Specialiser
-from fxzero.capture.trace import LossFn, StepTracer, finish_step, trace_step
+from fxzero.capture.trace import Capture, LossFn, StepTracer, finish_step, trace_step
 from fxzero.errors import CaptureError
 from fxzero.graph import StateEntry, StepGraph
 
@@ -40,10 +41,16 @@ HINT = 3  # the size of a dim that has size 1 in the example, while it is a symb
 
 @dataclass(frozen=True)
 class _Trace:
-    """A raw trace with symbols for sizes."""
+    """A raw trace with symbols for sizes.
+
+    Args:
+        tracer, module: from `trace_step`.
+        attributes: of modules, when it was made.
+    """
 
     tracer: StepTracer
     module: fx.GraphModule
+    attributes: dict[tuple[str, str], Any]
 
     @property
     def sizes(self) -> SymbolicSizes:
@@ -63,6 +70,45 @@ class _Trace:
         others = {symbol: hint for symbol, hint in compat.hints_of(self.tracer.env).items() if symbol not in names}
         about = [expr.xreplace(others) for expr in asked if expr.free_symbols & set(names)]
         return [compile_condition(expr, names) for expr in dict.fromkeys(about)]
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A raw trace with numbers for sizes.
+
+    Args:
+        trace: that it comes from.
+        entries: what its placeholders are.
+        specialiser: that has made it.
+        module: what it made.
+        sizes: name -> number.
+    """
+
+    trace: _Trace
+    entries: list[StateEntry]
+    specialiser: Specialiser
+    module: fx.GraphModule
+    sizes: Mapping[str, int]
+
+    def finish(self) -> tuple[StepGraph, dict[str, torch.Tensor]]:
+        """The step, and its constants."""
+        boundaries = self.specialiser.boundaries
+        return finish_step(self.trace.tracer, self.module, entries=self.entries, boundaries=boundaries)
+
+    def guards(self, step: StepGraph) -> Guards:
+        """The conditions on scalars at these sizes."""
+        tracer, copied = self.trace.tracer, self.specialiser.nodes
+        guards = collect_guards(
+            tracer.env,
+            self.module.graph,
+            entries=self.entries,
+            symbols=tracer.inputs.symbols,
+            reads=[replace(read, node=copied[read.node]) for read in tracer.reader.reads if read.node in copied],
+            sizes={symbol: sympy.Integer(self.sizes[name]) for symbol, name in self.trace.sizes.symbols.items()},
+        )
+        freeze_unused(guards, step, self.entries, tracer.inputs.values)
+        guards.attributes = self.trace.attributes
+        return guards
 
 
 class SymbolicStep:
@@ -95,7 +141,7 @@ class SymbolicStep:
         self.dims: NamedDims = find_dims(self.leaves) if dims is None else dims
         self.sizes = sizes_of(self.leaves, self.dims)
         how: dict[str, Any] = {"options": options or CaptureOptions(), "fresh": fresh}
-        self._trace_with: Callable[..., Any] = lambda sizes: trace_step(
+        self._trace_with: Callable[..., Any] | None = lambda sizes: trace_step(
             inventory, loss, args, kwargs, sizes=sizes, **how
         )
         self._traces: dict[frozenset[str], _Trace] = {}
@@ -107,17 +153,75 @@ class SymbolicStep:
             CaptureError: if a size has no such name or is no positive number, or if the step would be another program
                 at these sizes than at the example's.
         """
+        return self._at(sizes).finish()[0]
+
+    def capture_at(self, **sizes: int) -> Capture:
+        """What `capture_step` gives for a batch of these sizes, with guards and constants; see `at`.
+
+        Hyperparameters and attributes of modules count as they were when it was traced: the guards say which.
+        """
+        start = time.perf_counter()
+        copy = self._at(sizes)
+        step, constants = copy.finish()
+        gradients = tuple(copy.trace.tracer.gradients)
+        return Capture(step, copy.guards(step), constants, time.perf_counter() - start, gradients)
+
+    def trace(self) -> None:
+        """Trace with the example's sizes, now rather than at the first `at`."""
+        self._trace(frozenset())
+
+    def takes(self, **sizes: int) -> bool:
+        """Whether `at` takes these sizes."""
+        try:
+            self._asked(self._checked(sizes))
+        except CaptureError:
+            return False
+        return True
+
+    def elsewhere(self, **sizes: int) -> Iterator[dict[str, int]]:
+        """Other sizes that `at` takes, near to these, such that products of them can be told apart.
+
+        Each is a prime of its own if it can be; one that the step takes at its present value only stays. First come
+        sizes with about the same product, so that a pass which asks how large a tensor is answers as it does at these.
+        """
+        seen = [dict(sizes)]
+        for balanced in (True, False):
+            found, taken, ratio = dict(sizes), {*sizes.values()}, 1.0
+            ascending = sorted(sizes, key=sizes.__getitem__)
+            for name in ascending:
+                size = sizes[name]
+                target = size * ratio if balanced and name == ascending[-1] else size + 1 if balanced else size - 1
+                near = (n for n in _beside(size, target) if n not in taken and self.takes(**{**found, name: n}))
+                found[name] = next(near, size)
+                taken.add(found[name])
+                ratio *= size / found[name]
+            if found not in seen:
+                seen.append(found)
+                yield found
+
+    def let_go(self) -> None:
+        """Hold no tensor of model, optimizer and batch; a size that is 1 where it was not so far is refused then."""
+        self.leaves = [(path, torch.empty_like(leaf, device="meta")) for path, leaf in self.leaves]
+        for trace in self._traces.values():
+            trace.tracer.let_go()
+        self._trace_with = None
+
+    def _at(self, sizes: Mapping[str, int]) -> _Copy:
         wanted = self._checked(sizes)
-        trace = self._trace(frozenset(name for name, size in wanted.items() if size == 1))
-        _check_conditions(trace, wanted)
-        _check_derived(trace, wanted)
+        trace = self._asked(wanted)
         tracer = trace.tracer
         entries, values = self._inputs(tracer, wanted)
         copy = Specialiser(
             trace.module, traced=tracer.traced, inputs=values, boundaries=tracer.boundaries, mode=tracer.mode
         )
-        module = copy.run()
-        return finish_step(tracer, module, entries=entries, boundaries=copy.boundaries)[0]
+        return _Copy(trace, entries, copy, copy.run(), wanted)
+
+    def _asked(self, wanted: Mapping[str, int]) -> _Trace:
+        """The trace for these sizes, all of whose questions have the same answers there."""
+        trace = self._trace(frozenset(name for name, size in wanted.items() if size == 1))
+        _check_conditions(trace, wanted)
+        _check_derived(trace, wanted)
+        return trace
 
     def conditions(self, *, ones: frozenset[str] = frozenset()) -> list[str]:
         """What has to be true of the sizes, in words of sympy.
@@ -139,13 +243,16 @@ class SymbolicStep:
 
     def _trace(self, ones: frozenset[str]) -> _Trace:
         if ones not in self._traces:
+            if self._trace_with is None:
+                raise _refused(dict.fromkeys(ones, 1), "sizes that were 1 or more than 1 in the example, as it was")
             hints = {name: size if size > 1 else HINT for name, size in self.sizes.items() if name not in ones}
             fixed = dict.fromkeys(ones, 1)
 
             def make(env: Any) -> SymbolicSizes:
                 return SymbolicSizes(env, self.dims, hints=hints, fixed=fixed)
 
-            self._traces[ones] = _Trace(*self._trace_with(make))
+            tracer, module = self._trace_with(make)
+            self._traces[ones] = _Trace(tracer, module, tracer.inventory.attributes)
         return self._traces[ones]
 
     def _inputs(self, tracer: StepTracer, sizes: Mapping[str, int]) -> tuple[list[StateEntry], list[Any]]:
@@ -182,6 +289,14 @@ def _check_derived(trace: _Trace, sizes: Mapping[str, int]) -> None:
 def _value_of(derived: DerivedNumber, numbers: Mapping[Any, int]) -> Any:
     with compat.no_modes(), torch.no_grad():
         return derived.program(*(int(size.xreplace(numbers)) for size in derived.sizes))
+
+
+def _beside(size: int, target: float) -> Iterator[int]:
+    """Sizes to try instead of one: the primes nearest to a target, then multiples of it, for what must divide."""
+    window = range(max(3, int(target) - 200), int(target) + 200)
+    primes = [n for n in window if all(n % factor for factor in range(2, int(n**0.5) + 1))]
+    yield from sorted(primes, key=lambda n: abs(n - target))[:12]
+    yield from (size * 3, size * 5, size * 7)
 
 
 def _refused(sizes: Mapping[str, int], expected: str) -> CaptureError:

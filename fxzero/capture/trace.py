@@ -103,6 +103,7 @@ class StepTracer:
         copies: bool = True,
     ) -> None:
         self.inventory = inventory
+        self.optimized = inventory.optimized
         self.options = options
         self.as_compiler = as_compiler
         self.fresh = fresh
@@ -236,6 +237,11 @@ class StepTracer:
                 for name, gradient in gradients.items()
             }
 
+    def let_go(self) -> None:
+        """Hold nothing of model, optimizer and batch any more; what was traced stays."""
+        del self.inventory, self.inputs.inventory, self.batch_leaves, self.calls
+        self.reader.twins.clear()
+
     def explain(self, error: Exception) -> CaptureError:
         """A trace's failure in the user's terms."""
         phase = next((name for name in ("update", "backward") if name in self.boundaries), "forward")
@@ -325,7 +331,7 @@ def finish_step(
         entries=entries,
         results=tracer.results,
         boundaries=boundaries,
-        optimized=tracer.inventory.optimized,
+        optimized=tracer.optimized,
         mode=tracer.mode,
     )
     check_dtypes(step)

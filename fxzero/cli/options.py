@@ -15,6 +15,7 @@ from fxzero.plan import Plan
 
 # option of the command line -> key of the plan
 _KEYS: tuple[str, ...] = ("zero", "mesh", "bucket_bytes", "persist_below", "prefetch", "bucket_form", "lowering")
+_KEYS += ("dynamic",)
 _KEYS += ("all_gather", "reduce_scatter")
 _KEYS += ("compress_gathers", "compress_reductions", "compress_block", "compress_below")
 _KEYS += ("powersgd_rank", "topk_fraction", "node_size")
@@ -41,6 +42,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--reduce-scatter", metavar="NAME", help="native, send_recv, shared_memory, all_to_all or auto")
     group.add_argument("--bucket-form", metavar="NAME", help="coalesced, separate or auto")
     group.add_argument("--lowering", metavar="NAME", help="auto, eager, inductor or triton; marks what is compiled")
+    group.add_argument("--dynamic", type=_yes_no, metavar="WHEN", help="when sizes become symbols: auto, true or false")
     group.add_argument("--precision", metavar="NAME", help="fp32, bf16, fp16, autocast:bf16 or autocast:fp16")
     group.add_argument("--reduce-dtype", metavar="NAME", help="of gradients under precision bf16 or fp16")
     group.add_argument("--keep-fp32", action="append", metavar="PATTERN,..", help="modules that stay fp32")
@@ -133,6 +135,11 @@ def _number(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+def _yes_no(text: str) -> Any:
+    """Yes or no, or the text as it is."""
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def _recompute(text: str) -> Any:

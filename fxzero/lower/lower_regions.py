@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
-from tqdm import tqdm
 
 from fxzero.errors import LoweringError
 from fxzero.graph import StepGraph
-from fxzero.graph.regions import Region, regions
+from fxzero.graph.regions import Region, region_of, regions
 from fxzero.graph.storage import InPlace
 from fxzero.lower import triton
+from fxzero.lower.in_turn import Maker
 from fxzero.lower.inductor import compile_region
 from fxzero.lower.products import Products
 from fxzero.lower.region_text import RegionText, region_text
+from fxzero.lower.sized_regions import AtSizes, Served
 from fxzero.lower.store import Function, Store
-from fxzero.lower.workers import num_processes, working_on
 from fxzero.plan import Plan
 
 
@@ -34,12 +33,16 @@ class LoweredRegion:
         form: its inputs, outputs, and what it writes over.
         function: takes a list of the inputs, which it empties, and returns the outputs.
         name: of that function; equal regions share it.
+        sizes: of the batch, which it takes before the inputs.
+        num_chosen: so many of its calls another op runs, as was chosen where it was learned for all sizes.
     """
 
     calls: tuple[fx.Node, ...]
     form: RegionText
     function: Function
     name: str
+    sizes: tuple[int, ...] = ()
+    num_chosen: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Lowered:
         num_distinct: so many functions there are.
         num_compiled: so many of them this process has compiled; what is missing was on disk, or others did it.
         refused: number of a region that runs call by call, since it cannot be compiled -> why.
+        num_open: so many functions are for all sizes of the batch.
+        num_alone: so many are for one shape though sizes are open; None: they are not.
     """
 
     regions: Mapping[int, LoweredRegion]
@@ -59,14 +64,17 @@ class Lowered:
     num_distinct: int
     num_compiled: int
     refused: Mapping[int, LoweringError] = field(default_factory=dict)
+    num_open: int = 0
+    num_alone: int | None = None
 
 
-def lower_by_plan(step: StepGraph, plan: Plan) -> Lowered | None:
+def lower_by_plan(step: StepGraph, plan: Plan, *, at: AtSizes | None = None) -> Lowered | None:
     """The regions of a program as functions, as its plan says; None where each call runs by itself.
 
     Args:
         step: with its regions cut, unless the plan's lowering is "eager".
         plan: of the program. Ranks of a host share the work, as torchrun's variables tell them apart.
+        at: its sizes, where others may come.
 
     Raises:
         LoweringError: of a region that cannot be compiled.
@@ -74,7 +82,7 @@ def lower_by_plan(step: StepGraph, plan: Plan) -> Lowered | None:
     if plan.lowering in ("auto", "eager"):
         return None
     place = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return lower_regions(step, lowering=plan.lowering, place=place, fallback=plan.eager_fallback)
+    return lower_regions(step, lowering=plan.lowering, place=place, fallback=plan.eager_fallback, at=at)
 
 
 def lower_regions(
@@ -85,6 +93,7 @@ def lower_regions(
     place: tuple[int, int] = (0, 1),
     fallback: bool = False,
     measure: bool = True,
+    at: AtSizes | None = None,
 ) -> Lowered:
     """Compile the regions of a program, or find them on disk.
 
@@ -96,6 +105,7 @@ def lower_regions(
             share the work.
         fallback: a region that cannot be compiled runs call by call.
         measure: matrix products are tried on this machine, to choose their library.
+        at: the program's sizes, where others may come; regions are then compiled for all of them, but for "triton".
 
     Raises:
         LoweringError: of a region that cannot be compiled.
@@ -104,36 +114,51 @@ def lower_regions(
     found = regions(step)
     store = store or Store(lowering=lowering)
     by_triton = lowering == "triton"
-    ops = {} if by_triton or not measure else Products(store).choose(step.calls())
     compile_ = triton.compile_region if by_triton else functools.partial(compile_region, threads=1)
-    forms = {region.number: region_text(region, in_place, ops=ops) for region in found}
-    distinct = list(dict.fromkeys(form.text for form in forms.values()))
-    index, ranks = place
-    first = len(distinct) * index // ranks
-    functions: dict[str, Function] = {}
-    errors: dict[str, LoweringError] = {}
-    num_compiled = 0
-    large_first = sorted(distinct, key=lambda text: (-text.count('"op"'), text))
-    in_turn = [*large_first[first:], *large_first[:first]]
-    missing = [text for text in in_turn if not store.holds(text)]
-    processes = 1 if by_triton else num_processes(ranks)
-    with working_on(missing, store, processes=processes):
-        for text in _progress(in_turn, show=bool(missing) and index == 0):
-            try:
-                functions[text], made = store.get(text, functools.partial(compile_, text))
-                num_compiled += made
-            except LoweringError as error:
-                errors[text] = error
-    refused = {r.number: errors[forms[r.number].text] for r in found if forms[r.number].text in errors}
+    maker = Maker(store, compile_, place, alone=by_triton)
+    forms = {region.number: region_text(region, in_place) for region in found}
+    served, num_open = ({}, 0) if at is None or by_triton else _served(step, forms, at, maker)
+    chooses = measure and not by_triton
+    ops = Products(store).choose([n for n in step.calls() if region_of(n) not in served]) if chooses else {}
+    for region in (region for region in found if any(node in ops for node in region.calls)):
+        forms[region.number] = region_text(region, in_place, ops=ops)
+    distinct = list(dict.fromkeys(form.text for number, form in forms.items() if number not in served))
+    made = maker.functions(distinct)
+    refused = {n: made.errors[form.text] for n, form in forms.items() if form.text in made.errors and n not in served}
     if refused and not fallback:
         raise _of_region(found, forms, refused)
+    names = {text: f"region_{i}" for i, text in enumerate([*distinct, *dict.fromkeys(s.text for s in served.values())])}
     lowered = {}
-    for region in found:
-        form = forms[region.number]
-        if form.text in functions:
-            name = f"region_{distinct.index(form.text)}"
-            lowered[region.number] = LoweredRegion(region.calls, form, functions[form.text], name)
-    return Lowered(lowered, ops, len(distinct), num_compiled, refused)
+    for number, region in ((region.number, region) for region in found if region.number not in refused):
+        form, open_ = forms[number], served.get(number)
+        function, text = (made.functions[form.text], form.text) if open_ is None else (open_.function, open_.text)
+        values, num_chosen = ((), 0) if open_ is None else (open_.values, open_.num_chosen)
+        lowered[number] = LoweredRegion(region.calls, form, function, names[text], values, num_chosen)
+    fixed = at.regions.fixed if at is not None else {*distinct}
+    alone = None if at is None else len([text for text in distinct if text not in fixed])
+    num_compiled = made.num_compiled + num_open
+    return Lowered(lowered, ops, len(names), num_compiled, refused, len(names) - len(distinct), alone)
+
+
+def _served(
+    step: StepGraph, forms: Mapping[int, RegionText], at: AtSizes, maker: Maker
+) -> tuple[dict[int, Served], int]:
+    """The regions that functions for all sizes run, learned now if need be; and how many were compiled for that."""
+    plain = {number: form.plain for number, form in forms.items()}
+    if at.regions.unknown(plain.values(), at.sizes) and at.regions.begins_lesson(at.source):
+        _learn(step, at, Products(maker.store))
+    return at.regions.serve(plain, at.sizes, maker)
+
+
+def _learn(step: StepGraph, at: AtSizes, products: Products) -> None:
+    """Compare a program with those at other sizes, until all of its regions are known."""
+    in_place, ops = InPlace(step), products.choose(step.calls())
+    here = [region_text(region, in_place, ops=ops) for region in regions(step)]
+    for other, sizes in at.elsewhere():
+        there = InPlace(other)
+        at.regions.learn(here, at.sizes, [region_text(region, there).plain for region in regions(other)], sizes)
+        if not at.regions.unknown([form.plain for form in here], at.sizes):
+            break
 
 
 def _of_region(
@@ -152,10 +177,3 @@ def _of_region(
         error.add_note("\n".join(node.format_node() or "" for node in region.calls))
         error.add_note(forms[region.number].text)
     return error
-
-
-def _progress(texts: list[str], *, show: bool) -> Any:
-    """The texts, with a bar for a person who waits."""
-    return tqdm(
-        texts, desc="fxzero: compiling regions", unit="region", leave=False, disable=not (show and sys.stderr.isatty())
-    )

@@ -3,6 +3,7 @@
 [Note: canonical form]
 Inputs are named i0, i1 .. in the order of their first reading, calls c0, c1 .. in program order. Of an input the text
 has dtype, shape, strides and device; numbers of the host are 0-dim inputs, so that their values are no part of it.
+Where sizes of the batch are left open ([Note: open sizes] in `symbolic_text`), their names come first among the inputs.
 The text is JSON: it is compared, hashed, stored beside what was compiled from it, shown to people, and read back to
 compile from; no Python object is ever stored.
 """
@@ -21,8 +22,8 @@ from torch import fx
 from fxzero.errors import LoweringError
 from fxzero.graph.number_arguments import with_tensors
 from fxzero.graph.regions import Region
-from fxzero.graph.step_graph import is_getitem
 from fxzero.graph.storage import InPlace
+from fxzero.lower.symbolic_text import as_text, names_in, terms_of, value_of
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class RegionText:
 
     Args:
         text: see [Note: canonical form].
+        plain: the same with each call's own op, where another one runs some.
         inputs: the nodes that i0, i1 .. stand for.
         outputs: the nodes whose values the compiled function returns.
         written: node of an input -> the node whose value stands in its memory afterwards.
     """
 
     text: str
+    plain: str
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
     written: dict[fx.Node, fx.Node]
@@ -57,13 +60,20 @@ def region_text(region: Region, in_place: InPlace, *, ops: Mapping[fx.Node, Any]
     written = _written(region, in_place)
     in_memory = set(written.values())
     outputs = tuple(node for node in region.outputs if node not in in_memory)
+    calls = [_call(node, node.target, names) for node in region.calls]
     document = {
         "inputs": [_type(node) for node in inputs],
-        "calls": [_call(node, ops.get(node, node.target), names) for node in region.calls],
+        "calls": calls,
         "outputs": [names[node] for node in outputs],
         "written": {names[source]: names[node] for source, node in written.items()},
     }
-    return RegionText(json.dumps(document, separators=(",", ":")), inputs, outputs, written)
+    text = plain = as_text(document)
+    if any(node in ops for node in region.calls):
+        run = [
+            {**call, "op": _name(ops.get(node, node.target))} for call, node in zip(calls, region.calls, strict=True)
+        ]
+        text = as_text({**document, "calls": run})
+    return RegionText(text, plain, inputs, outputs, written)
 
 
 def _written(region: Region, in_place: InPlace) -> dict[fx.Node, fx.Node]:
@@ -91,11 +101,16 @@ def _type(node: fx.Node) -> list[Any]:
 
 
 def _call(node: fx.Node, target: Any, names: dict[fx.Node, str]) -> dict[str, Any]:
-    op = "getitem" if is_getitem(node) else target.name() + ("" if "." in target.name() else ".default")
-    call: dict[str, Any] = {"op": op, "args": _plain(node.args, names)}
+    call: dict[str, Any] = {"op": _name(target), "args": _plain(node.args, names)}
     if node.kwargs:
         call["kwargs"] = {key: _plain(value, names) for key, value in node.kwargs.items()}
     return call
+
+
+def _name(target: Any) -> str:
+    if target is operator.getitem:
+        return "getitem"
+    return target.name() + ("" if "." in target.name() else ".default")
 
 
 def _plain(value: Any, names: dict[fx.Node, str]) -> Any:
@@ -120,21 +135,22 @@ def _plain(value: Any, names: dict[fx.Node, str]) -> Any:
     )
 
 
-def read_region(text: str, mode: Any) -> tuple[fx.GraphModule, list[torch.Tensor]]:
+def read_region(text: str, mode: Any, sizes: Mapping[str, Any] | None = None) -> tuple[fx.GraphModule, list[Any]]:
     """The region of a text as a module that returns its outputs and then what is written, with fake inputs.
 
     Args:
-        text: of a `RegionText`.
+        text: of a `RegionText` or a `SymbolicText`.
         mode: fake mode in which the inputs are made.
+        sizes: name -> size, a number or a symbol, of those that the text leaves open.
     """
     document = json.loads(text)
-    graph, nodes, fakes = _graph_of(document, mode)
+    graph, nodes, fakes = _graph_of(document, mode, sizes or {})
     for name, call in zip(_call_names(document), document["calls"], strict=True):
         node = nodes[name]
         node.target = with_tensors(node) if call["op"] != "getitem" else node.target  # type: ignore[assignment]
     returned = [*document["outputs"], *document["written"].values()]
     graph.output(tuple(nodes[name] for name in returned))
-    return fx.GraphModule(torch.nn.Module(), graph), fakes
+    return fx.GraphModule(torch.nn.Module(), graph), [*((sizes or {})[name] for name in names_in(document)), *fakes]
 
 
 def read_calls(text: str, mode: Any) -> dict[str, fx.Node]:
@@ -147,7 +163,7 @@ def read_calls(text: str, mode: Any) -> dict[str, fx.Node]:
         mode: fake mode in which the inputs are made.
     """
     document = json.loads(text)
-    _, nodes, _ = _graph_of(document, mode)
+    _, nodes, _ = _graph_of(document, mode, {})
     for name, (dtype, *_, device) in zip(_input_names(document), document["inputs"], strict=True):
         if device == "number":
             nodes[name].meta["val"] = 1 if dtype == "int64" else 0.5
@@ -161,7 +177,8 @@ def read_calls(text: str, mode: Any) -> dict[str, fx.Node]:
 
 def written_inputs(text: str) -> list[int]:
     """Indices of the inputs that a region writes over, in the order in which `read_region` returns their values."""
-    return [int(name.removeprefix("i")) for name in json.loads(text)["written"]]
+    document = json.loads(text)
+    return [len(names_in(document)) + int(name.removeprefix("i")) for name in document["written"]]
 
 
 def _input_names(document: Mapping[str, Any]) -> list[str]:
@@ -172,14 +189,18 @@ def _call_names(document: Mapping[str, Any]) -> list[str]:
     return [f"c{index}" for index in range(len(document["calls"]))]
 
 
-def _graph_of(document: Mapping[str, Any], mode: Any) -> tuple[fx.Graph, dict[str, fx.Node], list[torch.Tensor]]:
+def _graph_of(
+    document: Mapping[str, Any], mode: Any, sizes: Mapping[str, Any]
+) -> tuple[fx.Graph, dict[str, fx.Node], list[torch.Tensor]]:
     """The graph of a document without its output, its nodes by name, and fake inputs."""
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     fakes: list[torch.Tensor] = []
+    nodes |= {f"size {name}": graph.placeholder(name) for name in names_in(document)}
     for name, (dtype, shape, strides, device) in zip(_input_names(document), document["inputs"], strict=True):
         node = nodes[name] = graph.placeholder(name)
         place = "cpu" if device == "number" else device
+        shape, strides = ([_number(item, sizes) for item in items] for items in (shape, strides))
         with mode:
             fakes.append(torch.empty_strided(shape, strides, dtype=getattr(torch, dtype), device=place))
         # what tells a call with a number of the host from one with a tensor of no dimensions
@@ -190,11 +211,20 @@ def _graph_of(document: Mapping[str, Any], mode: Any) -> tuple[fx.Graph, dict[st
     return graph, nodes, fakes
 
 
+def _number(value: Any, sizes: Mapping[str, Any]) -> Any:
+    terms = terms_of(value)
+    return value if terms is None else value_of(terms, sizes)
+
+
 def _argument(value: Any, nodes: dict[str, fx.Node]) -> Any:
     if isinstance(value, list):
         return [_argument(item, nodes) for item in value]
     if not isinstance(value, dict):
         return value
+    terms = terms_of(value)
+    if terms is not None:
+        proxies = {name: fx.Proxy(nodes[f"size {name}"]) for _, *names in terms for name in names}
+        return value_of(terms, proxies).node
     read: dict[str, Callable[[Any], Any]] = {
         "node": nodes.__getitem__,
         "torch": lambda name: getattr(torch, name),

@@ -29,7 +29,7 @@ from fxzero import compat_inductor
 from fxzero.errors import LoweringError
 from fxzero.lower import triton
 from fxzero.lower.alignment import Function, taking_any_alignment
-from fxzero.lower.inductor import OPTIONS, Compiled
+from fxzero.lower.inductor import OPTIONS, Compiled, PinnedError
 from fxzero.lower.region_text import written_inputs
 
 VARIABLE = "FXZERO_CACHE_DIR"
@@ -85,19 +85,36 @@ class Store:
         Args:
             text: the region's canonical text.
             make: compiles it, where it is not there.
+
+        Raises:
+            PinnedError: it cannot be compiled for all sizes, as was found now or before.
         """
         path = self.path(text)
         with self._locked(path), self._caching():
             kept = self._kept(path, text)
             made = kept is None
+            if kept is not None and "refused" in kept:
+                raise PinnedError(kept["refused"])
             if kept is None:
-                compiled = make()
-                kept = {"region": text, "aligned": compiled.aligned}
+                compiled = self._made(path, text, make)
+                kept = {"region": text, "aligned": compiled.aligned, "conditions": compiled.conditions}
                 self._write(path.with_suffix(".json"), json.dumps(kept))
                 self._write(path, compiled.source)
             with self._loading():
                 function = _load(path)
             return taking_any_alignment(function, aligned=kept["aligned"], written=written_inputs(text)), made
+
+    def _made(self, path: Path, text: str, make: Callable[[], Compiled]) -> Compiled:
+        try:
+            return make()
+        except PinnedError as error:
+            self._write(path.with_suffix(".json"), json.dumps({"region": text, "refused": str(error)}))
+            raise
+
+    def conditions(self, text: str) -> list[str]:
+        """What must be true of the sizes that the text of a region leaves open; it must be there."""
+        kept = self._kept(self.path(text), text)
+        return [] if kept is None else kept.get("conditions", [])
 
     def _caching(self) -> contextlib.AbstractContextManager[None]:
         if self._lowering == "triton":
@@ -144,7 +161,8 @@ class Store:
         """What stands beside a region's module; None where one of the two is missing or not of this region."""
         try:
             kept = json.loads(path.with_suffix(".json").read_text())
-            return kept if path.exists() and kept["region"] == text else None
+            there = path.exists() or "refused" in kept
+            return kept if there and kept["region"] == text else None
         except (OSError, ValueError, KeyError):
             return None  # written half, by a process that was ended
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from fxzero.errors import LoweringError, PlanError
 from fxzero.lower.inductor import compile_region
 from fxzero.lower.store import Store
+from fxzero.lower.symbolic_text import Sizes
 
 VARIABLE = "FXZERO_COMPILE_PROCESSES"
 _FEWEST_EACH = 3  # starting a worker takes as long as compiling two or three regions
@@ -39,13 +40,14 @@ def num_processes(ranks: int) -> int:
 
 
 @contextlib.contextmanager
-def working_on(texts: Sequence[str], store: Store, *, processes: int) -> Iterator[None]:
+def working_on(texts: Sequence[str], store: Store, *, processes: int, sizes: Sizes | None = None) -> Iterator[None]:
     """Until the block ends, further processes compile these regions, the last first.
 
     Args:
         texts: canonical texts of regions that are not on disk.
         store: that they go to.
         processes: that compile at a time, this one included.
+        sizes: see `compile_region`.
     """
     import torch
 
@@ -54,7 +56,7 @@ def working_on(texts: Sequence[str], store: Store, *, processes: int) -> Iterato
     for index in range(number):
         backwards = list(reversed(texts))
         turned = backwards[index * len(texts) // number :] + backwards[: index * len(texts) // number]
-        job = {"folder": str(store.folder), "texts": turned, "threads": torch.get_num_threads()}
+        job = {"folder": str(store.folder), "texts": turned, "threads": torch.get_num_threads(), "sizes": sizes}
         command = [sys.executable, "-m", __name__]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         worker = subprocess.Popen(command, text=True, env=_environment(), **pipes)  # type: ignore[call-overload]
@@ -85,7 +87,7 @@ def main() -> None:
     store = Store(Path(job["folder"]))
     for text in job["texts"]:
         with contextlib.suppress(LoweringError):  # the process that needs it will meet the same, and say so
-            store.get(text, functools.partial(compile_region, text, threads=1))
+            store.get(text, functools.partial(compile_region, text, threads=1, sizes=job["sizes"]))
 
 
 if __name__ == "__main__":

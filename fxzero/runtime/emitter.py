@@ -137,7 +137,7 @@ class Emitter:
         self.lines.append(f"    del {names.rstrip(', ')}")
 
     def region(self, lowered: LoweredRegion, dying: list[str]) -> list[str]:
-        """Write the lines of a region: its inputs go into a list and die with it.
+        """Write the lines of a region: its inputs, after the sizes that it is open for, go into a list and die with it.
 
         Args:
             lowered: the region and what runs it.
@@ -147,7 +147,7 @@ class Emitter:
             Those of them that are there still.
         """
         form, calls = lowered.form, set(lowered.calls)
-        inputs = ", ".join(self._region_input(node) for node in form.inputs)
+        inputs = ", ".join([*map(str, lowered.sizes), *(self._region_input(node) for node in form.inputs)])
         self.lines.append(f"    values = [{inputs}]")
         read_after = {name for node in calls for line in self.copies.get(node, ()) for name in re.findall(r"\w+", line)}
         kept = self._returned_names | read_after

@@ -7,7 +7,7 @@ from fxzero import compat
 from fxzero.backend import programs
 from fxzero.backend.shapes import ByShape, is_open
 from tests.backend.models import Decoder, tokens
-from tests.backend.reference import compiled
+from tests.backend.reference import compiled, regions_interpreted
 
 
 def titles() -> list[str]:
@@ -78,7 +78,7 @@ def test_strides_are_part_of_what_is_compiled() -> None:
     assert is_open(example)
     compiled_for: list[tuple[int, ...]] = []
 
-    def compile_for(graph: fx.GraphModule, inputs: list[torch.Tensor]) -> fx.GraphModule:
+    def compile_for(graph: fx.GraphModule, inputs: list[torch.Tensor], sizes: object) -> fx.GraphModule:
         compiled_for.append(inputs[0].stride())
         return graph
 
@@ -102,3 +102,18 @@ def test_inputs_that_share_memory_are_other_inputs() -> None:
             y = base[3:9].view(2, 3) if shared else torch.arange(6.0).view(2, 3)
             found.append((run(x, y), base))
         assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def test_regions_serve_all_sizes_from_the_third_set_of_them_on() -> None:
+    model = Decoder(2)
+    with regions_interpreted() as store:
+        called = compiled(model, lowering="inductor")
+        for step, rows in enumerate((2, 3, 5, 4, 6)):
+            x, y = tokens(step, rows=rows)
+            before = len(store.texts)
+            loss = called(x, y)
+            loss.backward()
+            assert loss.item() == model(x, y).item()
+            new = set(store.texts[before:]) - set(store.texts[:before])
+            assert any('"sizes"' in text for text in new) == (step == 2)
+            assert bool(new) == (step < 3)

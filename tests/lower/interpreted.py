@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from fxzero import compat
-from fxzero.lower import lower_regions, region_text
+from fxzero.lower import lower_regions, region_text, symbolic_text
 from fxzero.lower.store import Function
 
 aten = torch.ops.aten
@@ -35,11 +35,12 @@ class Interpreted:
     def get(self, text: str, make: Callable[[], Any]) -> tuple[Function, bool]:
         self.texts.append(text)
         with mock.patch.object(region_text, "with_tensors", lambda node: node.target):
-            module, _ = region_text.read_region(text, compat.new_fake_mode())
+            names = symbolic_text.names_in(json.loads(text))
+            module, _ = region_text.read_region(text, compat.new_fake_mode(), dict.fromkeys(names, 2))
         self.edit(module)
         module.recompile()
         written = region_text.written_inputs(text)
-        is_number = [device == "number" for *_, device in json.loads(text)["inputs"]]
+        is_number = [False] * len(names) + [device == "number" for *_, device in json.loads(text)["inputs"]]
 
         def function(values: list[Any]) -> tuple[Any, ...]:
             inputs = list(values)
@@ -54,6 +55,9 @@ class Interpreted:
 
     def holds(self, text: str) -> bool:
         return True
+
+    def conditions(self, text: str) -> list[str]:
+        return []
 
     def answers(self, name: str, questions: list[str], measure: Callable[[str], str]) -> dict[str, str]:
         return dict.fromkeys(questions, "blas")
