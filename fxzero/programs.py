@@ -311,12 +311,14 @@ def _elsewhere(
 ) -> Iterator[tuple[StepGraph, Mapping[str, int]]]:
     """Programs of a trace at other sizes than these, and which; only regions are asked for, nothing runs them."""
     for others in source.elsewhere(**sizes):
-        captured = source.at(**others)
-        captured.mesh = dict(mesh)
         try:
-            yield decided(captured)[0].run(captured), others
+            captured = source.at(**others)
+            captured.mesh = dict(mesh)
+            step = decided(captured)[0].run(captured)
         except FxzeroError as error:
             log.info("fxzero: no program at %s, where regions were to be compared: %s", others, error)
+            continue
+        yield step, others
 
 
 def carried(step: StepGraph) -> tuple[str, ...]:
