@@ -42,10 +42,10 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
 
 
 @functools.cache
-def trained(**keys: Any) -> fxzero.TrainStep:
+def trained(layers: int = 2, **keys: Any) -> fxzero.TrainStep:
     """A step that has run once, its regions interpreted."""
     torch.manual_seed(0)
-    model = Decoder(2)
+    model = Decoder(layers)
     with interpreted(), graphs_on_the_cpu():
         plan = fxzero.Plan(**{"lowering": "inductor", **keys})
         step = fxzero.compile(model, torch.optim.AdamW(model.parameters()), plan)
@@ -77,7 +77,7 @@ def _products_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_products_by_onednn")
 @pytest.mark.parametrize("keys", [{}, {"cuda_graph": True}], ids=str)
 def test_each_function_has_its_own_module_and_its_regions_call_it(keys: Any, kept: Kept, tmp_path: Path) -> None:
-    step = trained.__wrapped__(**keys)
+    step = trained.__wrapped__(1, **keys)
     files = step.write_source(tmp_path / "source")
     rows = rows_of((tmp_path / "source" / "index.md").read_text())
     assert {f.name for f in files} == {"index.md", "program.py", *(row[-1] for row in rows)}
@@ -114,14 +114,14 @@ def test_places_of_a_function_have_stars_for_numbers() -> None:
 
 
 def test_a_step_without_regions_has_its_program_and_an_index_that_says_so(tmp_path: Path) -> None:
-    files = trained(lowering="eager").write_source(str(tmp_path / "source"))
+    files = trained(1, lowering="eager").write_source(str(tmp_path / "source"))
     assert sorted(f.name for f in files) == ["index.md", "program.py"]
     assert "No regions: lowering eager runs each call by itself, see program.py" in files[-1].read_text()
     assert "aten_addmm(" in (tmp_path / "source" / "program.py").read_text()
 
 
 def test_each_program_of_a_step_has_a_folder(kept: Kept, tmp_path: Path) -> None:
-    step = trained(accumulate=4)
+    step = trained(1, accumulate=4)
     step.write_source(tmp_path / "source")
     folders = sorted(path.name for path in (tmp_path / "source").iterdir())
     assert folders == ["program_0", "program_1", "program_2"], "the two in the middle are one"

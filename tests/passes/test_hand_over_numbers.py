@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import fx
 
 from fxzero import Plan, compat
+from fxzero.capture import Inventory, capture_step
+from fxzero.capture.rehearsal import rehearse
 from fxzero.errors import PlanError
 from fxzero.graph import StateEntry, StepGraph, ops
 from fxzero.graph.host_side import NUMBER, numbers_that_change, split_at_numbers
@@ -16,7 +19,6 @@ from fxzero.graph.parse import from_text
 from fxzero.graph.step_graph import Result, yields_scalar
 from fxzero.passes.hand_over_numbers import hand_over_numbers
 from fxzero.recipe import recipe
-from tests.conftest import Capture
 from tests.lower.models import Decoder, tokens
 
 aten = torch.ops.aten
@@ -152,16 +154,22 @@ def test_a_tensor_of_the_host_is_named_but_for_a_constant_of_no_dims() -> None:
             on_meta(given(kind, shape))
 
 
-@pytest.fixture
-def decoder_step(capture: Capture) -> StepGraph:
+@functools.cache
+def captured() -> StepGraph:
+    """A decoder's step before any pass."""
     model = Decoder(1)
-    return capture(model, torch.optim.AdamW(model.parameters(), lr=1e-2), *tokens(0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return capture_step(rehearse(Inventory.of(model, optimizer))[0], None, tokens(0), {}).step
 
 
-def test_a_step_in_one_graph_begins_with_its_numbers_and_hands_each_over_once(decoder_step: StepGraph) -> None:
-    plan = Plan(zero=3, mesh={"dp": 2}, cuda_graph=True, lowering="inductor")
-    decoder_step.mesh = dict(plan.axes)
-    step = recipe(plan, backend="nccl").run(decoder_step)
+def rewritten(plan: Plan) -> StepGraph:
+    """That step after all passes."""
+    captured().mesh = dict(plan.axes)
+    return recipe(plan, backend="nccl").run(captured())
+
+
+def test_a_step_in_one_graph_begins_with_its_numbers_and_hands_each_over_once() -> None:
+    step = rewritten(Plan(zero=3, mesh={"dp": 2}, cuda_graph=True, lowering="inductor"))
     calls, numbers = step.calls(), numbers_that_change(step)
     handed = step.calls(ops.on_device)
     last = max(calls.index(node) for node in handed)
@@ -173,10 +181,8 @@ def test_a_step_in_one_graph_begins_with_its_numbers_and_hands_each_over_once(de
     assert str(from_text(str(step))) == str(step)
 
 
-def test_the_two_parts_of_a_step_are_all_of_it(decoder_step: StepGraph) -> None:
-    plan = Plan(zero=1, mesh={"dp": 2}, cuda_graph=True)
-    decoder_step.mesh = dict(plan.axes)
-    step = recipe(plan, backend="nccl").run(decoder_step)
+def test_the_two_parts_of_a_step_are_all_of_it() -> None:
+    step = rewritten(Plan(zero=1, mesh={"dp": 2}, cuda_graph=True))
     host, device = split_at_numbers(step)
     names = {node.name for node in (*host.calls(), *device.calls(), *step.calls(ops.on_device))}
     assert names == {node.name for node in step.calls()}
