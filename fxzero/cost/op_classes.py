@@ -57,7 +57,8 @@ _BY_WORD = {
     "random": "bernoulli rand randn rand_like randn_like native_dropout uniform normal normal_functional dropout",
     "reduction": "sum mean amax amin max min norm linalg_vector_norm any all prod var std var_mean argmax cumsum "
     "nonfinite logsumexp",
-    "normalization": "native_layer_norm native_group_norm native_batch_norm batch_norm rms_norm _fused_rms_norm",
+    "normalization": "native_layer_norm native_group_norm native_batch_norm batch_norm rms_norm "
+    "_fused_rms_norm layer_norm",
     "softmax": "_softmax _log_softmax softmax log_softmax _softmax_backward_data _log_softmax_backward_data",
     "index": "embedding embedding_dense_backward index index_select index_put _index_put gather scatter scatter_add "
     "index_add nll_loss_forward nll_loss_backward slice_scatter select_scatter select_backward slice_backward "

@@ -1,0 +1,120 @@
+"""Steps of models of `transformers` and of single layers, run as graphs: before and after kernels are put in."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+import fxzero
+from fxzero import Plan, StepGraph
+from fxzero.capture import Inventory, capture_step
+from fxzero.capture.rehearsal import rehearse
+from fxzero.recipe import captured_as
+from tests.hf.models import CASES
+from tests.lower.models import Decoder, tokens
+
+Outcome = dict[tuple[str, str], torch.Tensor]
+RATE = 0.5
+
+
+@functools.cache
+def hf_step(name: str, precision: str = "fp32") -> StepGraph:
+    """A step of one of tests/hf/models.py; its next momenta are the gradients. Not to be changed."""
+    torch.manual_seed(0)
+    case = CASES[name]
+    model = case.model()
+    batch = case.batch(torch.Generator().manual_seed(5))
+    return captured(model, case.loss, (), batch, precision=precision)
+
+
+def captured(
+    model: nn.Module, loss: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, **keys: Any
+) -> StepGraph:
+    """A step of SGD with momentum that begins at nothing, so that it ends at the gradients."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
+    inventory = rehearse(Inventory.of(model, optimizer))[0]
+    return capture_step(inventory, loss, args, kwargs or {}, options=captured_as(Plan(**keys))).step
+
+
+def values_of(step: StepGraph, *, seed: int = 3, wide: bool = False) -> list[Any]:
+    """Values for all inputs: momenta are zero, norms' weights are about one, and indices zero or one.
+
+    Args:
+        step: a graph.
+        seed: of what is drawn.
+        wide: floating ones in fp64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found: list[Any] = []
+    for node in step.placeholders:
+        val, entry = node.meta["val"], node.meta["entry"]
+        if not isinstance(val, torch.Tensor):
+            found.append(val)
+        elif not val.is_floating_point():
+            found.append(torch.randint(0, 2, val.shape, generator=generator).to(val.dtype))
+        elif entry.kind == "optimizer":
+            found.append(torch.zeros(val.shape, dtype=torch.float64 if wide else val.dtype))
+        else:
+            drawn = 0.3 * torch.randn(val.shape, generator=generator) + ("norm" in entry.name)
+            found.append(drawn.to(torch.float64 if wide else val.dtype))
+    return found
+
+
+def outcome(step: StepGraph, values: list[Any]) -> Outcome:
+    """What a graph of one rank returns for these inputs, but for numbers."""
+    torch.manual_seed(0)
+    returned = fx.GraphModule({}, step.graph)(*values)
+    pairs = zip(step.results, returned, strict=True)
+    return {key: value for key, value in pairs if isinstance(value, torch.Tensor) and value.is_floating_point()}
+
+
+def difference(found: Outcome, expected: Outcome) -> float:
+    """The greatest relative error of loss and gradients; of a gradient near zero, relative to the largest ones."""
+    assert found.keys() == expected.keys()
+    kept = [key for key in expected if key[0] in ("loss", "optimizer")]
+    largest = max(float(expected[key].norm()) / expected[key].numel() ** 0.5 for key in kept)
+    errors = []
+    for key in kept:
+        scale = max(float(expected[key].norm()), 1e-2 * largest * expected[key].numel() ** 0.5)
+        errors.append(float((found[key].double() - expected[key].double()).norm()) / scale)
+    return max(errors)
+
+
+def fused_difference(step: StepGraph, fuse: Callable[[StepGraph], Any], *, seed: int = 3) -> tuple[float, StepGraph]:
+    """How far a graph is from itself with kernels, and that one."""
+    fused = step.copy()
+    fuse(fused)
+    fused.graph.lint()
+    values = values_of(step, seed=seed)
+    return difference(outcome(fused, values), outcome(step, values)), fused
+
+
+def trained(model: Callable[[], nn.Module], *, steps: int = 2, rows: int = 4, **keys: Any) -> list[torch.Tensor]:
+    """Losses of some steps of a plan, and the parameters behind them."""
+    torch.manual_seed(0)
+    made = model()
+    step = fxzero.compile(made, torch.optim.SGD(made.parameters(), lr=0.1, momentum=0.9), Plan(**{"zero": 0, **keys}))
+    torch.manual_seed(1)
+    losses = [step(*tokens(i, rows=rows)).detach() for i in range(steps)]
+    return [*losses, *(p.detach() for p in made.parameters())]
+
+
+def far_apart(a: list[torch.Tensor], b: list[torch.Tensor], *, rtol: float) -> list[int]:
+    """The places at which two lists of tensors differ by more than their largest element times `rtol`."""
+    pairs = enumerate(zip(a, b, strict=True))
+    return [i for i, (x, y) in pairs if not torch.allclose(x, y, rtol=rtol, atol=rtol * float(y.abs().max()))]
+
+
+def decoder(**settings: Any) -> Callable[[], nn.Module]:
+    """A builder of two blocks, the same each time."""
+    return functools.partial(copy.deepcopy, _decoder(**settings))
+
+
+def _decoder(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return Decoder(2, **settings)

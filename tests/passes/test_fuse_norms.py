@@ -1,0 +1,350 @@
+"""Fused norms: the same numbers, forward and backward, in whatever form a model writes them; else they stay."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import operator
+import re
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from fxzero import Plan, StepGraph
+from fxzero.cost.memory import memory_profile
+from fxzero.graph import kernel_ops
+from fxzero.graph.edit import Editor
+from fxzero.graph.parse import from_text
+from fxzero.graph.text import to_text
+from fxzero.graph.verify import verify
+from fxzero.passes import fuse_norms as pass_module
+from fxzero.passes.fuse_norms import fuse_norms
+from fxzero.passes.recompute_pointwise import backward_readers
+from fxzero.recipe import recipe
+from tests.lower.interpreted import interpreted
+from tests.lower.models import tokens
+from tests.numerics.local_ranks import compile_for, run_ranks
+from tests.passes.kernel_steps import (
+    captured,
+    decoder,
+    difference,
+    far_apart,
+    fused_difference,
+    hf_step,
+    outcome,
+    trained,
+    values_of,
+)
+
+aten = torch.ops.aten
+RTOL = 1e-5
+NORMS = ("rms_norm", "layer_norm")
+RMS, RMS_BACKWARD = kernel_ops.OPS["rms_norm"]
+COLUMNS = 24
+
+
+# ---- models of transformers
+
+FOUND = {
+    "llama": "rms_norm: 5 of 5 norms; layer_norm: none found",
+    "llama_partly_frozen": "rms_norm: 5 of 5 norms; layer_norm: none found",
+    "qwen3": "rms_norm: 9 of 9 norms; layer_norm: none found",
+    "gemma2": "rms_norm: 9 of 9 norms; layer_norm: none found",
+    "t5": "rms_norm: 12 of 12 norms; layer_norm: none found",
+    "mixtral": "rms_norm: 5 of 5 norms; layer_norm: none found",
+    "bert": "rms_norm: none found; layer_norm: 6 of 6 norms",
+    "gpt2_checkpointed": "rms_norm: none found; layer_norm: 9 of 9 norms",
+}
+
+
+@pytest.mark.parametrize(("name", "told"), FOUND.items())
+def test_norms_of_models(name: str, told: str) -> None:
+    step = hf_step(name)
+    error, fused = fused_difference(step, fuse_norms.run)
+    assert fused.remarks["fuse_norms"] == told
+    assert error < RTOL
+    verify(fused)
+    grads = {name: node.meta["module"] for name, node in step.gradients().items()}
+    assert {name: node.meta["module"] for name, node in fused.gradients().items()} == grads
+    assert to_text(from_text(to_text(fused))) == to_text(fused)
+
+
+# ---- forms
+
+
+class Norm(nn.Module):
+    """A norm in one of FORMS, with a weight."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.norm_weight = form, nn.Parameter(torch.ones(COLUMNS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return FORMS[self.form](x, self.norm_weight)
+
+
+def _llama(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    wide = x.float()
+    return w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def _t5(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return w * (x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).to(w.dtype)
+
+
+def _gemma(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + w.float())).type_as(x)
+
+
+def _mean(x: torch.Tensor) -> torch.Tensor:
+    return (x * x).mean(-1, keepdim=True) + 1e-5
+
+
+def _deferred(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """The sum of squares by columns, as some write the mean."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) / x.shape[-1] + 1e-5) * w
+
+
+FORMS: dict[str, Callable[..., torch.Tensor]] = {
+    "llama": _llama,
+    "t5": _t5,
+    "gemma": _gemma,
+    "torch": lambda x, w: torch.rms_norm(x, (COLUMNS,), w, 1e-5),
+    "no_weight": lambda x, w: x * torch.rsqrt(_mean(x)),
+    "divided": lambda x, w: x / torch.sqrt(_mean(x)) * w,
+    "power": lambda x, w: x * _mean(x) ** -0.5 * w,
+    "root": lambda x, w: w * (x / _mean(x) ** 0.5),
+    "reciprocal": lambda x, w: x * _mean(x).sqrt().reciprocal() * w,
+    "layer_norm": lambda x, w: torch.layer_norm(x, (COLUMNS,), w, None, 1e-5),
+    "deferred": _deferred,
+    "eps_outside": lambda x, w: x / ((x * x).mean(-1, keepdim=True).sqrt() + 1e-5) * w,
+    "of_rows": lambda x, w: x * torch.rsqrt((x * x).mean(0, keepdim=True) + 1e-5) * w,
+    "of_others": lambda x, w: x * torch.rsqrt(_mean(x.tanh())) * w,
+}
+STAY = {
+    "deferred": "none found; nearest, %rsqrt of norm: %div is aten.div.Tensor, not a mean of the last dimension",
+    "eps_outside": "none found; nearest, %sqrt of norm: %mean is aten.mean.dim, not a mean and a number",
+    "of_rows": "none found; nearest, %rsqrt of norm: %mean is aten.mean.dim, not a mean of the last dimension",
+    "of_others": "none found; nearest, %rsqrt of norm: %rsqrt scales nothing that it is the root of",
+}
+
+
+class Layer(nn.Module):
+    """A product, a norm, a product: with the norm's input beside it, as a residual stream has it."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, COLUMNS), Norm(form), nn.Linear(COLUMNS, COLUMNS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x)
+        return hidden + self.last(self.norm(hidden))
+
+
+def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(model(x)).square().sum()
+
+
+@functools.cache
+def form_step(form: str, precision: str = "fp32") -> StepGraph:
+    torch.manual_seed(0)
+    return captured(Layer(form), loss_of, (torch.ones(2, 5, 6),), precision=precision)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in STAY])
+def test_forms(form: str) -> None:
+    error, fused = fused_difference(form_step(form), fuse_norms.run)
+    kernel = "layer_norm" if form == "layer_norm" else "rms_norm"
+    assert [len(fused.calls(op)) for op in kernel_ops.OPS[kernel]] == [1, 1], fused.remarks
+    assert error < 1e-6
+    weight = fused.input("parameter", "norm.norm_weight")
+    kept = {node.target for node in fused.phase("forward") if backward_readers(node)}
+    assert weight is not None and not kept & {aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.mul.Tensor}
+
+
+@pytest.mark.parametrize(("form", "reason"), STAY.items())
+def test_what_is_no_such_norm_stays(form: str, reason: str) -> None:
+    step = form_step(form).copy()
+    text = str(step)
+    assert fuse_norms.run(step, names=("rms_norm",)) == 0 and str(step) == text
+    assert step.remarks["fuse_norms"].startswith(f"rms_norm: {reason}")
+
+
+@pytest.mark.parametrize("form", ["llama", "t5", "gemma", "torch", "layer_norm"])
+def test_bf16_is_no_less_accurate(form: str) -> None:
+    """Over some draws: loss and gradients of the norm's layer against the same step in fp64."""
+    step, exact = form_step(form, "bf16"), form_step(form)
+    fused = step.copy()
+    assert fuse_norms.run(fused) == 1
+    errors: dict[str, float] = {"single": 0.0, "fused": 0.0}
+    for seed in range(8):
+        wide = outcome(_without_casts(exact), values_of(exact, seed=seed, wide=True))
+        for name, graph in (("single", step), ("fused", fused)):
+            errors[name] += difference(outcome(graph, values_of(graph, seed=seed)), wide)
+    assert errors["fused"] <= 1.02 * errors["single"], errors
+
+
+def _without_casts(step: StepGraph) -> StepGraph:
+    """The graph for inputs in fp64."""
+    wide = step.copy()
+    for node in wide.calls(aten._to_copy.default):
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    return wide
+
+
+# ---- what must not be fused
+
+
+def read_inside(step: StepGraph) -> None:
+    root = step.calls(aten.rsqrt.default)[0]
+    with Editor(step, phase="forward").after(root) as editor:
+        step.set_result("metric", "root", editor.call(aten.sum.default, root))
+
+
+def returned_inside(step: StepGraph) -> None:
+    step.set_result("metric", "root", step.calls(aten.rsqrt.default)[0])
+
+
+def other_gradient(step: StepGraph) -> None:
+    """Backward of another norm: the gradient of the mean is left out."""
+    scale = next(n for n in step.calls(aten.mul.Scalar) if n.meta["phase"] == "backward" and n.args[1] == -0.5)
+    scale.args = (scale.args[0], -0.25)
+
+
+@pytest.mark.parametrize("change", [read_inside, returned_inside, other_gradient])
+def test_a_norm_whose_inside_counts_stays(change: Callable[[StepGraph], None]) -> None:
+    step = form_step("llama").copy()
+    change(step)
+    error, fused = fused_difference(step, fuse_norms.run)
+    assert error == 0 and not fused.calls(RMS)
+    assert fused.remarks["fuse_norms"].startswith("rms_norm: 0 of 1 norms; %rsqrt of norm: a value inside of it")
+
+
+def test_other_gradients_of_input_are_added_as_before() -> None:
+    """What reaches the norm's input beside the norm is one more summand, read by what read the sum."""
+    step = form_step("torch").copy()
+    fuse_norms.run(step)
+    dx = next(n for n in step.calls(operator.getitem) if n.args == (step.calls(RMS_BACKWARD)[0], 0))
+    (total,) = dx.users
+    assert total.target is aten.add.Tensor and total.args[1] is dx
+
+
+def test_names_and_devices_choose() -> None:
+    step = hf_step("bert").copy()
+    assert fuse_norms.run(step, names=("rms_norm",)) == 0
+    assert fuse_norms.run(step, device="cuda") == 0
+    names = {p.name: p.options for p in recipe(Plan(zero=0, kernels=["rms_norm"]).resolve(1), backend="gloo").passes}
+    assert names["fuse_norms"] == {"names": ("rms_norm",)} and "fuse_updates" not in names
+    names = {p.name: p.options for p in recipe(Plan(zero=0, kernels=True).resolve(1), backend="gloo").passes}
+    assert names["fuse_norms"] == {"device": "cuda"} and names["fuse_updates"] == {}
+
+
+# ---- with other keys of a plan
+
+KEYS: dict[str, tuple[dict[str, Any], float]] = {
+    "bf16": ({"precision": "bf16", "recompute": "blocks"}, 2**-6),
+    "recompute": ({"recompute": "blocks", "lowering": "inductor", "chunk_loss": 32}, RTOL),
+    "accumulated": ({"accumulate": 2, "offload_activations": "host", "offload_below": 0}, RTOL),
+    "budget": ({"recompute": "auto", "memory_budget": 300_000}, RTOL),
+}
+
+
+@pytest.mark.parametrize(("keys", "rtol"), KEYS.values(), ids=KEYS)
+def test_with_other_keys_of_a_plan(keys: dict[str, Any], rtol: float) -> None:
+    with interpreted():
+        whole = trained(decoder(), **keys)
+        assert far_apart(trained(decoder(), **keys, kernels=NORMS), whole, rtol=rtol) == []
+
+
+def test_two_ranks_take_the_same_step() -> None:
+    model = decoder()()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    found = []
+    for kernels in (False, NORMS):
+        plan = Plan(mesh={"dp": 2}, zero=3, bucket_bytes=0, kernels=kernels)
+        step = compile_for(model, optimizer, tokens(0), plan)
+        assert len(step.calls(RMS)) == (3 if kernels else 0)
+        reached = run_ranks(model, optimizer, [tokens(i) for i in range(2)], plan, step=step)
+        found.append([*reached.losses.values(), *reached.state.values()])
+    assert far_apart(found[1], found[0], rtol=RTOL) == []
+
+
+def test_less_is_kept_for_backward() -> None:
+    step = hf_step("llama", "bf16")
+    peaks = []
+    for kernels in (False, ["rms_norm"]):
+        made = step.copy()
+        made.mesh = {"dp": 1}
+        rewritten = recipe(Plan(zero=0, kernels=kernels).resolve(1), backend="gloo").run(made)
+        peaks.append(memory_profile(rewritten).peak_bytes)
+    assert peaks[1] < peaks[0]
+
+
+# ---- planted faults
+
+
+def eps_misplaced(step: StepGraph) -> None:
+    for node in step.calls(RMS):
+        node.args = (*node.args[:2], 10 * node.args[2])  # type: ignore[operator]
+
+
+def weight_without_one(step: StepGraph) -> None:
+    for node in step.calls(RMS, RMS_BACKWARD):
+        place = 1 if node.target is RMS else 2
+        args = list(node.args)
+        args[place] = args[place].args[0]  # type: ignore[union-attr]
+        node.args = tuple(args)
+
+
+def rows_not_summed(step: StepGraph) -> None:
+    """The gradient of the weight is that of the first row of the batch only."""
+    for node in step.calls(RMS_BACKWARD):
+        dw = next(user for user in node.users if user.args[1] == 1)
+        with Editor(step, phase="backward").before(dw) as editor:
+            rows = [editor.call(aten.slice.Tensor, arg, 0, 0, 1) for arg in (node.args[0], node.args[1], node.args[3])]
+            part = editor.call(RMS_BACKWARD, rows[0], rows[1], node.args[2], rows[2])
+        dw.args = (part, 1)
+
+
+def other_rows_root(step: StepGraph) -> None:
+    for node in step.calls(RMS_BACKWARD):
+        with Editor(step, phase="backward").before(node) as editor:
+            node.args = (*node.args[:3], editor.call(aten.neg.default, node.args[3]))
+
+
+@pytest.mark.parametrize("fault", [eps_misplaced, weight_without_one, rows_not_summed, other_rows_root])
+def test_a_fault_is_seen(fault: Callable[[StepGraph], None]) -> None:
+    step = form_step("gemma")
+    fused = step.copy()
+    fuse_norms.run(fused)
+    fault(fused)
+    values = values_of(step)
+    assert difference(outcome(fused, values), outcome(step, values)) > RTOL
+
+
+@pytest.mark.parametrize(
+    ("name", "faulty"),
+    [
+        ("rms_norm_reference", lambda x, w, eps: pass_module.rms_norm_reference.real(x, w, 0.0)),
+        ("rms_norm_backward_reference", lambda *a: [t[:1] for t in pass_module.rms_norm_backward_reference.real(*a)]),
+    ],
+)
+def test_a_kernel_that_computes_something_else_is_put_nowhere(name: str, faulty: Any) -> None:
+    faulty.real = getattr(pass_module, name)
+    stand_in = mock.Mock(side_effect=faulty, real=faulty.real)
+    with mock.patch.object(pass_module, name, stand_in):
+        assert fuse_norms.run(form_step("llama").copy()) == 0
+
+
+def test_before_and_after(golden: Callable[[str, str], None]) -> None:
+    step = form_step("gemma", "bf16").copy()
+    old = str(step)
+    fuse_norms.run(step)
+    sides = [re.sub(r"(?<=\S) {2,}", "  ", text).splitlines() for text in (old, str(step))]
+    diff = difflib.unified_diff(*sides, "capture", "fuse_norms", n=0, lineterm="")
+    golden("fuse_norms", "\n".join(line for line in diff if not line.startswith("@@")) + "\n")
