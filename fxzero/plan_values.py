@@ -17,8 +17,8 @@ Check = Callable[[str, Any], Any]
 
 UPDATE_KERNELS = ("adamw", "sgd")  # that patterns of a graph are replaced by
 NORM_KERNELS = ("rms_norm", "layer_norm")
-KERNELS = (*UPDATE_KERNELS, *NORM_KERNELS)
-NOT_YET = ("gated_activation", "rotary")
+KERNELS = (*UPDATE_KERNELS, *NORM_KERNELS, "gated_activation")
+NOT_YET = ("rotary",)
 MAX_INT = 2**63 - 1  # what TOML promises to carry
 _MAX_TIMEOUT_S = 86_400
 _BYTE_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -51,7 +51,8 @@ SAME_FLOPS: dict[Any, Any] = {
 # the first word in the name of an op that is here decides its class
 _BY_WORD = {
     "transcendental": "gelu silu sigmoid tanh exp exp2 expm1 log log2 log1p sqrt rsqrt sin cos erf erfinv pow mish "
-    "softplus elu celu selu logit atan2 sigmoid_backward hardswish log_sigmoid_forward log_sigmoid_backward",
+    "softplus elu celu selu logit atan2 sigmoid_backward hardswish log_sigmoid_forward log_sigmoid_backward "
+    "gated_activation",
     "selection": "where masked_fill eq ne lt le gt ge isnan isinf isfinite logical_not logical_and logical_or tril "
     "triu threshold_backward masked_select nonzero",
     "random": "bernoulli rand randn rand_like randn_like native_dropout uniform normal normal_functional dropout",

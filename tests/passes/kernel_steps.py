@@ -41,8 +41,41 @@ def captured(
     return capture_step(inventory, loss, args, kwargs or {}, options=captured_as(Plan(**keys))).step
 
 
+class Alone(nn.Module):
+    """A function of two tensors, and nothing else: loss and gradients are as exact as it is.
+
+    Args:
+        function: of the two.
+        shapes: of both.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor], *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.function = function
+        self.first, self.second = (nn.Parameter(torch.ones(shape)) for shape in shapes)
+        self.register_buffer("given", torch.ones(shapes[0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.function(self.first, self.second).float() * self.given).sum()
+
+
+def is_no_less_accurate(
+    fuse: Callable[[StepGraph], int], function: Callable[..., torch.Tensor], *shapes: tuple[int, ...], draws: int = 4
+) -> tuple[float, float]:
+    """Errors of loss and gradients in bf16, as captured and fused, against the same step in fp64; over some draws."""
+    step, exact = (captured(Alone(function, *shapes), None, (torch.ones(1),), precision=p) for p in ("bf16", "fp32"))
+    fused, exact = step.copy(), without_casts(exact)
+    assert fuse(fused) == 1, fused.remarks
+    errors = [0.0, 0.0]
+    for seed in range(draws):
+        wide = outcome(exact, values_of(exact, seed=seed, wide=True))
+        for place, graph in enumerate((step, fused)):
+            errors[place] += difference(outcome(graph, values_of(graph, seed=seed)), wide)
+    return errors[0], errors[1]
+
+
 def values_of(step: StepGraph, *, seed: int = 3, wide: bool = False) -> list[Any]:
-    """Values for all inputs: momenta are zero, norms' weights are about one, and indices zero or one.
+    """Values for all inputs, which bf16 holds: momenta are zero, norms' weights about one, indices zero or one.
 
     Args:
         step: a graph.
@@ -60,7 +93,7 @@ def values_of(step: StepGraph, *, seed: int = 3, wide: bool = False) -> list[Any
         elif entry.kind == "optimizer":
             found.append(torch.zeros(val.shape, dtype=torch.float64 if wide else val.dtype))
         else:
-            drawn = 0.3 * torch.randn(val.shape, generator=generator) + ("norm" in entry.name)
+            drawn = 0.3 * torch.randn(val.shape, generator=generator).bfloat16() + ("norm" in entry.name)
             found.append(drawn.to(torch.float64 if wide else val.dtype))
     return found
 
@@ -83,6 +116,14 @@ def difference(found: Outcome, expected: Outcome) -> float:
         scale = max(float(expected[key].norm()), 1e-2 * largest * expected[key].numel() ** 0.5)
         errors.append(float((found[key].double() - expected[key].double()).norm()) / scale)
     return max(errors)
+
+
+def without_casts(step: StepGraph) -> StepGraph:
+    """The graph for inputs in fp64."""
+    wide = step.copy()
+    for node in wide.calls(torch.ops.aten._to_copy.default):
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    return wide
 
 
 def fused_difference(step: StepGraph, fuse: Callable[[StepGraph], Any], *, seed: int = 3) -> tuple[float, StepGraph]:

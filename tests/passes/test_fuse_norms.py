@@ -35,6 +35,7 @@ from tests.passes.kernel_steps import (
     far_apart,
     fused_difference,
     hf_step,
+    is_no_less_accurate,
     outcome,
     trained,
     values_of,
@@ -177,24 +178,8 @@ def test_what_is_no_such_norm_stays(form: str, reason: str) -> None:
 
 @pytest.mark.parametrize("form", ["llama", "t5", "gemma", "torch", "layer_norm"])
 def test_bf16_is_no_less_accurate(form: str) -> None:
-    """Over some draws: loss and gradients of the norm's layer against the same step in fp64."""
-    step, exact = form_step(form, "bf16"), form_step(form)
-    fused = step.copy()
-    assert fuse_norms.run(fused) == 1
-    errors: dict[str, float] = {"single": 0.0, "fused": 0.0}
-    for seed in range(8):
-        wide = outcome(_without_casts(exact), values_of(exact, seed=seed, wide=True))
-        for name, graph in (("single", step), ("fused", fused)):
-            errors[name] += difference(outcome(graph, values_of(graph, seed=seed)), wide)
-    assert errors["fused"] <= 1.02 * errors["single"], errors
-
-
-def _without_casts(step: StepGraph) -> StepGraph:
-    """The graph for inputs in fp64."""
-    wide = step.copy()
-    for node in wide.calls(aten._to_copy.default):
-        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-    return wide
+    single, fused = is_no_less_accurate(fuse_norms.run, FORMS[form], (64, COLUMNS), (COLUMNS,))
+    assert fused <= single
 
 
 # ---- what must not be fused
