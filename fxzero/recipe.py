@@ -32,6 +32,7 @@ from fxzero.passes.cut_regions import cut_regions
 from fxzero.passes.delay_weight_gradients import delay_weight_gradients
 from fxzero.passes.fuse_gates import fuse_gates
 from fxzero.passes.fuse_norms import fuse_norms
+from fxzero.passes.fuse_rotary import fuse_rotary
 from fxzero.passes.fuse_updates import fuse_updates
 from fxzero.passes.gather_for_next_step import gather_for_next_step
 from fxzero.passes.gather_within_nodes import gather_within_nodes
@@ -63,6 +64,7 @@ from fxzero.plan_values import NORM_KERNELS, UPDATE_KERNELS
 ALL_PASSES: tuple[Pass, ...] = (
     fuse_norms,
     fuse_gates,
+    fuse_rotary,
     chunk_losses,
     recompute_blocks,
     recompute_chosen,
@@ -97,7 +99,12 @@ ALL_PASSES: tuple[Pass, ...] = (
     cut_regions,
 )
 # pass -> the kernels that it puts in
-_KERNELS = {"fuse_norms": NORM_KERNELS, "fuse_gates": ("gated_activation",), "fuse_updates": UPDATE_KERNELS}
+_KERNELS = {
+    "fuse_norms": NORM_KERNELS,
+    "fuse_gates": ("gated_activation",),
+    "fuse_rotary": ("rotary",),
+    "fuse_updates": UPDATE_KERNELS,
+}
 
 
 def captured_as(plan: Plan) -> CaptureOptions:
@@ -229,7 +236,7 @@ def recipe(
 def _before_recomputation(plan: Plan) -> list[Pass]:
     """What changes which calls there are to be had again."""
     chunked = [] if plan.chunk_loss is None else [chunk_losses.using(rows=plan.chunk_loss)]
-    return [*_kernels(plan, fuse_norms, fuse_gates), *chunked]
+    return [*_kernels(plan, fuse_norms, fuse_gates, fuse_rotary), *chunked]
 
 
 def _kernels(plan: Plan, *passes: Pass) -> list[Pass]:

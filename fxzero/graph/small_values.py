@@ -91,8 +91,8 @@ class SmallRun:
         """
         given, rows = tuple(shape), len(self._rows)
         pairs = list(zip(given, self._rows, self._few, strict=False))
-        if len(given) == rows + 1 and all(size in (1, whole) for size, whole, _ in pairs):
-            return (*(few if size == whole else 1 for size, whole, few in pairs), given[-1])
+        if len(given) > rows and all(size in (1, whole) for size, whole, _ in pairs):
+            return (*(few if size == whole else 1 for size, whole, few in pairs), *given[rows:])
         if len(given) == 1:
             return given
         if given == self._rows:
