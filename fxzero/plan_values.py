@@ -15,7 +15,7 @@ from fxzero.errors import PlanError
 # (where, value) -> the value in canonical form; raises PlanError.
 Check = Callable[[str, Any], Any]
 
-UPDATE_KERNELS = ("adamw", "sgd")  # that patterns of a graph are replaced by
+UPDATE_KERNELS = ("adamw", "sgd", "lion")  # that patterns of a graph are replaced by
 NORM_KERNELS = ("rms_norm", "layer_norm")
 KERNELS = (*UPDATE_KERNELS, *NORM_KERNELS, "gated_activation", "rotary")
 MAX_INT = 2**63 - 1  # what TOML promises to carry
