@@ -163,10 +163,22 @@ def test_forms(form: str) -> None:
     error, fused = fused_difference(form_step(form), fuse_norms.run)
     kernel = "layer_norm" if form == "layer_norm" else "rms_norm"
     assert [len(fused.calls(op)) for op in kernel_ops.OPS[kernel]] == [1, 1], fused.remarks
+    assert (fused.calls(kernel_ops.OPS[kernel][0])[0].args[1] is None) == (form == "no_weight")
     assert error < 1e-6
     weight = fused.input("parameter", "norm.norm_weight")
     kept = {node.target for node in fused.phase("forward") if backward_readers(node)}
     assert weight is not None and not kept & {aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.mul.Tensor}
+
+
+def test_a_weight_of_another_dtype_stays_outside() -> None:
+    """The op yields the dtype of its input."""
+    torch.manual_seed(0)
+    step = captured(Layer("llama"), loss_of, (torch.ones(2, 5, 6),), precision="bf16", keep_fp32=("norm", "last"))
+    error, fused = fused_difference(step, fuse_norms.run)
+    (norm,) = fused.calls(RMS)
+    assert norm.args[1] is None and norm.meta["val"][0].dtype == torch.bfloat16
+    assert error < 2**-6
+    verify(fused)
 
 
 @pytest.mark.parametrize(("form", "reason"), STAY.items())

@@ -191,14 +191,25 @@ def small_step(optimizer: Any, *, plan: Plan | None = None, **keys: Any) -> Step
     return capture_step(inventory, loss, (torch.ones(2, 40),), {}, options=captured_as(plan or Plan())).step
 
 
+NUMBERS = {
+    "lr": 0.1,
+    "betas.0": 0.8,
+    "betas.1": 0.6,
+    "eps": 0.01,
+    "weight_decay": 0.3,
+    "momentum": 0.7,
+    "dampening": 0.0,
+}
+
+
 def run_small(step: StepGraph) -> dict[tuple[str, str], torch.Tensor]:
-    """What a step makes of random state, none of it negative, counted from 3."""
+    """What a step makes of random state, none of it negative, counted from 3; no two numbers of the host are equal."""
     generator = torch.Generator().manual_seed(1)
-    values = []
+    values: list[Any] = []
     for node in step.placeholders:
         val, name = node.meta["val"], node.meta["entry"].name
         if not isinstance(val, torch.Tensor):
-            values.append(val)
+            values.append(NUMBERS[name.removeprefix("groups.0.")])
         elif not val.is_floating_point():
             values.append(torch.zeros(val.shape, dtype=val.dtype))
         elif val.dim():
@@ -294,7 +305,7 @@ def test_a_kernel_writes_the_copy_that_the_step_makes() -> None:
     assert call in in_place.forms
     copies = [fused.results[("metric", f"copy.{name}")] for name in ("weight", "bias")]
     assert all(in_place.written_by(copy) is None for copy in copies)
-    assert memory_profile(fused).peak_bytes <= memory_profile(step).peak_bytes
+    assert memory_profile(fused).peak_bytes == memory_profile(step).peak_bytes
     assert_same(run_small(fused), run_small(step))
 
 
