@@ -7,56 +7,28 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxzero import Plan, StepGraph
+from fxzero import StepGraph
 from fxzero.graph import kernel_ops
 from fxzero.graph.edit import Editor
-from fxzero.graph.parse import from_text
-from fxzero.graph.text import to_text
-from fxzero.graph.verify import verify
 from fxzero.passes.fuse_gates import fuse_gates
-from tests.lower.interpreted import interpreted
-from tests.lower.models import tokens
-from tests.numerics.local_ranks import compile_for, run_ranks
 from tests.passes.kernel_steps import (
     captured,
-    decoder,
     difference,
-    far_apart,
     fused_difference,
-    hf_step,
     is_no_less_accurate,
     outcome,
-    trained,
     values_of,
 )
 
 aten = torch.ops.aten
 RTOL = 1e-5
 GATE, GATE_BACKWARD = kernel_ops.OPS["gated_activation"]
-
-FOUND = {
-    "llama": ("silu", "gated_activation: 2 of 2 gates"),
-    "gemma2": ("gelu_tanh", "gated_activation: 2 of 2 gates"),
-    "mixtral": ("silu", "gated_activation: 2 of 2 gates"),
-    "t5": ("", "gated_activation: none found"),
-}
-
-
-@pytest.mark.parametrize(("name", "form", "told"), [(name, *rest) for name, rest in FOUND.items()])
-def test_gates_of_models(name: str, form: str, told: str) -> None:
-    error, fused = fused_difference(hf_step(name), fuse_gates.run)
-    assert fused.remarks["fuse_gates"] == told
-    assert {node.args[2] for node in fused.calls(GATE)} == ({form} if form else set())
-    assert error < RTOL
-    verify(fused)
-    assert to_text(from_text(to_text(fused))) == to_text(fused)
 
 
 def _tanh(a: torch.Tensor) -> torch.Tensor:
@@ -148,33 +120,6 @@ def test_what_is_no_gate_is_told() -> None:
     assert fuse_gates.run(step) == 0 and str(step) == text
     reason = "%sigmoid is aten.sigmoid.default, which is no silu or gelu of one value"
     assert step.remarks["fuse_gates"] == f"gated_activation: none found; nearest, %mul: {reason}"
-
-
-KEYS: dict[str, tuple[dict[str, Any], float]] = {
-    "bf16": ({"precision": "bf16", "recompute": "blocks"}, 2**-6),
-    "recompute": ({"recompute": "blocks", "lowering": "inductor"}, RTOL),
-}
-ALL = ("gated_activation", "layer_norm", "rms_norm")
-
-
-@pytest.mark.parametrize(("keys", "rtol"), KEYS.values(), ids=KEYS)
-def test_with_other_keys_of_a_plan(keys: dict[str, Any], rtol: float) -> None:
-    with interpreted():
-        whole = trained(decoder(), **keys)
-        assert far_apart(trained(decoder(), **keys, kernels=ALL), whole, rtol=rtol) == []
-
-
-def test_two_ranks_take_the_same_step() -> None:
-    model = decoder()()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
-    found = []
-    for kernels in (False, ALL):
-        plan = Plan(mesh={"dp": 2}, zero=3, bucket_bytes=0, kernels=kernels)
-        step = compile_for(model, optimizer, tokens(0), plan)
-        assert len(step.calls(GATE)) == (2 if kernels else 0)
-        reached = run_ranks(model, optimizer, [tokens(i) for i in range(2)], plan, step=step)
-        found.append([*reached.losses.values(), *reached.state.values()])
-    assert far_apart(found[1], found[0], rtol=RTOL) == []
 
 
 # ---- planted faults

@@ -16,6 +16,7 @@ import fxzero
 from fxzero import Plan, StepGraph
 from fxzero.capture import Inventory, capture_step
 from fxzero.capture.rehearsal import rehearse
+from fxzero.cost.lifetimes import storages
 from fxzero.cost.memory import memory_profile
 from fxzero.errors import PlanError
 from fxzero.graph import collectives as c10d
@@ -305,7 +306,8 @@ def test_a_kernel_writes_the_copy_that_the_step_makes() -> None:
     assert call in in_place.forms
     copies = [fused.results[("metric", f"copy.{name}")] for name in ("weight", "bias")]
     assert all(in_place.written_by(copy) is None for copy in copies)
-    assert memory_profile(fused).peak_bytes == memory_profile(step).peak_bytes
+    with_memory = {member for storage in storages(fused, device="cpu") for member in storage.members}
+    assert with_memory.issuperset(copies)
     assert_same(run_small(fused), run_small(step))
 
 
