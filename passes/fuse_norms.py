@@ -6,7 +6,8 @@ that read three values in between. One op in forward and one in backward read an
 weight and one number a row, and keep the input and that number. Forward is found by structure: the root of a mean of
 squares, what it multiplies, then casts and a product with a weight of the columns (1 + w is such a weight, and its
 gradient that of w). What backward is, and that both are what the op computes, is seen by running them ([Note:
-gradients by value], [Note: proof by values]). A layer norm is an op of torch's, of the same arguments.
+gradients by value], [Note: proof by values]). A layer norm is an op of torch's, of the same arguments, and so is an RMS
+norm of torch.nn on a GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ from fxzero.kernels.rms_norm import rms_norm_backward_reference, rms_norm_refere
 aten = torch.ops.aten
 
 ALL = ("rms_norm", "layer_norm")
-_LAYER_NORMS = (aten.native_layer_norm.default,)
+# of torch's own, forward and backward
+_OWN: dict[str, tuple[Any, Any]] = {
+    "rms_norm": (aten._fused_rms_norm.default, aten._fused_rms_norm_backward.default),
+    "layer_norm": (aten.native_layer_norm.default, aten.native_layer_norm_backward.default),
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ def fuse_norms(step: StepGraph, *, names: tuple[str, ...] = ALL, device: str | N
 
 def _fuse_rms_norms(step: StepGraph) -> KernelCalls:
     counted, prover = KernelCalls("rms_norm", "norms"), Prover(dict(step.positions()))
+    _fuse_own(step, counted, prover.position)
     for root in [node for node in step.calls() if node.meta["phase"] != "update" and _is_root(node)]:
         forms = list(_rms_norms(root, prover.position))
         if isinstance(forms[0], NotFused):
@@ -252,35 +258,40 @@ def _replace(step: StepGraph, position: dict[fx.Node, float], norm: _RMSNorm, gr
 
 
 def _fuse_layer_norms(step: StepGraph) -> KernelCalls:
-    """Each layer norm of torch's is the op's, where it goes over the last dimension."""
-    counted, position = KernelCalls("layer_norm", "norms"), dict[fx.Node, float](step.positions())
-    for node in step.calls(*_LAYER_NORMS):
-        counted.found += 1
-        try:
-            _check_layer_norm(node)
-        except NotFused as reason:
-            counted.left(node, str(reason))
-            continue
-        _replace_layer_norm(step, position, node)
-        counted.fused += 1
+    counted = KernelCalls("layer_norm", "norms")
+    _fuse_own(step, counted, dict(step.positions()))
     return counted
 
 
-def _check_layer_norm(node: fx.Node) -> None:
-    """An op can be what a layer norm of torch's is, and all that reads its mean and root is its backward.
+def _fuse_own(step: StepGraph, counted: KernelCalls, position: dict[fx.Node, float]) -> None:
+    """Each norm that is one op of torch's is the kernel's, where it goes over the last dimension."""
+    own, own_backward = _OWN[counted.kernel]
+    for node in step.calls(own):
+        counted.found += 1
+        try:
+            _check_own(node, own_backward)
+        except NotFused as reason:
+            counted.left(node, str(reason))
+            continue
+        _replace_own(step, position, node, counted.kernel)
+        counted.fused += 1
+
+
+def _check_own(node: fx.Node, backward: Any) -> None:
+    """A kernel can be what a norm of torch's is, and all that reads its mean and root is its backward.
 
     Raises:
         NotFused: if not.
     """
-    x, shape, *given = node.args[:4]
-    if len(shape) != 1 or not _takes(x, _parts(node)[0]):  # type: ignore[arg-type]
-        raise NotFused(f"it goes over {len(shape)} dimensions, or a row or dtype that the op does not take")  # type: ignore[arg-type]
+    x, shape, *given, eps = node.args
+    if len(shape) != 1 or not isinstance(eps, float) or not _takes(x, _parts(node)[0]):  # type: ignore[arg-type]
+        raise NotFused(f"it goes over {len(shape)} dimensions, or a row, dtype or eps that the op does not take")  # type: ignore[arg-type]
     tensors = [tensor_val(source) for source in given if isinstance(source, fx.Node)]
     if any(val.dtype not in FLOATS for val in tensors):
         raise NotFused("its weight or bias is no tensor of floats that the op takes")
     for part in (part for place, part in _parts(node).items() if place):
         for user in part.users:
-            if user.target is not aten.native_layer_norm_backward.default or user.args[1] is not x:
+            if user.target is not backward or user.args[1] is not x:
                 raise NotFused(f"its mean or root, %{part}, is also read by %{user}")
 
 
@@ -288,17 +299,18 @@ def _parts(node: fx.Node) -> dict[int, fx.Node]:
     return {user.args[1]: user for user in node.users}  # type: ignore[misc]
 
 
-def _replace_layer_norm(step: StepGraph, position: dict[fx.Node, float], node: fx.Node) -> None:
-    x, _, weight, bias, eps = node.args
-    forward, backward = kernel_ops.OPS["layer_norm"]
+def _replace_own(step: StepGraph, position: dict[fx.Node, float], node: fx.Node, kernel: str) -> None:
+    x, _, *given, eps = node.args
+    forward, backward = kernel_ops.OPS[kernel]
     parts = _parts(node)
+    count = len(given) + 1  # y, and what is kept: a root, beside a mean where there is a bias
     backwards = {user: None for place, part in parts.items() if place for user in part.users}
-    _, mean, rstd = put_forward(step, position, parts[0], forward, (x, weight, bias, eps), results=3)
+    _, *kept = put_forward(step, position, parts[0], forward, (x, *given, eps), results=count)
     for old in backwards:
         found = _parts(old)
-        replaced = tuple((found[place],) if place in found else () for place in range(3))
-        args = (old.args[0], x, weight, mean, rstd, bias is not None)
-        put_backward(step, position, replaced, backward, args, results=3)
+        replaced = tuple((found[place],) if place in found else () for place in range(count))
+        biased = [bias is not None for bias in given[1:]]
+        put_backward(step, position, replaced, backward, (old.args[0], x, given[0], *kept, *biased), results=count)
 
 
 _FUSE = {"rms_norm": _fuse_rms_norms, "layer_norm": _fuse_layer_norms}

@@ -174,7 +174,7 @@ def fuse_updates(step: StepGraph, *, names: tuple[str, ...] | None = None, ops: 
 
     Args:
         step: the graph, in its final order.
-        names: of ALL, which updates; None: all that are faster on the device.
+        names: of ALL, which updates; None: those of BY_TORCH on the CPU, all by kernels.
         ops: "triton": by the kernels of `fxzero.kernels`, on any device; "auto": by them on a GPU, and where torch has
             no op.
 

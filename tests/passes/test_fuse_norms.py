@@ -141,6 +141,28 @@ def test_forms(form: str) -> None:
     assert weight is not None and not kept & {aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.mul.Tensor}
 
 
+def test_the_rms_norm_that_torch_has_on_a_gpu() -> None:
+    """On the CPU capture makes single ops of it: here it is put back into a graph."""
+    step = form_step("torch")
+    own = step.copy()
+    fuse_norms.run(own)
+    (forward,), (backward,) = own.calls(RMS), own.calls(RMS_BACKWARD)
+    with Editor(own, phase="forward").before(forward) as editor:
+        x, weight, eps = forward.args
+        forward.replace_all_uses_with(editor.call(aten._fused_rms_norm.default, x, [COLUMNS], weight, eps))
+    with Editor(own, phase="backward").before(backward) as editor:
+        dy, x, weight, root = backward.args
+        args = (dy, x, [COLUMNS], root, weight, [True, True])
+        backward.replace_all_uses_with(editor.call(aten._fused_rms_norm_backward.default, *args))
+    for node in (backward, forward):
+        own.graph.erase_node(node)
+    assert not own.calls(RMS)
+    assert fuse_norms.run(own) == 1 and own.remarks["fuse_norms"].startswith("rms_norm: 1 of 1")
+    assert len(own.calls(RMS)) == len(own.calls(RMS_BACKWARD)) == 1 and not own.calls(aten._fused_rms_norm.default)
+    values = values_of(step)
+    assert difference(outcome(own, values), outcome(step, values)) < 1e-6
+
+
 def test_a_weight_of_another_dtype_stays_outside() -> None:
     """The op yields the dtype of its input."""
     torch.manual_seed(0)
