@@ -216,6 +216,15 @@ def test_a_norm_whose_inside_counts_stays(change: Callable[[StepGraph], None]) -
     assert fused.remarks["fuse_norms"].startswith("rms_norm: 0 of 1 norms; %rsqrt of norm: a value inside of it")
 
 
+def test_a_layer_norm_whose_mean_is_read_stays() -> None:
+    step = form_step("layer_norm").copy()
+    mean = next(node for node in step.calls(operator.getitem) if node.args[1] == 1)
+    with Editor(step, phase="forward").after(mean) as editor:
+        step.set_result("metric", "mean", editor.call(aten.sum.default, mean))
+    assert fuse_norms.run(step) == 0
+    assert "0 of 1 norms; %native_layer_norm of norm: its mean or root, %getitem_1, is" in step.remarks["fuse_norms"]
+
+
 def test_other_gradients_of_input_are_added_as_before() -> None:
     """What reaches the norm's input beside the norm is one more summand, read by what read the sum."""
     step = form_step("torch").copy()
