@@ -132,7 +132,7 @@ class Plan:
             (the inside of each repeated module), a fraction of the blocks (the first), patterns of module paths, or
             "auto": what loses the least time, for a predicted peak within memory_budget.
         chunk_loss: rows whose logits are made at a time; "auto": where that pays, as their size asks; None: all.
-        kernels: updates by one op each: True (all that there are), False, or names of them: "adamw", "sgd".
+        kernels: what runs by one op each: True (updates; on a GPU all), False, or names: "adamw", "rms_norm".
         memory_budget: bytes of device memory that a rank's tensors, state included, may take at the predicted peak.
         offload_optimizer: where optimizer state rests: "none" (on the device), "host" (in host memory), "nvme" (in
             files), or "auto": each where the least time is lost for memory_budget (in files only with offload_dir); it

@@ -15,8 +15,9 @@ from fxzero.errors import PlanError
 # (where, value) -> the value in canonical form; raises PlanError.
 Check = Callable[[str, Any], Any]
 
-KERNELS = ("adamw", "sgd")  # that patterns of a graph are replaced by
-NOT_YET = ("rms_norm", "layer_norm", "gated_activation", "rotary")
+UPDATE_KERNELS = ("adamw", "sgd", "lion")  # that patterns of a graph are replaced by
+NORM_KERNELS = ("rms_norm", "layer_norm")
+KERNELS = (*UPDATE_KERNELS, *NORM_KERNELS, "gated_activation", "rotary")
 MAX_INT = 2**63 - 1  # what TOML promises to carry
 _MAX_TIMEOUT_S = 86_400
 _BYTE_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -224,7 +225,7 @@ def kernel_names(where: str, value: Any) -> bool | tuple[str, ...]:
     if isinstance(value, bool):
         return value
     listed = list(value) if isinstance(value, (tuple, list)) else [value]
-    check = one_of(*KERNELS, reserved=NOT_YET)
+    check = one_of(*KERNELS)
     return tuple(sorted({check(where, name) for name in listed}))
 
 

@@ -30,6 +30,9 @@ from fxzero.passes.compress_with_powersgd import compress_with_powersgd, powersg
 from fxzero.passes.compress_with_top_k import compress_with_top_k, top_k_states
 from fxzero.passes.cut_regions import cut_regions
 from fxzero.passes.delay_weight_gradients import delay_weight_gradients
+from fxzero.passes.fuse_gates import fuse_gates
+from fxzero.passes.fuse_norms import fuse_norms
+from fxzero.passes.fuse_rotary import fuse_rotary
 from fxzero.passes.fuse_updates import fuse_updates
 from fxzero.passes.gather_for_next_step import gather_for_next_step
 from fxzero.passes.gather_in_place import gather_in_place
@@ -58,8 +61,12 @@ from fxzero.plan import Plan
 from fxzero.plan_buckets import bucket_bytes, cuts_by_cost, regathers
 from fxzero.plan_compression import QUANTIZED
 from fxzero.plan_offload import WHERE, leaves_state_open, state_tiers, uses
+from fxzero.plan_values import NORM_KERNELS, UPDATE_KERNELS
 
 ALL_PASSES: tuple[Pass, ...] = (
+    fuse_norms,
+    fuse_gates,
+    fuse_rotary,
     chunk_losses,
     recompute_blocks,
     recompute_chosen,
@@ -95,6 +102,13 @@ ALL_PASSES: tuple[Pass, ...] = (
     hand_over_numbers,
     cut_regions,
 )
+# pass -> the kernels that it puts in
+_KERNELS = {
+    "fuse_norms": NORM_KERNELS,
+    "fuse_gates": ("gated_activation",),
+    "fuse_rotary": ("rotary",),
+    "fuse_updates": UPDATE_KERNELS,
+}
 
 
 def captured_as(plan: Plan) -> CaptureOptions:
@@ -227,7 +241,17 @@ def recipe(
 
 def _before_recomputation(plan: Plan) -> list[Pass]:
     """What changes which calls there are to be had again."""
-    return [] if plan.chunk_loss is None else [chunk_losses.using(rows=plan.chunk_loss)]
+    chunked = [] if plan.chunk_loss is None else [chunk_losses.using(rows=plan.chunk_loss)]
+    return [*_kernels(plan, fuse_norms, fuse_gates, fuse_rotary), *chunked]
+
+
+def _kernels(plan: Plan, *passes: Pass) -> list[Pass]:
+    """These passes with the kernels that a plan names, on any device; with all of them where that is a GPU, if True."""
+    if plan.kernels is True:
+        return [fuse.using(device="cuda") for fuse in passes]
+    named = plan.kernels or ()
+    kept = [(fuse, tuple(name for name in _KERNELS[fuse.name] if name in named)) for fuse in passes]
+    return [fuse.using(names=names) for fuse, names in kept if names]
 
 
 def recomputed_from(step: StepGraph, plan: Plan) -> StepGraph:
@@ -244,8 +268,7 @@ def recomputed_from(step: StepGraph, plan: Plan) -> StepGraph:
 def _lowering(plan: Plan) -> list[Pass]:
     """What runs the calls of the finished order."""
     passes: list[Pass] = []
-    if plan.kernels:
-        passes.append(fuse_updates.using(**({} if plan.kernels is True else {"names": plan.kernels})))
+    passes += [fuse_updates] if plan.kernels is True else _kernels(plan, fuse_updates)
     if plan.cuda_graph:
         passes.append(hand_over_numbers)
     if plan.lowering not in ("auto", "eager"):

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxzero.kernels import launch, multi_tensor
+from fxzero.kernels import multi_tensor
 from fxzero.kernels.multi_tensor import Number, address_of, everywhere, place, scalar, unscaled
 
 if TYPE_CHECKING:
@@ -208,33 +208,22 @@ def _launch(
 ) -> None:
     lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies)
     _fake(*lists, **arguments)
-    if not params:
-        return
-    if not launch.runs_kernel(params[0]):
-        adamw_reference(*lists, **arguments)
-        return
-    table = multi_tensor.table_of([tensors for tensors in lists if tensors])
-    if not len(table.chunks):
+    if multi_tensor.is_done(adamw_reference, lists, arguments):
         return
     lr, correction1, correction2 = (multi_tensor.chosen(arguments, x) for x in ("lr", "correction1", "correction2"))
     beta1, beta2, weight_decay = arguments["beta1"], arguments["beta2"], arguments["weight_decay"]
     on_host = not any(isinstance(x, torch.Tensor) for x in (lr, correction1, correction2))
     derived = (1 - lr * weight_decay, lr / correction1, math.sqrt(correction2)) if on_host else (0.0, 0.0, 0.0)
-    types = (params[0], grads[0], exp_avgs[0], copies[0] if copies else params[0])
-    overflow = params[0] if arguments["overflow"] is None else arguments["overflow"]
     figures: tuple[Any, ...] = (lr, correction1, correction2, *derived, weight_decay)
     figures += (1 - beta1, beta2, 1 - beta2, arguments["eps"])
-    figures += (multi_tensor.chosen(arguments, "inverse_scale"), multi_tensor.chosen(arguments, "clip"))
-    helpers = (scalar, everywhere, place, address_of, unscaled, adamw_chunk)
-    kernel = launch.jit(adamw_kernel, *helpers)[(len(table.chunks),)]
-    with torch.cuda.device_of(params[0]):
-        kernel(
-            table.places, table.chunks, *types, overflow, len(params), *figures,
-            LR_TENSOR=isinstance(lr, torch.Tensor), CORRECTION1_TENSOR=isinstance(correction1, torch.Tensor),
-            CORRECTION2_TENSOR=isinstance(correction2, torch.Tensor), **multi_tensor.gradient_flags(arguments),
-            AMSGRAD=bool(max_exp_avg_sqs), COPY_ROW=(5 + bool(max_exp_avg_sqs)) * bool(copies),
-            ALIGNED=table.aligned, BLOCK=multi_tensor.BLOCK, num_warps=multi_tensor.WARPS,
-        )  # fmt: skip
+    multi_tensor.run(
+        *(adamw_kernel, adamw_chunk, lists, figures, arguments),
+        LR_TENSOR=isinstance(lr, torch.Tensor),
+        CORRECTION1_TENSOR=isinstance(correction1, torch.Tensor),
+        CORRECTION2_TENSOR=isinstance(correction2, torch.Tensor),
+        AMSGRAD=bool(max_exp_avg_sqs),
+        COPY_ROW=(5 + bool(max_exp_avg_sqs)) * bool(copies),
+    )
 
 
 @torch.library.register_fake("fxzero_kernels::adamw_", lib=_LIBRARY)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxzero.kernels import launch, multi_tensor
+from fxzero.kernels import multi_tensor
 from fxzero.kernels.multi_tensor import Number, address_of, everywhere, place, scalar, unscaled
 
 if TYPE_CHECKING:
@@ -151,29 +151,14 @@ def lion_(
 def _launch(params: Tensors, grads: Tensors, exp_avgs: Tensors, copies: Tensors, **arguments: Any) -> None:
     lists = (params, grads, exp_avgs, copies)
     _fake(*lists, **arguments)
-    if not params:
-        return
-    if not launch.runs_kernel(params[0]):
-        lion_reference(*lists, **arguments)
-        return
-    table = multi_tensor.table_of([tensors for tensors in lists if tensors])
-    if not len(table.chunks):
+    if multi_tensor.is_done(lion_reference, lists, arguments):
         return
     lr, weight_decay = multi_tensor.chosen(arguments, "lr"), arguments["weight_decay"]
     beta1, beta2 = arguments["beta1"], arguments["beta2"]
     decay = 0.0 if isinstance(lr, torch.Tensor) else 1 - lr * weight_decay
-    figures: tuple[Any, ...] = (lr, decay, weight_decay, beta1, 1 - beta1, beta2, 1 - beta2)
-    figures += (multi_tensor.chosen(arguments, "inverse_scale"), multi_tensor.chosen(arguments, "clip"))
-    types = (params[0], grads[0], exp_avgs[0], copies[0] if copies else params[0])
-    overflow = params[0] if arguments["overflow"] is None else arguments["overflow"]
-    helpers = (scalar, everywhere, place, address_of, unscaled, lion_chunk)
-    kernel = launch.jit(lion_kernel, *helpers)[(len(table.chunks),)]
-    with torch.cuda.device_of(params[0]):
-        kernel(
-            table.places, table.chunks, *types, overflow, len(params), *figures,
-            LR_TENSOR=isinstance(lr, torch.Tensor), **multi_tensor.gradient_flags(arguments),
-            COPY_ROW=4 * bool(copies), ALIGNED=table.aligned, BLOCK=multi_tensor.BLOCK, num_warps=multi_tensor.WARPS,
-        )  # fmt: skip
+    figures = (lr, decay, weight_decay, beta1, 1 - beta1, beta2, 1 - beta2)
+    flags = {"LR_TENSOR": isinstance(lr, torch.Tensor), "COPY_ROW": 4 * bool(copies)}
+    multi_tensor.run(lion_kernel, lion_chunk, lists, figures, arguments, **flags)
 
 
 @torch.library.register_fake("fxzero_kernels::lion_", lib=_LIBRARY)

@@ -1,4 +1,4 @@
-"""Lists of tensors in one launch: what the optimizers' kernels share. No op is defined here.
+"""Lists of tensors in one launch: what the optimizers' kernels share, the launch too. No op is defined here.
 
 [Note: tables]
 A launch gets the addresses and sizes of all tensors in one int64 tensor [1 + roles, n]: the sizes, then for each role
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -187,6 +187,50 @@ def gradient_flags(arguments: dict[str, Any]) -> dict[str, bool]:
         "OVERFLOW": arguments["overflow"] is not None,
         "MAXIMIZE": arguments["maximize"],
     }
+
+
+def is_done(reference: Callable[..., None], lists: Sequence[Sequence[torch.Tensor]], arguments: dict[str, Any]) -> bool:
+    """Whether no kernel is needed: there are no tensors, or they were on the CPU and the reference has updated them."""
+    if not lists[0]:
+        return True
+    if launch.runs_kernel(lists[0][0]):
+        return False
+    reference(*lists, **arguments)
+    return True
+
+
+def run(
+    kernel: Callable[..., None],
+    chunk: Callable[..., None],
+    lists: Sequence[Sequence[torch.Tensor]],
+    figures: Sequence[Any],
+    arguments: dict[str, Any],
+    **flags: Any,
+) -> None:
+    """Launch the kernel of an update once for all tensors.
+
+    Args:
+        kernel: takes the tables, four tensors of the dtypes of parameters, gradients, state and copies, the overflow,
+            the number of tensors, `figures` and the two factors of gradients, in this order.
+        chunk: what it calls for each chunk.
+        lists: parameters, gradients, lists of state, copies; an empty list is no role.
+        figures: numbers, or tensors of one element.
+        arguments: of the op, those of GRADIENT_SCHEMA among them.
+        flags: further constants of the kernel.
+    """
+    params, grads, *states, copies = lists
+    table = table_of([tensors for tensors in lists if tensors])
+    if not len(table.chunks):
+        return
+    types = [tensors[0] if tensors else params[0] for tensors in (params, grads, states[0], copies)]
+    overflow = params[0] if arguments["overflow"] is None else arguments["overflow"]
+    factors = chosen(arguments, "inverse_scale"), chosen(arguments, "clip")
+    launched = launch.jit(kernel, scalar, everywhere, place, address_of, unscaled, chunk)[(len(table.chunks),)]
+    with torch.cuda.device_of(params[0]):
+        launched(
+            table.places, table.chunks, *types, overflow, len(params), *figures, *factors,
+            **gradient_flags(arguments), **flags, ALIGNED=table.aligned, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
 
 
 def scalar(x, IS_TENSOR: tl.constexpr):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxzero.kernels import launch, multi_tensor
+from fxzero.kernels import multi_tensor
 from fxzero.kernels.multi_tensor import Number, address_of, everywhere, place, scalar, unscaled
 
 if TYPE_CHECKING:
@@ -171,29 +171,19 @@ def sgd_(
 def _launch(params: Tensors, grads: Tensors, momenta: Tensors, copies: Tensors, **arguments: Any) -> None:
     lists = (params, grads, momenta, copies)
     _fake(*lists, **arguments)
-    if not params:
-        return
-    if not launch.runs_kernel(params[0]):
-        sgd_reference(*lists, **arguments)
-        return
-    table = multi_tensor.table_of([tensors for tensors in lists if tensors])
-    if not len(table.chunks):
+    if multi_tensor.is_done(sgd_reference, lists, arguments):
         return
     lr = multi_tensor.chosen(arguments, "lr")
-    figures: tuple[Any, ...] = (lr, arguments["momentum"], 1 - arguments["dampening"], arguments["weight_decay"])
-    figures += (multi_tensor.chosen(arguments, "inverse_scale"), multi_tensor.chosen(arguments, "clip"))
-    types = (params[0], grads[0], momenta[0] if momenta else params[0], copies[0] if copies else params[0])
-    overflow = params[0] if arguments["overflow"] is None else arguments["overflow"]
-    helpers = (scalar, everywhere, place, address_of, unscaled, sgd_chunk)
-    kernel = launch.jit(sgd_kernel, *helpers)[(len(table.chunks),)]
-    with torch.cuda.device_of(params[0]):
-        kernel(
-            table.places, table.chunks, *types, overflow, len(params), *figures,
-            LR_TENSOR=isinstance(lr, torch.Tensor), **multi_tensor.gradient_flags(arguments),
-            DECAYS=arguments["weight_decay"] != 0, MOMENTUM=bool(momenta), FIRST=arguments["first"],
-            NESTEROV=arguments["nesterov"], COPY_ROW=(3 + bool(momenta)) * bool(copies), ALIGNED=table.aligned,
-            BLOCK=multi_tensor.BLOCK, num_warps=multi_tensor.WARPS,
-        )  # fmt: skip
+    figures = (lr, arguments["momentum"], 1 - arguments["dampening"], arguments["weight_decay"])
+    multi_tensor.run(
+        *(sgd_kernel, sgd_chunk, lists, figures, arguments),
+        LR_TENSOR=isinstance(lr, torch.Tensor),
+        DECAYS=arguments["weight_decay"] != 0,
+        MOMENTUM=bool(momenta),
+        FIRST=arguments["first"],
+        NESTEROV=arguments["nesterov"],
+        COPY_ROW=(3 + bool(momenta)) * bool(copies),
+    )
 
 
 @torch.library.register_fake("fxzero_kernels::sgd_", lib=_LIBRARY)

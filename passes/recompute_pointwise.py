@@ -14,14 +14,16 @@ import torch
 from torch import fx
 
 from fxzero import compat
-from fxzero.graph import StepGraph
+from fxzero.graph import StepGraph, kernel_ops
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.randomness import is_random
-from fxzero.graph.step_graph import is_view, iter_views, num_bytes, yields_scalar, yields_tensor
+from fxzero.graph.step_graph import is_getitem, is_view, iter_views, num_bytes, yields_scalar, yields_tensor
 
 aten = torch.ops.aten
 
 _CHEAP = {aten.clone.default, aten._to_copy.default, aten._unsafe_view.default}
+# what models write as pointwise ops and one mean: a pass over memory, too
+_CHEAP_KERNELS = {kernel_ops.OPS["rms_norm"][0], kernel_ops.OPS["gated_activation"][0]}
 # tagged pointwise, but not cheap enough to be done twice
 _DEAR = {aten.pow.Tensor_Tensor, aten.erfinv.default, aten.lgamma.default, aten.digamma.default}
 
@@ -91,6 +93,9 @@ def _is_read_in_backward(node: fx.Node) -> bool:
 
 def _is_cheap(node: fx.Node) -> bool:
     target: Any = node.target
+    source: Any = node.args[0] if is_getitem(node) else node
+    if source.target in _CHEAP_KERNELS:
+        return True
     if not compat.is_op(target) or not yields_tensor(node) or is_random(node) or not node.all_input_nodes:
         return False
     return target not in _DEAR and (torch.Tag.pointwise in target.tags or is_view(node) or target in _CHEAP)

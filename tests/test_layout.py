@@ -37,15 +37,16 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "plan": frozenset({"errors", "compat", "plan_values", "plan_buckets", "plan_compression", "plan_mesh"})
     | {"plan_cuda_graph", "plan_offload", "plan_precision", "plan_schedule"},
     "arguments": frozenset({"errors"}),
-    "graph": BASE,
+    "graph": BASE | {"kernels"},
     "capture": BASE | {"graph"},
     "cost": BASE | {"graph"},
     "simulate": BASE | {"graph", "cost", "schedule"},
     "schedule": BASE | {"graph", "cost"},
-    "passes": BASE | {"graph", "cost", "schedule"},
+    "passes": BASE | {"graph", "cost", "schedule", "kernels"},
     "pass_manager": BASE | {"graph"},
     "recipe": BASE
-    | {"plan_buckets", "plan_compression", "plan_offload", "graph", "capture", "cost", "passes", "pass_manager"},
+    | {"plan_buckets", "plan_compression", "plan_offload", "plan_values", "graph", "capture", "cost", "passes"}
+    | {"pass_manager"},
     "decide": BASE | {"plan_buckets", "plan_offload", "graph", "cost", "passes", "pass_manager", "recipe"},
     "kernels": frozenset(),
     "lower": BASE | {"compat_inductor", "graph", "kernels"},

@@ -61,7 +61,8 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--accumulate-in", metavar="NAME", help="shards or unsharded")
     group.add_argument("--recompute", type=_recompute, metavar="WHAT", help="auto, blocks, a fraction, or PATTERN,..")
     group.add_argument("--chunk-loss", type=_number, metavar="ROWS", help="whose logits are made at a time, or auto")
-    group.add_argument("--kernels", type=_kernels, metavar="NAME,..", help="updates by one op: all, or adamw, sgd")
+    about = "all, or adamw, sgd, lion, rms_norm, layer_norm, gated_activation, rotary"
+    group.add_argument("--kernels", type=_kernels, metavar="NAME,..", help=about)
     group.add_argument("--memory-budget", type=_number, metavar="BYTES", help="'20 GiB': the greatest predicted peak")
     for part, what in (("optimizer", "its state rests"), ("parameters", "they rest"), ("activations", "they wait")):
         group.add_argument(f"--offload-{part}", metavar="WHERE", help=f"where {what}: none, host, nvme or auto")

@@ -155,6 +155,8 @@ class _Lives:
         if update_ops.written(node) and node in self.in_place.forms:
             return  # its parts stand in the memory of what it writes
         source = self.in_place.written_by(node) or aliased(node)
+        if source in self.in_place.forms and update_ops.written(source):  # type: ignore[arg-type]
+            source = None  # a copy beside what is written over
         if node in self.in_place.forms:
             source = first_argument(node)
         if source is None or _makes_its_value(node):

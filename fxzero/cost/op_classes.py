@@ -51,13 +51,15 @@ SAME_FLOPS: dict[Any, Any] = {
 # the first word in the name of an op that is here decides its class
 _BY_WORD = {
     "transcendental": "gelu silu sigmoid tanh exp exp2 expm1 log log2 log1p sqrt rsqrt sin cos erf erfinv pow mish "
-    "softplus elu celu selu logit atan2 sigmoid_backward hardswish log_sigmoid_forward log_sigmoid_backward",
+    "softplus elu celu selu logit atan2 sigmoid_backward hardswish log_sigmoid_forward log_sigmoid_backward "
+    "gated_activation",
     "selection": "where masked_fill eq ne lt le gt ge isnan isinf isfinite logical_not logical_and logical_or tril "
     "triu threshold_backward masked_select nonzero",
     "random": "bernoulli rand randn rand_like randn_like native_dropout uniform normal normal_functional dropout",
     "reduction": "sum mean amax amin max min norm linalg_vector_norm any all prod var std var_mean argmax cumsum "
     "nonfinite logsumexp",
-    "normalization": "native_layer_norm native_group_norm native_batch_norm batch_norm rms_norm _fused_rms_norm",
+    "normalization": "native_layer_norm native_group_norm native_batch_norm batch_norm rms_norm "
+    "_fused_rms_norm layer_norm",
     "softmax": "_softmax _log_softmax softmax log_softmax _softmax_backward_data _log_softmax_backward_data",
     "index": "embedding embedding_dense_backward index index_select index_put _index_put gather scatter scatter_add "
     "index_add nll_loss_forward nll_loss_backward slice_scatter select_scatter select_backward slice_backward "

@@ -18,11 +18,22 @@ import torch
 from torch import fx
 
 from fxzero.graph import collectives as c10d
-from fxzero.graph import compression_ops, error_feedback_ops
+from fxzero.graph import compression_ops, error_feedback_ops, kernel_ops
 from fxzero.graph.step_graph import num_bytes
 
 aten = torch.ops.aten
 
+# of a kernel's op, with all that it may be given: bytes an element of its first argument, in fp32 and in 16 bits
+_WATCHED = {
+    op: watched
+    for name, both in {
+        "rms_norm": ((4, 10), (12, 20)),
+        "layer_norm": ((8, 14), (16, 22)),
+        "gated_activation": ((20, 26), (16, 26)),  # of the tanh form; the others take less
+        "rotary": ((8, 15), (10, 16)),
+    }.items()
+    for op, watched in zip(kernel_ops.OPS[name], both, strict=True)
+}
 _TILE = 2**20  # elements that an op for messages works on at a time
 
 
@@ -134,6 +145,15 @@ def _tiled_bytes(elements: int, *, first: int, further: int) -> int:
     return min(elements, _TILE) * (first + further * (elements > _TILE))
 
 
+def _by_reference(of_fp32: int, of_others: int) -> Callable[..., int]:
+    """A kernel's op runs by its reference, in fp32 values: bytes an element of its first argument."""
+
+    def rule(x: Any, *_: Any) -> int:
+        return int(x.numel()) * (of_fp32 if x.dtype is torch.float32 else of_others)
+
+    return rule
+
+
 _RULES: dict[Any, Callable[..., int]] = {
     aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
@@ -150,6 +170,7 @@ _RULES: dict[Any, Callable[..., int]] = {
     aten.bmm.default: _copies_of_factors,
     aten.addmm.default: lambda _, *factors: _copies_of_factors(*factors),
     aten.baddbmm.default: lambda _, *factors: _copies_of_factors(*factors),
+    **{op: _by_reference(*watched) for op, watched in _WATCHED.items()},
     compression_ops.quantize_blockwise: _quantize,
     compression_ops.dequantize_blockwise: _dequantize,
     compression_ops.dequantize_reduce: _dequantize,

@@ -23,7 +23,7 @@ from torch import fx
 from fxzero import compat
 from fxzero.errors import RewriteError
 from fxzero.graph import collectives as c10d
-from fxzero.graph import ops, text
+from fxzero.graph import kernel_ops, ops, text
 from fxzero.graph.edit import evaluate
 from fxzero.graph.step_graph import ADDED_UP, INPUT_KINDS, PHASES, TANGENT, Result, Sharding, StateEntry, StepGraph
 
@@ -86,7 +86,7 @@ def find_op(name: str) -> Any:
         found = getattr(getattr(torch.ops, namespace or "aten"), packet, None)
         found = getattr(found, overload or "default", None)
     if found is None or text.op_name(found) != name:
-        close = difflib.get_close_matches(name, [*named, *dir(torch.ops.aten)], n=1)
+        close = difflib.get_close_matches(name, [*named, *kernel_ops.NAMES, *dir(torch.ops.aten)], n=1)
         hint = f"did you mean {close[0]!r}?" if close else "import what registers it"
         _fail("op", "an op that torch or fxzero knows", repr(name), hint)
     return found

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxzero import compat
+
 aten = torch.ops.aten
 
 _COMMUTES = (aten.add.Tensor, aten.mul.Tensor, aten.maximum.default)
@@ -54,9 +56,70 @@ class Match:
     calls: frozenset[fx.Node]
 
 
-def match(pattern: Call, node: fx.Node) -> Match | None:
-    """The pattern with `node` as its last call; None where it does not stand there."""
-    return _match(pattern, node, Match({}, frozenset()))
+def match(pattern: Call, node: fx.Node, beside: Match | None = None) -> Match | None:
+    """The pattern with `node` as its last call; None where it does not stand there.
+
+    Args:
+        pattern: a call.
+        node: of a graph.
+        beside: what has been found of another pattern, whose names mean the same; it is part of the match.
+    """
+    return _match(pattern, node, beside or Match({}, frozenset()))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where a graph goes on otherwise than a pattern.
+
+    Args:
+        last: the node that was compared with the pattern's last call.
+        told: how the first one that differs does; nothing where only values do.
+        alike: calls above `last`, itself too, that are as in the pattern.
+    """
+
+    last: fx.Node
+    told: str
+    alike: int
+
+
+def first_difference(pattern: Call, node: fx.Node) -> Difference:
+    """The first call, from the last one upwards, that is not the pattern's."""
+    alike = 0
+    stack: list[tuple[Any, Any]] = [(pattern, node)]
+    while stack:
+        part, value = stack.pop()
+        if not isinstance(part, Call):
+            continue
+        target = value.target if isinstance(value, fx.Node) else value
+        if target is not part.target:
+            given = value.op if isinstance(value, fx.Node) and value.op != "call_function" else _named(target)
+            told = f"%{value} is {given}" if isinstance(value, fx.Node) else f"{value!r} stands there"
+            return Difference(node, f"{told}, not {_named(part.target)}", alike)
+        if value.kwargs.keys() != part.kwargs.keys():
+            given = ", ".join(value.kwargs) or "nothing"
+            return Difference(
+                node, f"%{value} is given {given} by name, not {', '.join(part.kwargs) or 'nothing'}", alike
+            )
+        alike += 1
+        pairs = [(p, value.kwargs.get(key)) for key, p in part.kwargs.items()]
+        pairs += zip(_in_order(part, value.args), value.args, strict=False)
+        stack += reversed(pairs)
+    return Difference(node, "", alike)
+
+
+def _in_order(part: Call, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a pattern, turned around where that is more like a call's."""
+
+    def likeness(order: tuple[Any, ...]) -> int:
+        pairs = zip(order, args, strict=False)
+        return sum(isinstance(p, Call) and getattr(a, "target", None) is p.target for p, a in pairs)
+
+    turned = (*part.args[1::-1], *part.args[2:])
+    return max(part.args, turned, key=likeness) if part.target in _COMMUTES else part.args
+
+
+def _named(target: Any) -> str:
+    return str(target) if compat.is_op(target) else str(getattr(target, "__name__", target))
 
 
 def _match(pattern: Any, value: Any, so_far: Match) -> Match | None:

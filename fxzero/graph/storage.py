@@ -95,7 +95,8 @@ class InPlace:
         """The tensor in whose memory a part of what an update of many yields stands, where that runs in place."""
         if not is_getitem(node) or node.args[0] not in self.forms:
             return None
-        return update_ops.written(node.args[0])[node.args[1]]  # type: ignore[arg-type, index]
+        written, place = update_ops.written(node.args[0]), node.args[1]  # type: ignore[arg-type]
+        return written[place] if place < len(written) else None  # type: ignore[operator, index]
 
     def _last(self, members: list[fx.Node]) -> int:
         return max((self.position[user] for member in members for user in member.users), default=-1)

@@ -211,7 +211,7 @@ def test_the_op_can_be_traced(device):
 
 def test_without_the_interpreter_an_op_on_the_cpu_is_the_reference(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(module.launch, "jit", None)
+    monkeypatch.setattr(module.multi_tensor.launch, "jit", None)
     made = lists([*ROLES, "max_exp_avg_sqs", "copies"], device="cpu")
     want = clones(made)
     update(module, made, STEP3)

@@ -127,7 +127,7 @@ def test_the_op_can_be_checked_and_is_the_reference_without_the_interpreter(devi
     torch.library.opcheck(module.sgd_op, tuple(made.values()), arguments)
     torch.library.opcheck(module.sgd_op, (made["params"], made["grads"], [], []), arguments)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(module.launch, "jit", None)
+    monkeypatch.setattr(module.multi_tensor.launch, "jit", None)
     made = lists([*ROLES, "copies"], device="cpu")
     want = clones(made)
     update(module, made, {"momentum": 0.9})

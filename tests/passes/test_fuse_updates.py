@@ -16,16 +16,19 @@ import fxzero
 from fxzero import Plan, StepGraph
 from fxzero.capture import Inventory, capture_step
 from fxzero.capture.rehearsal import rehearse
+from fxzero.cost.lifetimes import storages
 from fxzero.cost.memory import memory_profile
 from fxzero.errors import PlanError
 from fxzero.graph import collectives as c10d
 from fxzero.graph import update_ops
-from fxzero.graph.edit import Editor
+from fxzero.graph.edit import Editor, fake_mode
 from fxzero.graph.order_rules import required_order
 from fxzero.graph.patterns import Call, match
+from fxzero.graph.step_graph import yields_tensor
 from fxzero.graph.storage import InPlace
 from fxzero.passes.fuse_updates import fuse_updates
 from fxzero.recipe import captured_as, recipe
+from tests.kernels.interpreter import interpreter
 from tests.lower.models import Decoder, tokens
 from tests.numerics.local_ranks import compile_for, run_ranks
 from tests.numerics.models import all_cases, clipped_cases, rarer_cases
@@ -34,6 +37,11 @@ from tests.numerics.sparing import verifying_less
 
 aten = torch.ops.aten
 FUSED = tuple(update_ops.IN_PLACE)
+BY_KERNEL = {
+    "adamw": update_ops.adamw_by_kernel,
+    "sgd": update_ops.sgd_by_kernel,
+    "lion": update_ops.lion_by_kernel,
+}
 RTOL = 2e-6
 CASES = {**all_cases(), **rarer_cases(), **clipped_cases()}
 WITH_UPDATES = {
@@ -140,6 +148,206 @@ def test_with_other_keys_of_a_plan(keys: dict[str, Any]) -> None:
         assert torch.allclose(a, b, rtol=RTOL, atol=RTOL * float(b.abs().max()))
 
 
+# ---- by kernels, which run by their references here
+
+
+class Lion(torch.optim.Optimizer):
+    """Lion, as program 1 of the paper.
+
+    Args:
+        form: how averages are written: "add", "mul" or "lerp".
+    """
+
+    def __init__(self, parameters: Any, *, lr: float, form: str = "add", weight_decay: float = 0.1) -> None:
+        self.form = form
+        super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.99), "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                if group["weight_decay"]:
+                    parameter.mul_(1.0 - lr * group["weight_decay"])
+                mixed = self.averaged(state["exp_avg"].clone(), parameter.grad, beta1)
+                parameter.add_(mixed.sign(), alpha=-lr)
+                state["exp_avg"].copy_(self.averaged(state["exp_avg"].clone(), parameter.grad, beta2))
+
+    def averaged(self, average: torch.Tensor, grad: torch.Tensor, beta: float) -> torch.Tensor:
+        if self.form == "lerp":
+            return average.lerp_(grad, 1.0 - beta)
+        if self.form == "mul":
+            return average.mul_(beta) + grad * (1.0 - beta)
+        return average.mul_(beta).add_(grad, alpha=1.0 - beta)
+
+
+def small_step(optimizer: Any, *, plan: Plan | None = None, **keys: Any) -> StepGraph:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(40, 60)
+    inventory = rehearse(Inventory.of(model, optimizer(model.parameters(), lr=1e-2, **keys)))[0]
+    loss = lambda m, x: m(x).square().sum()  # noqa: E731
+    return capture_step(inventory, loss, (torch.ones(2, 40),), {}, options=captured_as(plan or Plan())).step
+
+
+NUMBERS = {
+    "lr": 0.1,
+    "betas.0": 0.8,
+    "betas.1": 0.6,
+    "eps": 0.01,
+    "weight_decay": 0.3,
+    "momentum": 0.7,
+    "dampening": 0.0,
+}
+
+
+def run_small(step: StepGraph) -> dict[tuple[str, str], torch.Tensor]:
+    """What a step makes of random state, none of it negative, counted from 3; no two numbers of the host are equal."""
+    generator = torch.Generator().manual_seed(1)
+    values: list[Any] = []
+    for node in step.placeholders:
+        val, name = node.meta["val"], node.meta["entry"].name
+        if not isinstance(val, torch.Tensor):
+            values.append(NUMBERS[name.removeprefix("groups.0.")])
+        elif not val.is_floating_point():
+            values.append(torch.zeros(val.shape, dtype=val.dtype))
+        elif val.dim():
+            values.append(torch.rand(val.shape, generator=generator))
+        else:
+            values.append(torch.tensor(3.0 if name.endswith(":step") else 4.0))
+    made = torch.fx.GraphModule({}, step.graph)(*values)
+    return {key: value for key, value in zip(step.results, made, strict=True) if isinstance(value, torch.Tensor)}
+
+
+def assert_same(found: dict[tuple[str, str], torch.Tensor], expected: dict[tuple[str, str], torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.allclose(found[key], value, rtol=RTOL, atol=RTOL * float(value.abs().max())), key
+
+
+KERNELS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "adamw": ("adamw", torch.optim.AdamW, {}),
+    "amsgrad": ("adamw", torch.optim.Adam, {"amsgrad": True}),
+    "sgd": ("sgd", torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
+    "nesterov": ("sgd", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "lion": ("lion", Lion, {}),
+    "lion_mul": ("lion", Lion, {"form": "mul", "weight_decay": 0.0}),
+    "lion_lerp": ("lion", Lion, {"form": "lerp"}),
+}
+
+
+@pytest.mark.parametrize(("name", "optimizer", "keys"), KERNELS.values(), ids=KERNELS)
+def test_a_kernel_makes_the_same_update(name: str, optimizer: Any, keys: dict[str, Any]) -> None:
+    step = small_step(optimizer, **keys)
+    fused = step.copy()
+    assert fuse_updates.run(fused, ops="triton") == 2, fused.remarks
+    (call,) = fused.calls(BY_KERNEL[name])
+    assert call in InPlace(fused).forms
+    assert_same(run_small(fused), run_small(step))
+
+
+def test_a_kernel_runs_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    step = small_step(torch.optim.AdamW, plan=Plan(clip_grad_norm=0.3))
+    fused = step.copy()
+    fuse_updates.run(fused, ops="triton")
+    with interpreter():
+        assert_same(run_small(fused), run_small(step))
+
+
+SCALED: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "clipped": ({"clip_grad_norm": 0.3}, {"clip"}),
+    "unscaled": ({"loss_scale": 8.0}, {"clip"}),
+    "both": ({"loss_scale": 8.0, "clip_grad_norm": 0.3}, {"clip"}),
+    "by_value": ({"clip_grad_value": 0.1}, set()),
+}
+
+
+@pytest.mark.parametrize(("keys", "factors"), SCALED.values(), ids=SCALED)
+def test_a_kernel_multiplies_gradients_by_what_only_it_reads(keys: dict[str, Any], factors: set[str]) -> None:
+    step = small_step(torch.optim.AdamW, plan=Plan(**keys))
+    fused = step.copy()
+    assert fuse_updates.run(fused, ops="triton") == 2
+    (call,) = fused.calls(update_ops.adamw_by_kernel)
+    assert {"clip", "inverse_scale"} & call.kwargs.keys() == factors
+    assert_same(run_small(fused), run_small(step))
+
+
+def test_two_factors_are_those_of_the_kernel() -> None:
+    step = small_step(torch.optim.AdamW, plan=Plan(clip_grad_norm=0.3))
+    for scaled in [node for node in step.calls(aten.lerp.Scalar)]:
+        grad = scaled.args[1]
+        with Editor(step, phase="update").before(scaled) as editor:
+            half = editor.call(aten.full.default, [], 0.5)
+            twice = editor.call(aten.mul.Tensor, grad, half)
+        for user in list(grad.users):  # type: ignore[union-attr]
+            if user is not twice:
+                user.replace_input_with(grad, twice)  # type: ignore[arg-type]
+    fused = step.copy()
+    assert fuse_updates.run(fused, ops="triton") == 2
+    calls = fused.calls(update_ops.adamw_by_kernel)
+    assert all({"clip", "inverse_scale"} <= call.kwargs.keys() for call in calls)
+    assert_same(run_small(fused), run_small(step))
+
+
+def test_a_kernel_writes_the_copy_that_the_step_makes() -> None:
+    step = small_step(torch.optim.SGD, momentum=0.9)
+    for name in ("weight", "bias"):
+        new = step.results[("parameter", name)]
+        with Editor(step, phase="update").before(step.output) as editor:
+            step.set_result("metric", f"copy.{name}", editor.call(aten._to_copy.default, new, dtype=torch.bfloat16))
+    fused = step.copy()
+    assert fuse_updates.run(fused, ops="triton") == 2
+    (call,) = fused.calls(update_ops.sgd_by_kernel)
+    assert call.kwargs["copy_dtype"] == torch.bfloat16 and not fused.calls(aten._to_copy.default)
+    in_place = InPlace(fused)
+    assert call in in_place.forms
+    copies = [fused.results[("metric", f"copy.{name}")] for name in ("weight", "bias")]
+    assert all(in_place.written_by(copy) is None for copy in copies)
+    with_memory = {member for storage in storages(fused, device="cpu") for member in storage.members}
+    assert with_memory.issuperset(copies)
+    assert_same(run_small(fused), run_small(step))
+
+
+def test_on_a_gpu_kernels_are_chosen() -> None:
+    step = small_step(torch.optim.AdamW)
+    with fake_mode(step):
+        for node in step.graph.nodes:
+            if yields_tensor(node) and node.meta["val"].dim():
+                val = node.meta["val"]
+                node.meta["val"] = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="cuda")
+    assert fuse_updates.run(step) == 2
+    assert step.calls(update_ops.adamw_by_kernel) and not step.calls(update_ops.adamw)
+
+
+def test_lion_is_a_kernel_where_it_is_named() -> None:
+    step = small_step(Lion)
+    assert fuse_updates.run(step.copy()) == 0
+    assert fuse_updates.run(step, names=("lion",)) == 2
+
+
+def unscaled_twice(step: StepGraph) -> None:
+    for node in step.calls(update_ops.adamw_by_kernel):
+        node.kwargs = {**node.kwargs, "inverse_scale": node.kwargs["clip"]}
+
+
+def not_unscaled(step: StepGraph) -> None:
+    for node in step.calls(update_ops.adamw_by_kernel):
+        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "clip"}
+
+
+@pytest.mark.parametrize("fault", [unscaled_twice, not_unscaled])
+def test_a_fault_of_a_kernels_call_is_seen(fault: Callable[[StepGraph], None]) -> None:
+    step = small_step(torch.optim.AdamW, plan=Plan(loss_scale=8.0))
+    fused = step.copy()
+    fuse_updates.run(fused, ops="triton")
+    fault(fused)
+    with pytest.raises(AssertionError):
+        assert_same(run_small(fused), run_small(step))
+
+
 # ---- planted faults
 
 
@@ -209,7 +417,8 @@ def test_an_update_of_another_form_stays() -> None:
     step = captured(Misplaced).copy()
     text = str(step)
     assert fuse_updates.run(step) == 0 and str(step) == text
-    assert step.remarks["fuse_updates"] == "adamw: no update fused; sgd: no update fused"
+    nearest = "nearest, %addcdiv: %groups_0_lr is placeholder, not truediv"
+    assert step.remarks["fuse_updates"] == f"adamw: no update fused; {nearest}; sgd: no update fused"
 
 
 def test_an_update_whose_inside_is_read_stays() -> None:
@@ -254,10 +463,8 @@ def test_names_choose() -> None:
     step = captured().copy()
     assert fuse_updates.run(step, names=("sgd",)) == 0
     assert fuse_updates.run(step, names=("adamw",)) > 0
-    with pytest.raises(
-        PlanError, match=r"Plan.kernels: expected 'adamw' or 'sgd', got 'rotary'; reserved, not built yet"
-    ):
-        Plan(kernels=["adamw", "rotary"])
+    with pytest.raises(PlanError, match=r"Plan.kernels: expected 'adamw' or 'sgd' or .*, got 'dropout'"):
+        Plan(kernels=["adamw", "dropout"])
 
 
 def test_before_and_after(golden: Callable[[str, str], None]) -> None:
