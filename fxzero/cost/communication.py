@@ -86,10 +86,9 @@ def collective_seconds(node: fx.Node, mesh: Mapping[str, int], hardware: Hardwar
         hardware: the machine.
     """
     layout = layout_of(c10d.axis_of(node), mesh, hardware.ranks_per_node)
-    if c10d.carrier_of(node) == c10d.SHARED_ROWS:
-        return message_seconds(c10d.SHARED_ROWS, 0, layout, hardware)
-    seconds = message_seconds(algorithm_of(node), message_bytes(node), layout, hardware)
-    return seconds + fresh_seconds(node, hardware)
+    algorithm = algorithm_of(node)
+    seconds = message_seconds(algorithm, message_bytes(node), layout, hardware)
+    return seconds if algorithm == c10d.SHARED_ROWS else seconds + fresh_seconds(node, hardware)
 
 
 def message_seconds(algorithm: str, size: float, layout: Layout, hardware: Hardware) -> float:

@@ -43,7 +43,7 @@ def sharing_first_capture(known: dict[str, Any], case: str) -> Iterator[None]:
         known: captures of earlier jobs, which this one's are added to.
         case: the same for the same model, optimizer and shapes of a batch, and no fault in what captures.
     """
-    page = importlib.import_module("fxzero.programs")
+    page = importlib.import_module("fxzero.capture.changing_sizes")
     capture_step = page.capture_step
     asked: set[str] = set()
 
