@@ -113,7 +113,7 @@ def write_source(folder: Path, programs: Sequence[ProgramSource], *, where: str)
 
 def _write(folder: Path, program: ProgramSource, where: str) -> list[Path]:
     files = {PROGRAM: f"# {program.step.title}, lowering {program.lowering}; for reading\n\n{program.text}"}
-    functions = [] if program.lowered is None else shared_functions(program.step, ops=program.lowered.ops)
+    functions = [] if program.lowered is None else shared_functions(program.step, lowered=program.lowered)
     for function in functions:
         source = _compiled(function, program, where)
         if source is not None:
@@ -129,7 +129,7 @@ def _compiled(function: SharedFunction, program: ProgramSource, where: str) -> s
     assert program.lowered is not None
     if function.regions[0].number in program.lowered.refused:
         return None
-    path = Store(lowering=program.lowering).path(function.form.text)
+    path = Store(lowering=program.lowering).path(function.text)
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

@@ -87,10 +87,28 @@ def test_each_function_has_its_own_module_and_its_regions_call_it(keys: Any, kep
     assert called == {row[0]: int(row[1]) for row in rows} and max(called.values()) > 1
     compiled = step._last[-1].program
     texts = {number: region.form.text for number, region in compiled.lowered.regions.items()}
-    for function in shared_functions(compiled.body, ops=compiled.lowered.ops):
+    for function in shared_functions(compiled.body, lowered=compiled.lowered):
         source = source_in(tmp_path / "source" / f"{function.name}.py")
         assert all(texts[region.number] == source for region in function.regions), function.name
     assert sum(int(row[1]) for row in rows) == len(texts)
+
+
+def test_functions_for_all_sizes_have_the_names_and_modules_that_run(kept: Kept, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Decoder(1)
+    with interpreted():
+        plan = fxzero.Plan(lowering="inductor")
+        step = fxzero.compile(model, torch.optim.AdamW(model.parameters()), plan)
+        for rows in (4, 6):
+            step(*tokens(0, rows=rows))
+    step.write_source(tmp_path / "source")
+    regions = step._last[-1].program.lowered.regions.values()
+    assert any(region.sizes for region in regions) and not all(region.sizes for region in regions)
+    for region in regions:
+        assert source_in(tmp_path / "source" / f"{region.name}.py") == region.text
+    called = Counter(region.name for region in regions)
+    rows_shown = rows_of((tmp_path / "source" / "index.md").read_text())
+    assert called == {row[0]: int(row[1]) for row in rows_shown}
 
 
 def test_a_module_has_its_calls_and_where_they_stand_above_it(kept: Kept, tmp_path: Path) -> None:

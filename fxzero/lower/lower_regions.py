@@ -33,6 +33,7 @@ class LoweredRegion:
         form: its inputs, outputs, and what it writes over.
         function: takes a list of the inputs, which it empties, and returns the outputs.
         name: of that function; equal regions share it.
+        text: that it was made of: the region's own, or one for all sizes of the batch.
         sizes: of the batch, which it takes before the inputs.
         num_chosen: so many of its calls another op runs, as was chosen where it was learned for all sizes.
     """
@@ -41,6 +42,7 @@ class LoweredRegion:
     form: RegionText
     function: Function
     name: str
+    text: str
     sizes: tuple[int, ...] = ()
     num_chosen: int = 0
 
@@ -133,7 +135,7 @@ def lower_regions(
         form, open_ = forms[number], served.get(number)
         function, text = (made.functions[form.text], form.text) if open_ is None else (open_.function, open_.text)
         values, num_chosen = ((), 0) if open_ is None else (open_.values, open_.num_chosen)
-        lowered[number] = LoweredRegion(region.calls, form, function, names[text], values, num_chosen)
+        lowered[number] = LoweredRegion(region.calls, form, function, names[text], text, values, num_chosen)
     fixed = at.regions.fixed if at is not None else {*distinct}
     alone = None if at is None else len([text for text in distinct if text not in fixed])
     num_compiled = made.num_compiled + num_open

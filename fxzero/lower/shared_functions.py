@@ -1,17 +1,16 @@
-"""Which regions of a program share a function: those whose canonical text is the same."""
+"""Which regions of a program share a function: those whose canonical text is the same, or open for all sizes."""
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import fx
 
 from fxzero.graph import StepGraph
 from fxzero.graph.regions import Region, regions
 from fxzero.graph.storage import InPlace
+from fxzero.lower.lower_regions import Lowered
 from fxzero.lower.region_text import RegionText, region_text
 
 
@@ -23,11 +22,13 @@ class SharedFunction:
         name: as programs call it: "region_2".
         regions: in program order, at least one.
         form: of the first of them.
+        text: that it is made of.
     """
 
     name: str
     regions: tuple[Region, ...]
     form: RegionText
+    text: str
 
     @property
     def where(self) -> str:
@@ -45,21 +46,27 @@ class SharedFunction:
         return _few([str(region.number) for region in self.regions], most=12)
 
 
-def shared_functions(step: StepGraph, *, ops: Mapping[fx.Node, Any] | None = None) -> list[SharedFunction]:
+def shared_functions(step: StepGraph, *, lowered: Lowered | None = None) -> list[SharedFunction]:
     """The functions of a program's regions, in the order of their first call.
 
     Args:
         step: with its regions cut.
-        ops: calls that another op than their own runs.
+        lowered: what its regions became, if they did: names and texts are those of the functions that run.
     """
-    in_place = InPlace(step)
+    in_place, ops = InPlace(step), None if lowered is None else lowered.ops
+    runs = {} if lowered is None else lowered.regions
+    taken = {one.name for one in runs.values()}
+    free = (name for name in map("region_{}".format, itertools.count()) if name not in taken)
     found: dict[str, list[Region]] = {}
     forms: dict[str, RegionText] = {}
+    names: dict[str, str] = {}
     for region in regions(step):
-        form = region_text(region, in_place, ops=ops)
-        found.setdefault(form.text, []).append(region)
-        forms.setdefault(form.text, form)
-    return [SharedFunction(f"region_{i}", tuple(found[text]), forms[text]) for i, text in enumerate(found)]
+        form, one = region_text(region, in_place, ops=ops), runs.get(region.number)
+        text = form.text if one is None else one.text
+        if text not in found:
+            forms[text], names[text] = form, next(free) if one is None else one.name
+        found.setdefault(text, []).append(region)
+    return [SharedFunction(names[text], tuple(found[text]), forms[text], text) for text in found]
 
 
 def region_lines(step: StepGraph) -> list[str]:
