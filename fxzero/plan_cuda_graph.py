@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxzero.errors import PlanError
+from fxzero.plan_values import check_goes_with
 
 _OFF_DEVICE = "what moves to the host and back is placed by the host, step by step"
 # key -> (its value without, why)
@@ -23,13 +23,5 @@ def check_cuda_graph(plan: Any) -> None:
     Raises:
         PlanError: naming it.
     """
-    if not plan.cuda_graph:
-        return
-    for key, (value, why) in _NOT_WITH.items():
-        if getattr(plan, key) != value:
-            raise PlanError.of(
-                "Plan.cuda_graph",
-                expected=f"{key}={value!r} with it: {why}",
-                got=repr(getattr(plan, key)),
-                fix=f"leave out cuda_graph or {key}",
-            )
+    if plan.cuda_graph:
+        check_goes_with(plan, "cuda_graph", _NOT_WITH)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fxzero.errors import PlanError
+from fxzero.plan_values import check_goes_with
 
 # what the gathers that a step launches for the next one cannot be, yet: key -> (its value without, why)
 _NOT_CARRIED = {
@@ -34,11 +35,4 @@ def _check_cross_step(plan: Any) -> None:
             got=f"True with zero={plan.zero}",
             fix=f"set zero=3, or leave cross_step out{below}",
         )
-    for key, (value, why) in _NOT_CARRIED.items():
-        if getattr(plan, key) != value:
-            raise PlanError.of(
-                "Plan.cross_step",
-                expected=f"{key}={value!r} with it: {why}",
-                got=repr(getattr(plan, key)),
-                fix=f"leave out cross_step or {key}",
-            )
+    check_goes_with(plan, "cross_step", _NOT_CARRIED)

@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -244,3 +244,21 @@ def fraction(where: str, value: Any) -> float:
         fix = "write a fraction such as 0.01"
         raise PlanError.of(where, expected="a number above 0 and at most 1", got=show(value), fix=fix)
     return float(value)
+
+
+def check_goes_with(plan: Any, key: str, others: Mapping[str, tuple[Any, str]]) -> None:
+    """Check that other keys of a plan are as one that is set needs them.
+
+    Args:
+        plan: with that key set.
+        key: its name.
+        others: name of another key -> (the value that it must have, why).
+
+    Raises:
+        PlanError: naming the first that has another value.
+    """
+    for name, (value, why) in others.items():
+        got = getattr(plan, name)
+        if got != value:
+            expected, fix = f"{name}={value!r} with it: {why}", f"leave out {key} or {name}"
+            raise PlanError.of(f"Plan.{key}", expected=expected, got=repr(got), fix=fix)

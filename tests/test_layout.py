@@ -29,11 +29,11 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "plan_values": frozenset({"errors"}),
     "plan_buckets": frozenset({"errors"}),
     "plan_compression": frozenset({"errors"}),
-    "plan_cuda_graph": frozenset({"errors"}),
+    "plan_cuda_graph": frozenset({"errors", "plan_values"}),
     "plan_mesh": frozenset({"errors", "plan_values"}),
     "plan_offload": frozenset({"errors"}),
     "plan_precision": frozenset({"errors"}),
-    "plan_schedule": frozenset({"errors"}),
+    "plan_schedule": frozenset({"errors", "plan_values"}),
     "plan": frozenset({"errors", "compat", "plan_values", "plan_buckets", "plan_compression", "plan_mesh"})
     | {"plan_cuda_graph", "plan_offload", "plan_precision", "plan_schedule"},
     "arguments": frozenset({"errors"}),
