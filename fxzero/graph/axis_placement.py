@@ -1,0 +1,123 @@
+"""How a value lies over the ranks of one mesh axis, as DTensor's placements say it.
+
+[Note: placements]
+`meta["placements"]` maps the name of a mesh axis to how the value of a node lies over its ranks; an axis that is not
+there has the whole value on each rank. Of a node that yields several values it maps to a tuple, one for each of them.
+`meta["val"]` is what one rank holds. ZeRO's rows (`meta["sharding"]`) are rows of that: shards of shards.
+
+    R           every rank has the value
+    S(d)        rank i has the i-th of equal parts along dim d
+    S(d, k)     dim d is k blocks, one after the other, and rank i has the i-th part of each: what becomes of S(1) when
+                the first two dims of a tensor [k, n, ..] are flattened
+    P(sum)      each rank has a tensor of the value's shape; the value is their sum (or max, or 2-norm)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a value lies over the ranks of one mesh axis; see [Note: placements].
+
+    Args:
+        kind: "R", "S" or "P".
+        dim: of a shard, the dim that is split.
+        blocks: of a shard, so many blocks of the dim are split each by itself.
+        reduction: of partial values, "sum", "max" or "norm2": what makes the value of them.
+    """
+
+    kind: str
+    dim: int = 0
+    blocks: int = 1
+    reduction: str = ""
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether ranks hold parts of a dim."""
+        return self.kind == "S"
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the value has still to be made of what ranks hold."""
+        return self.kind == "P"
+
+    def __str__(self) -> str:
+        if self.kind == "S":
+            return f"S({self.dim})" if self.blocks == 1 else f"S({self.dim}, {self.blocks})"
+        return self.kind if self.kind == "R" else f"P({self.reduction})"
+
+    @classmethod
+    def parse(cls, text: str) -> Placement:
+        """The placement that a text means.
+
+        Raises:
+            ValueError: if it means none.
+        """
+        found = re.fullmatch(r"R|S\((\d+)(?:, (\d+))?\)|P\((sum|max|norm2)\)", text)
+        if found is None:
+            raise ValueError(f"{text!r} is no placement: R, S(0), S(0, 2), P(sum), P(max) or P(norm2)")
+        if text == "R":
+            return REPLICATED
+        return partial(found[3]) if found[3] else shard(int(found[1]), int(found[2] or 1))
+
+
+REPLICATED = Placement("R")
+
+
+def shard(dim: int, blocks: int = 1) -> Placement:
+    """Parts of a dim, or of each of its blocks."""
+    return Placement("S", dim=dim, blocks=blocks)
+
+
+def partial(reduction: str = "sum") -> Placement:
+    """What is still to be reduced."""
+    return Placement("P", reduction=reduction)
+
+
+def placement_of(node: fx.Node, axis: str) -> Placement:
+    """How the value of a node lies over an axis."""
+    found: Placement = node.meta.get("placements", {}).get(axis, REPLICATED)
+    return found
+
+
+def divides(shape: Sequence[int], placement: Placement, ranks: int) -> bool:
+    """Whether a tensor of this shape can lie so, in equal parts."""
+    if not placement.is_shard:
+        return True
+    return placement.dim < len(shape) and shape[placement.dim] % (placement.blocks * ranks) == 0
+
+
+def local_shape(shape: Iterable[int], placement: Placement, ranks: int) -> tuple[int, ...]:
+    """What one rank holds of a tensor.
+
+    Args:
+        shape: of the whole.
+        placement: over the axis; it divides the shape.
+        ranks: of the axis.
+    """
+    sizes = list(shape)
+    if placement.is_shard:
+        sizes[placement.dim] //= ranks
+    return tuple(sizes)
+
+
+def whole_shape(shape: Iterable[int], placements: Mapping[str, Any], mesh: Mapping[str, int]) -> tuple[int, ...]:
+    """The single-device shape of what one rank holds a part of.
+
+    Args:
+        shape: of the part, without ZeRO's split of its rows.
+        placements: axis -> how the value lies over it.
+        mesh: axis -> size.
+    """
+    sizes = list(shape)
+    for axis, placement in placements.items():
+        if isinstance(placement, Placement) and placement.is_shard:
+            sizes[placement.dim] *= mesh[axis]
+    return tuple(sizes)

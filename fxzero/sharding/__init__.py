@@ -1,0 +1,1 @@
+"""How tensors of a step lie over the ranks of a mesh axis: what ops allow, what it costs, and what is best."""
