@@ -26,6 +26,8 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "compat_inductor": frozenset({"errors"}),
     "compat_dynamo": frozenset({"errors"}),
     "compat_distributed": frozenset({"errors"}),
+    "compat_sharding": frozenset({"errors"}),
+    "integer_program": frozenset(),
     "plan_values": frozenset({"errors"}),
     "plan_buckets": frozenset({"errors"}),
     "plan_compression": frozenset({"errors"}),
@@ -42,12 +44,14 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "cost": BASE | {"graph"},
     "simulate": BASE | {"graph", "cost", "schedule"},
     "schedule": BASE | {"graph", "cost"},
-    "passes": BASE | {"graph", "cost", "schedule", "kernels"},
+    "sharding": BASE | {"compat_sharding", "graph", "cost", "integer_program"},
+    "passes": BASE | {"graph", "cost", "schedule", "sharding", "kernels"},
     "pass_manager": BASE | {"graph"},
     "recipe": BASE
     | {"plan_buckets", "plan_compression", "plan_offload", "plan_values", "graph", "capture", "cost", "passes"}
     | {"pass_manager"},
-    "decide": BASE | {"plan_buckets", "plan_offload", "graph", "cost", "passes", "pass_manager", "recipe"},
+    "decide": BASE
+    | {"plan_buckets", "plan_offload", "graph", "cost", "passes", "pass_manager", "recipe", "integer_program"},
     "kernels": frozenset(),
     "lower": BASE | {"compat_inductor", "graph", "kernels"},
     "runtime": BASE | {"compat_distributed", "plan_offload", "graph", "kernels", "capture", "lower"},
@@ -62,7 +66,9 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "cli": EVERYTHING,
 }
 # what runs anywhere, what knows other ranks, and torch's compiler: its back end and its front end
-PRIVATE_NAMES_LIVE_IN = tuple(f"fxzero.compat{part}" for part in ("", "_distributed", "_inductor", "_dynamo"))
+PRIVATE_NAMES_LIVE_IN = tuple(
+    f"fxzero.compat{part}" for part in ("", "_distributed", "_inductor", "_dynamo", "_sharding")
+)
 KERNELS_MAY_IMPORT = frozenset({"torch", "triton"}) | sys.stdlib_module_names
 SHARED_BY_KERNELS = frozenset(  # no op is defined there
     f"fxzero.kernels.{name}" for name in ("launch", "multi_tensor", "region_functions", "region_ops", "region_tiles")

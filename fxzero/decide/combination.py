@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fxzero.decide.solver import solve
+from fxzero.integer_program import solve
 
 _NUM_WINDOWS = 16
 _MAX_ROUNDS = 60

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fxzero.decide.activations import Problem
-from fxzero.decide.solver import solve
+from fxzero.integer_program import solve
 
 NUM_BOUNDS = 16
 # Of the solver's search, so that a model without repeated blocks ends too: by count, as a clock would let ranks differ.

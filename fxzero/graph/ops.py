@@ -3,6 +3,11 @@
 release(tensors)                            the end of an unsharded parameter's life; returns nothing
 local_shard(x, num_shards, index) -> shard  rows of `x` (dim 0) that rank `index` of an axis owns, padded with
                                             zeros to ceil(rows / num_shards) so that all ranks agree on shapes
+local_part(x, dim, num_parts, index) -> part
+                                            the part of dim `dim` that rank `index` of an axis has, contiguous; the
+                                            parts are equal
+put_part(x, dim, num_parts, index) -> whole zeros, but for that part, which is `x`
+on_rank(x, rank, index) -> part             `x` where `index` is `rank`, zeros elsewhere: summed over ranks it is `x`
 nonfinite(x) -> flag                        1.0 where `x` holds an infinity or a NaN, else 0.0; float32, 0-dim
 on_device(number, *, device) -> tensor      a number of the host as a 0-dim tensor: float64, or int64 of an integer
 """
@@ -16,6 +21,9 @@ import torch
 _LIBRARY = torch.library.Library("fxzero", "DEF")
 _LIBRARY.define("release(Tensor[] tensors) -> ()")
 _LIBRARY.define("local_shard(Tensor x, int num_shards, SymInt index) -> Tensor")
+_LIBRARY.define("local_part(Tensor x, int dim, int num_parts, SymInt index) -> Tensor")
+_LIBRARY.define("put_part(Tensor x, int dim, int num_parts, SymInt index) -> Tensor")
+_LIBRARY.define("on_rank(Tensor x, int rank, SymInt index) -> Tensor")
 _LIBRARY.define("nonfinite(Tensor x) -> Tensor")
 _LIBRARY.define("on_device(Scalar number, *, Device device) -> Tensor")
 
@@ -44,6 +52,44 @@ def _local_shard(x: torch.Tensor, num_shards: int, index: int) -> torch.Tensor:
 @torch.library.register_fake("fxzero::local_shard", lib=_LIBRARY)
 def _local_shard_fake(x: torch.Tensor, num_shards: int, index: int) -> torch.Tensor:
     return x.new_empty((shard_rows(x.shape[0], num_shards), *x.shape[1:]))
+
+
+@torch.library.impl(_LIBRARY, "local_part", "CompositeExplicitAutograd")
+def _local_part(x: torch.Tensor, dim: int, num_parts: int, index: int) -> torch.Tensor:
+    size = x.shape[dim] // num_parts
+    return x.narrow(dim, index * size, size).clone(memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("fxzero::local_part", lib=_LIBRARY)
+def _local_part_fake(x: torch.Tensor, dim: int, num_parts: int, index: int) -> torch.Tensor:
+    sizes = list(x.shape)
+    sizes[dim] //= num_parts
+    return x.new_empty(sizes)
+
+
+@torch.library.impl(_LIBRARY, "put_part", "CompositeExplicitAutograd")
+def _put_part(x: torch.Tensor, dim: int, num_parts: int, index: int) -> torch.Tensor:
+    whole = _put_part_fake(x, dim, num_parts, index).zero_()
+    whole.narrow(dim, index * x.shape[dim], x.shape[dim]).copy_(x)
+    return whole
+
+
+@torch.library.register_fake("fxzero::put_part", lib=_LIBRARY)
+def _put_part_fake(x: torch.Tensor, dim: int, num_parts: int, index: int) -> torch.Tensor:
+    sizes = list(x.shape)
+    sizes[dim] *= num_parts
+    return x.new_empty(sizes)
+
+
+@torch.library.impl(_LIBRARY, "on_rank", "CompositeExplicitAutograd")
+def _on_rank(x: torch.Tensor, rank: int, index: int) -> torch.Tensor:
+    make = torch.clone if index == rank else torch.zeros_like
+    return make(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("fxzero::on_rank", lib=_LIBRARY)
+def _on_rank_fake(x: torch.Tensor, rank: int, index: int) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("fxzero::release", lib=_LIBRARY)
@@ -82,6 +128,9 @@ def number_dtype(number: float) -> torch.dtype:
 
 release = torch.ops.fxzero.release.default
 local_shard = torch.ops.fxzero.local_shard.default
+local_part = torch.ops.fxzero.local_part.default
+put_part = torch.ops.fxzero.put_part.default
+on_rank = torch.ops.fxzero.on_rank.default
 nonfinite = torch.ops.fxzero.nonfinite.default
 on_device = torch.ops.fxzero.on_device.default
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from fxzero.decide.solver import solve
+from fxzero.integer_program import solve
 
 
 def test_an_answer_and_none() -> None:

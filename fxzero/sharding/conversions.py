@@ -1,0 +1,183 @@
+"""From one placement of a value to another: the collective that does it, and what it costs.
+
+[Note: conversions]
+    R -> S(d)       each rank keeps its part                    S(d) -> R       all-gather
+    R -> P(sum)     rank 0 keeps it, others have zeros          P(sum) -> R     all-reduce
+    R -> P(max)     as it is                                    P(max) -> R     all-reduce of the greatest
+    S(d) -> P(sum)  zeros but for the own part                  P(sum) -> S(d)  reduce-scatter
+    S(d) -> S(e)    all-to-all                                  P(norm2) -> R   squares are added up
+Collectives work along dim 0 of contiguous tensors, so parts along another dim are brought to the front by a copy,
+unless the dims before it have one element.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxzero.graph import collectives as c10d
+from fxzero.graph import ops
+from fxzero.graph.axis_placement import Placement, local_shape
+from fxzero.graph.edit import Editor
+
+aten = torch.ops.aten
+
+# what is done -> the collective in it, as `cost.communication` names it; None: nothing travels
+ALGORITHMS = {
+    "keep": None,
+    "as_is": None,
+    "own": None,
+    "put": None,
+    "gather": "all_gather",
+    "reduce": "all_reduce",
+    "greatest": "all_reduce",
+    "norm": "all_reduce",
+    "scatter": "reduce_scatter",
+    "exchange": "all_to_all",
+}
+
+
+def conversion(before: Placement, after: Placement) -> str | None:
+    """What makes a value lie in another way; None where nothing does."""
+    if "S" in (before.kind, after.kind) and before.blocks * after.blocks != 1:
+        return None
+    kinds = before.kind + after.kind
+    if kinds == "PR":
+        return {"sum": "reduce", "max": "greatest", "norm2": "norm"}[before.reduction]
+    if kinds == "RP":
+        return "as_is" if after.reduction == "max" else "own"
+    if kinds in ("PS", "SP"):
+        sums = (before if before.is_partial else after).reduction == "sum"
+        return ("scatter" if kinds == "PS" else "put") if sums else None
+    return {"RS": "keep", "SR": "gather", "SS": "exchange"}.get(kinds)
+
+
+def copied_bytes(shape: tuple[int, ...], itemsize: int, before: Placement, after: Placement, ranks: int) -> float:
+    """Bytes that a rank writes to bring parts to the front and back, beside what a collective does.
+
+    Args:
+        shape: of the whole.
+        itemsize: bytes of an element.
+        before, after: the placements.
+        ranks: of the axis.
+    """
+    done, whole = conversion(before, after), itemsize * math.prod(shape)
+    if done in ("keep", "own", "put"):
+        return whole / ranks if done == "keep" else whole
+    if done == "exchange":
+        return 2 * whole / ranks
+    if done == "gather":
+        return whole if math.prod(shape[: before.dim]) > 1 else 0.0
+    return whole if done == "scatter" and math.prod(shape[: after.dim]) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The mesh axis that values are converted over.
+
+    Args:
+        name: of the axis.
+        ranks: on it.
+        coordinate: the input that holds this rank's index.
+    """
+
+    name: str
+    ranks: int
+    coordinate: fx.Node
+
+
+def convert(
+    editor: Editor, value: fx.Node, shape: tuple[int, ...], before: Placement, after: Placement, axis: Axis
+) -> fx.Node:
+    """Insert what makes this rank's part of a value lie in another way.
+
+    Args:
+        editor: where to.
+        value: what this rank holds.
+        shape: of the whole value.
+        before, after: how it lies, and how it shall.
+        axis: over which.
+    """
+    done = conversion(before, after)
+    stem = f"{value.name}_{axis.name}"
+    if done == "as_is":
+        return value
+    if done == "keep":
+        return editor.call(ops.local_part, value, after.dim, axis.ranks, axis.coordinate, name=f"{stem}_part")
+    if done == "own":
+        return editor.call(ops.on_rank, value, 0, axis.coordinate, name=f"{stem}_own")
+    if done == "put":
+        return editor.call(ops.put_part, value, before.dim, axis.ranks, axis.coordinate, name=f"{stem}_put")
+    if done == "gather":
+        return _gathered(editor, value, shape, before.dim, axis, stem)
+    if done == "reduce":
+        return editor.all_reduce(value, axis.name, op="sum", stem=stem)
+    if done == "greatest":
+        return editor.all_reduce(value, axis.name, op="max", stem=stem)
+    if done == "norm":
+        squared = editor.call(aten.pow.Tensor_Scalar, value, 2)
+        return editor.call(aten.sqrt.default, editor.all_reduce(squared, axis.name, op="sum", stem=stem))
+    if done == "scatter":
+        return _scattered(editor, value, local_shape(shape, after, axis.ranks), after.dim, axis, stem)
+    assert done == "exchange", (before, after)
+    return _exchanged(editor, value, shape, before.dim, after.dim, axis, stem)
+
+
+def _gathered(editor: Editor, value: fx.Node, shape: tuple[int, ...], dim: int, axis: Axis, stem: str) -> fx.Node:
+    dtype = value.meta["val"].dtype
+    if dtype is torch.bool:  # which not every backend sends
+        value = editor.call(aten._to_copy.default, value, dtype=torch.uint8)
+    part = list(value.meta["val"].shape)
+    launch = editor.call(c10d.all_gather, editor.contiguous(value), axis.ranks, axis.name, name=f"{stem}_gather")
+    whole = editor.call(c10d.wait, launch, name=f"{stem}_whole")
+    whole = _from_front(editor, whole, part, list(shape), dim, axis.ranks)
+    return editor.call(aten._to_copy.default, whole, dtype=dtype) if dtype is torch.bool else whole
+
+
+def _scattered(editor: Editor, value: fx.Node, part: tuple[int, ...], dim: int, axis: Axis, stem: str) -> fx.Node:
+    sent = _to_front(editor, value, dim, axis.ranks)
+    launch = editor.call(c10d.reduce_scatter, sent, "sum", axis.ranks, axis.name, name=f"{stem}_scatter")
+    return _viewed(editor, editor.call(c10d.wait, launch, name=f"{stem}_part"), list(part))
+
+
+def _exchanged(
+    editor: Editor, value: fx.Node, shape: tuple[int, ...], dim: int, to_dim: int, axis: Axis, stem: str
+) -> fx.Node:
+    part = list(value.meta["val"].shape)
+    part[to_dim] //= axis.ranks
+    sent = _to_front(editor, value, to_dim, axis.ranks)
+    rows = sent.meta["val"].shape[0] // axis.ranks
+    splits = [rows] * axis.ranks
+    launch = editor.call(c10d.all_to_all, sent, splits, splits, axis.name, name=f"{stem}_exchange")
+    received = editor.call(c10d.wait, launch, name=f"{stem}_received")
+    after = list(shape)
+    after[to_dim] //= axis.ranks
+    return _from_front(editor, received, part, after, dim, axis.ranks)
+
+
+def _to_front(editor: Editor, value: fx.Node, dim: int, ranks: int) -> fx.Node:
+    """The parts along a dim one after the other, each contiguous: dim 0 counts them times the rows of each."""
+    sizes = list(value.meta["val"].shape)
+    part = [*sizes[:dim], sizes[dim] // ranks, *sizes[dim + 1 :]]
+    if math.prod(sizes[:dim]) > 1:
+        split = _viewed(editor, value, [*sizes[:dim], ranks, sizes[dim] // ranks, *sizes[dim + 1 :]])
+        order = [dim, *(other for other in range(len(sizes) + 1) if other != dim)]
+        value = editor.call(aten.permute.default, split, order)
+    return _viewed(editor, value, [ranks * part[0], *part[1:]] if dim or len(part) else part)
+
+
+def _from_front(editor: Editor, value: fx.Node, part: list[int], shape: list[int], dim: int, ranks: int) -> fx.Node:
+    """The opposite: parts that lie one after the other, joined along a dim."""
+    if math.prod(part[:dim]) > 1:
+        split = _viewed(editor, value, [ranks, *part])
+        value = editor.call(aten.permute.default, split, [*range(1, dim + 1), 0, *range(dim + 1, len(part) + 1)])
+    return _viewed(editor, value, shape)
+
+
+def _viewed(editor: Editor, value: fx.Node, shape: list[int]) -> fx.Node:
+    """A contiguous tensor of this shape with these elements, copied where there is no other way."""
+    value = editor.contiguous(value)
+    return value if list(value.meta["val"].shape) == shape else editor.call(aten.view.default, value, shape)

@@ -1,0 +1,29 @@
+"""Products of groups of rows with a matrix each, one for each expert: split along the columns, or along what is summed.
+
+Source: Megatron-LM (Shoeybi et al., 2019), section 3, for each expert by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fxzero.graph.axis_placement import REPLICATED, partial, shard
+from fxzero.sharding.strategy import Call, Strategy, fits, replicated
+
+
+def grouped_mm(call: Call) -> Iterator[Strategy]:
+    """The ways of `grouped_mm(rows [T, K], weights [E, K, N], ends [E]) -> [T, N]`."""
+    yield replicated(call)
+    if len(call.tensors) != 3 or len(call.tensors[0].shape) != 2 or len(call.tensors[1].shape) != 3:
+        return
+    columns = Strategy((REPLICATED, shard(2), REPLICATED), (shard(1),), share=1 / call.ranks)
+    summed = Strategy((shard(1), shard(1), REPLICATED), (partial(),), share=1 / call.ranks)
+    yield from (strategy for strategy in (columns, summed) if fits(call, strategy))
+
+
+def grouped_mm_backward(call: Call) -> Iterator[Strategy]:
+    """The ways of its gradient: (rows, weights, ends, gradient [T, N]) -> those of rows and weights."""
+    yield replicated(call)
+    columns = Strategy((REPLICATED, shard(2), REPLICATED, shard(1)), (partial(), shard(2)), share=1 / call.ranks)
+    summed = Strategy((shard(1), shard(1), REPLICATED, REPLICATED), (shard(1), shard(1)), share=1 / call.ranks)
+    yield from (strategy for strategy in (columns, summed) if fits(call, strategy))

@@ -1,0 +1,43 @@
+"""Arguments that name sizes of a whole tensor, as a rank has them that holds a part."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+@functools.cache
+def _sizes() -> dict[Any, int]:
+    """Op -> which of its arguments holds the sizes of what it yields."""
+    as_second = (
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.expand.default,
+        aten.new_empty.default,
+        aten.new_zeros.default,
+        aten.new_ones.default,
+        aten.new_full.default,
+        aten.slice_backward.default,
+        aten.select_backward.default,
+    )
+    return dict.fromkeys(as_second, 1)
+
+
+def with_local_sizes(node: fx.Node, args: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """The arguments of a call that yields a tensor of this shape.
+
+    Args:
+        node: the call.
+        args: its positional arguments.
+        shape: what this rank's part of the output has.
+    """
+    index = _sizes().get(node.target)
+    if index is None:
+        return args
+    return (*args[:index], list(shape), *args[index + 1 :])

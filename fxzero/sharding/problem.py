@@ -1,0 +1,276 @@
+"""Which ways of a step's calls fit together, and what they cost: the problem that is solved for an axis.
+
+[Note: equal calls of equal blocks]
+Calls that stand at the same place of the blocks of a model (layers.0, layers.1, ..) and are alike have one answer: they
+are one unit. So the problem is as large for 80 blocks as for two. A unit's count says how often its costs are paid.
+
+[Note: values and what is asked of them]
+A value is what a unit yields, together with who reads it: blocks may end in a value that the next block reads, and the
+last one's is read by another call. Each (value, reader, argument) that is different counts once. A value lies as its
+unit's way says; each other placement that a reader asks is made once by a conversion, however many ask for it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from fxzero.cost.communication import Layout, layout_of, message_seconds
+from fxzero.cost.compute import compute_seconds
+from fxzero.cost.hardware import Hardware
+from fxzero.graph.axis_placement import REPLICATED, Placement, divides, shard
+from fxzero.graph.step_graph import CARRIED_KINDS, StepGraph, is_getitem, num_bytes, yields_tensor
+from fxzero.sharding.conversions import ALGORITHMS, conversion, copied_bytes
+from fxzero.sharding.rules import Rules
+from fxzero.sharding.strategy import Message, Strategy
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # a module's place in its list
+_LIES_AS_PARAMETER = ("optimizer", *CARRIED_KINDS)
+
+
+@dataclass
+class Unit:
+    """Calls (or inputs) that have one answer.
+
+    Args:
+        key: what makes them alike.
+        strategies: of which one is chosen.
+        seconds: of each, for one call.
+        count: how many they are.
+    """
+
+    key: Hashable
+    strategies: tuple[Strategy, ...]
+    seconds: tuple[float, ...]
+    count: int = 0
+
+
+@dataclass
+class Value:
+    """What a unit yields, as some readers read it.
+
+    Args:
+        unit: number of the unit.
+        output: which of its outputs.
+        shape, itemsize: of the whole.
+        kept: bytes that wait for backward, of the whole.
+        readers: (number of a unit, number of its tensor).
+        count: how many they are.
+    """
+
+    unit: int
+    output: int
+    shape: tuple[int, ...]
+    itemsize: int
+    kept: int
+    readers: tuple[tuple[int, int], ...]
+    count: int = 0
+
+
+@dataclass
+class Problem:
+    """Units and values of a step for one axis.
+
+    Args:
+        ranks: of the axis.
+        layout: where they stand.
+        hardware: the machine.
+
+    Attributes:
+        units, values: of the step.
+        of_node: the unit of each call and input that yields tensors, or takes them.
+        results: (number of the unit that goes out, its output, number of the unit that it has to lie as): state in is
+            state out; -1: it has to be whole.
+        result_shapes: (unit, output) of these -> (shape of the whole, bytes of an element).
+    """
+
+    ranks: int
+    layout: Layout
+    hardware: Hardware
+    units: list[Unit] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    of_node: dict[fx.Node, int] = field(default_factory=dict)
+    results: set[tuple[int, int, int]] = field(default_factory=set)
+    result_shapes: dict[tuple[int, int], tuple[tuple[int, ...], int]] = field(default_factory=dict)
+
+    def conversion_seconds(self, value: Value, before: Placement, after: Placement) -> float:
+        """Seconds of one conversion of a value; infinite where there is none."""
+        done = conversion(before, after)
+        if done is None or not divides(value.shape, after, self.ranks):
+            return math.inf
+        algorithm, num = ALGORITHMS[done], value.itemsize * math.prod(value.shape)
+        travels = 0.0 if algorithm is None else message_seconds(algorithm, num, self.layout, self.hardware)
+        copied = copied_bytes(value.shape, value.itemsize, before, after, self.ranks)
+        return travels + 2 * copied / self.hardware.memory_bytes_s + self.hardware.op_overhead_s
+
+
+def placements_of_state(shape: tuple[int, ...], ranks: int) -> list[Placement]:
+    """The ways in which a parameter may rest: whole, or equal parts of one dim."""
+    dims = [shard(dim) for dim in range(len(shape))]
+    return [REPLICATED, *(placement for placement in dims if divides(shape, placement, ranks))]
+
+
+def problem_of(
+    step: StepGraph, axis: str, rules: Rules, hardware: Hardware, pinned: Mapping[str, Placement] | None = None
+) -> Problem:
+    """The problem of a step.
+
+    Args:
+        step: captured, whole on every rank of the axis.
+        axis: of its mesh.
+        rules: for that many ranks.
+        hardware: the machine.
+        pinned: name of a parameter -> how it has to lie.
+    """
+    return _Builder(step, axis, rules, hardware, pinned or {}).build()
+
+
+class _Builder:
+    def __init__(
+        self, step: StepGraph, axis: str, rules: Rules, hardware: Hardware, pinned: Mapping[str, Placement]
+    ) -> None:
+        self.step, self.rules, self.hardware, self.pinned = step, rules, hardware, pinned
+        layout = layout_of(axis, step.mesh, hardware.ranks_per_node)
+        self.problem = Problem(rules.ranks, layout, hardware)
+        self.known: dict[Hashable, int] = {}
+        self.ordinals: Counter[Hashable] = Counter()
+        self.parameters: dict[str, int] = {}
+        self.shapes = {n.meta["entry"].name: tuple(n.meta["entry"].shape) for n in step.inputs("parameter")}
+
+    def build(self) -> Problem:
+        for node in self.step.graph.nodes:
+            if node.op == "placeholder" and yields_tensor(node):
+                self._add_input(node)
+            elif node.op == "call_function" and not is_getitem(node) and self._has_tensors(node):
+                self._add_call(node)
+        self._add_values()
+        self._add_results()
+        return self.problem
+
+    def _has_tensors(self, node: fx.Node) -> bool:
+        val = node.meta["val"]
+        yields = isinstance(val, torch.Tensor) or isinstance(val, (list, tuple))
+        return yields or any(yields_tensor(source) for source in node.all_input_nodes)
+
+    def _unit(self, key: Hashable, strategies: tuple[Strategy, ...], seconds: tuple[float, ...]) -> int:
+        if key not in self.known:
+            self.known[key] = len(self.problem.units)
+            self.problem.units.append(Unit(key, strategies, seconds))
+        number = self.known[key]
+        self.problem.units[number].count += 1
+        return number
+
+    def _add_input(self, node: fx.Node) -> None:
+        entry, shape = node.meta["entry"], tuple(node.meta["val"].shape)
+        owner = entry.name if entry.kind == "parameter" else entry.param or entry.name
+        follows = entry.kind in _LIES_AS_PARAMETER and self.shapes.get(owner) == shape
+        if follows and owner in self.parameters:
+            self.problem.of_node[node] = self.parameters[owner]
+            return
+        lies = [REPLICATED]
+        if entry.kind == "parameter":
+            lies = placements_of_state(shape, self.rules.ranks)
+            if entry.name in self.pinned:
+                lies = [self.pinned[entry.name]]
+        name = _NUMBER.sub("*", entry.name) if entry.kind == "parameter" else ""
+        key = ("input", entry.kind, name, shape, node.meta["val"].dtype, tuple(lies))
+        strategies = tuple(Strategy((), (placement,)) for placement in lies)
+        per_byte = num_bytes(node.meta["val"]) / self.hardware.memory_bytes_s
+        seconds = tuple(per_byte * (1 / self.rules.ranks if p.is_shard else 1.0) for p in lies)
+        number = self._unit(key, strategies, seconds)
+        self.problem.of_node[node] = number
+        if entry.kind == "parameter":
+            self.parameters[entry.name] = number
+
+    def _add_call(self, node: fx.Node) -> None:
+        place = node.meta.get("param") or node.meta["module"]
+        exact = (node.meta["phase"], place, node.target)
+        ordinal = self.ordinals[exact]
+        self.ordinals[exact] += 1
+        where = _NUMBER.sub("*", f".{place}.")
+        key = (node.meta["phase"], where, ordinal, self.rules.signature(node))
+        if key in self.known:
+            self.problem.of_node[node] = self._unit(key, (), ())
+            return
+        strategies = self.rules.of(node)
+        whole = compute_seconds(node, self.hardware)
+        overhead = min(whole, self.hardware.op_overhead_s)
+        seconds = tuple(
+            overhead + (whole - overhead) * strategy.share + sum(map(self._message_s, strategy.messages))
+            for strategy in strategies
+        )
+        self.problem.of_node[node] = self._unit(key, strategies, seconds)
+
+    def _message_s(self, message: Message) -> float:
+        return message_seconds(message.algorithm, message.num_bytes, self.problem.layout, self.hardware)
+
+    def _add_values(self) -> None:
+        readers: dict[tuple[fx.Node, int], set[tuple[int, int]]] = {}
+        kept: set[tuple[fx.Node, int]] = set()
+        for node, unit in self.problem.of_node.items():
+            for index, source in enumerate(tensors_taken(node)):
+                value = value_taken(source)
+                readers.setdefault(value, set()).add((unit, index))
+                if value[0].op != "placeholder" and node.meta["phase"] == "backward":
+                    if value[0].meta["phase"] == "forward":
+                        kept.add(value)
+        found: dict[Hashable, Value] = {}
+        for (node, output), asked in readers.items():
+            val = node.meta["val"]
+            tensor = val[output] if isinstance(val, (list, tuple)) else val
+            unit, ordered = self.problem.of_node[node], tuple(sorted(asked))
+            key = (unit, output, ordered, (node, output) in kept)
+            if key not in found:
+                held = num_bytes(tensor) if (node, output) in kept else 0
+                found[key] = Value(unit, output, tuple(tensor.shape), tensor.element_size(), held, ordered)
+            found[key].count += 1
+        self.problem.values = list(found.values())
+
+    def _add_results(self) -> None:
+        for node in self.problem.of_node:
+            for name in node.meta.get("grad_of", ()):
+                self._goes_out(node, self.parameters[name])
+        for (kind, name), node in self.step.results.items():
+            if not yields_tensor(node):
+                continue
+            entry = self.step.input(kind, name)
+            lies_as = -1
+            if entry is not None and entry in self.problem.of_node:
+                lies_as = self.problem.of_node[entry]
+            elif kind in CARRIED_KINDS and name in self.parameters:
+                lies_as = self.parameters[name]
+            self._goes_out(node, lies_as)
+
+    def _goes_out(self, node: fx.Node, lies_as: int) -> None:
+        source, output = value_taken(node)
+        unit, val = self.problem.of_node[source], node.meta["val"]
+        self.problem.results.add((unit, output, lies_as))
+        self.problem.result_shapes[(unit, output)] = (tuple(val.shape), val.element_size())
+
+
+def tensors_taken(node: fx.Node) -> list[fx.Node]:
+    """The nodes of all tensors that a call takes, in the order of its arguments, as often as it takes them."""
+    found: list[fx.Node] = []
+
+    def note(source: fx.Node) -> fx.Node:
+        if yields_tensor(source):
+            found.append(source)
+        return source
+
+    fx.map_arg((node.args, node.kwargs), note)
+    return found
+
+
+def value_taken(node: fx.Node) -> tuple[fx.Node, int]:
+    """(what yields a tensor, which of its outputs it is)."""
+    if is_getitem(node):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        return source, node.args[1]  # type: ignore[return-value]
+    return node, 0

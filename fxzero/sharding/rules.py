@@ -1,0 +1,116 @@
+"""All ways in which the ranks of an axis can make a call together: our rules where DTensor has none, else DTensor's.
+
+What neither knows is done by every rank, whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Iterable, Iterator
+
+import torch
+from torch import fx
+
+from fxzero import compat, compat_sharding
+from fxzero.graph.call_signature import call_signature
+from fxzero.graph.randomness import draws
+from fxzero.sharding import attention, experts, norms, vocabulary
+from fxzero.sharding import draws as random_draws
+from fxzero.sharding.dtensor_rules import by_dtensor
+from fxzero.sharding.strategy import Call, Strategy, replicated
+from fxzero.sharding.views import views
+
+aten = torch.ops.aten
+
+Rule = Callable[[Call], Iterable[Strategy]]
+
+
+@functools.cache
+def own_rules() -> dict[str, Rule]:
+    """Name of an op -> our rule, where DTensor has none or knows fewer ways."""
+    rules: dict[str, Rule] = {
+        "aten::_log_softmax": vocabulary.log_softmax,
+        "aten::_log_softmax_backward_data": vocabulary.log_softmax_backward,
+        "aten::nll_loss_forward": vocabulary.nll_loss,
+        "aten::nll_loss_backward": vocabulary.nll_loss_backward,
+        "aten::embedding": vocabulary.embedding,
+        "aten::embedding_dense_backward": vocabulary.embedding_backward,
+        "aten::linalg_vector_norm": norms.vector_norm,
+        "aten::stack": norms.stack,
+        "aten::native_dropout": random_draws.dropout,
+        "transformers::grouped_mm_fallback": experts.grouped_mm,
+        "transformers::grouped_mm_fallback_backward": experts.grouped_mm_backward,
+        "aten::_grouped_mm": experts.grouped_mm,
+    }
+    rules |= {op.name(): random_draws.draws_like for op in random_draws.LIKE}
+    rules |= dict.fromkeys(("aten::view", "aten::_unsafe_view", "aten::reshape"), views)
+    return rules
+
+
+class Rules:
+    """What rules say of the calls of a step over one axis; equal calls are asked for once.
+
+    Args:
+        ranks: of the axis.
+
+    Attributes:
+        unknown: ops that no rule knows, with how many calls of a step they are.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self.unknown: dict[str, int] = {}
+        self._known: dict[Hashable, tuple[Strategy, ...]] = {}
+        self._signatures: dict[fx.Node, Hashable] = {}
+
+    def signature(self, node: fx.Node) -> Hashable:
+        """What the ways of a call depend on."""
+        return call_signature(node, self._signatures)
+
+    def of(self, node: fx.Node) -> tuple[Strategy, ...]:
+        """The ways of a call whose inputs and value are whole; the first is that every rank does all of it."""
+        key = self.signature(node)
+        if key not in self._known:
+            self._known[key] = tuple(self._asked(Call.of(node, self.ranks)))
+        return self._known[key]
+
+    def _asked(self, call: Call) -> Iterator[Strategy]:
+        found: dict[Hashable, Strategy] = {}
+        for strategy in (replicated(call), *_told(call)):
+            found.setdefault((strategy.inputs, strategy.outputs), strategy)
+        if call.tensors and not _has_rule(call):
+            name = str(call.target)
+            self.unknown[name] = self.unknown.get(name, 0) + 1
+        return iter(found.values())
+
+
+def _has_rule(call: Call) -> bool:
+    return not compat.is_op(call.target) or _rule_of(call) is not None or compat_sharding.knows(call.target)
+
+
+def _rule_of(call: Call) -> Rule | None:
+    name = call.target.name()
+    if "scaled_dot_product" in name:
+        return attention.attention
+    rules = own_rules()
+    return rules.get(name) or rules.get(name.split(".")[0])
+
+
+def _told(call: Call) -> Iterator[Strategy]:
+    if not compat.is_op(call.target) or not call.tensors:
+        return
+    rule = _rule_of(call)
+    if rule is not None:
+        yield from map(functools.partial(_with_share, call), rule(call))
+        return
+    if draws(call.target, call.args, call.kwargs):
+        return  # what each rank drew for its part would be other numbers than one device draws
+    for strategy in by_dtensor(call):
+        yield _with_share(call, strategy)
+
+
+def _with_share(call: Call, strategy: Strategy) -> Strategy:
+    """With the part of the work that a rank has, where it takes or yields parts."""
+    split = any(p is not None and p.is_shard for p in (*strategy.inputs, *strategy.outputs))
+    return dataclasses.replace(strategy, share=1 / call.ranks) if split and strategy.form is None else strategy

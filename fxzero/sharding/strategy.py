@@ -1,0 +1,169 @@
+"""What a call may do with the parts of its tensors that one rank of an axis holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxzero.graph.axis_placement import REPLICATED, Placement, divides
+from fxzero.graph.edit import Editor
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What a rule sees of a tensor: the whole, as one device would have it.
+
+    Args:
+        shape, strides: of the tensor.
+        dtype: of the tensor.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, val: torch.Tensor) -> Tensor:
+        """That of a fake tensor."""
+        return cls(tuple(val.shape), tuple(val.stride()), val.dtype)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call as a rule sees it.
+
+    Args:
+        target: the op.
+        args, kwargs: as of the node, a `Tensor` where it has a node that yields one, and the number itself where it
+            yields that.
+        outputs: what it yields, one for each tensor; None for what it yields beside tensors.
+        ranks: of the axis.
+    """
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Tensor | None, ...]
+    ranks: int
+
+    @classmethod
+    def of(cls, node: fx.Node, ranks: int) -> Call:
+        """The call of a node whose inputs and value are whole."""
+
+        def seen(source: fx.Node) -> Any:
+            val = source.meta["val"]
+            if isinstance(val, (list, tuple)):
+                return [Tensor.of(item) for item in val]
+            return Tensor.of(val) if isinstance(val, torch.Tensor) else val
+
+        args = fx.map_arg(node.args, seen)
+        kwargs = fx.map_arg(node.kwargs, seen)
+        val = node.meta["val"]
+        values = val if isinstance(val, (list, tuple)) else [val]
+        outputs = tuple(Tensor.of(item) if isinstance(item, torch.Tensor) else None for item in values)
+        return cls(node.target, tuple(args), dict(kwargs), outputs, ranks)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors that it takes, in the order of its arguments."""
+        return tuple(_tensors((*self.args, *self.kwargs.values())))
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """The argument of this name in the op's schema."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        names = [argument.name for argument in self.target._schema.arguments]
+        index = names.index(name)
+        return self.args[index] if index < len(self.args) else default
+
+
+@dataclass(frozen=True)
+class Local:
+    """A call that is being rewritten to what one rank does.
+
+    Args:
+        editor: inserts before it.
+        node: the call, with the arguments that it had.
+        args, kwargs: its arguments with what this rank holds of them.
+        call: as rules see it.
+        axis: name of the mesh axis.
+        coordinate: yields the input that holds this rank's index on the axis.
+    """
+
+    editor: Editor
+    node: fx.Node
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    call: Call
+    axis: str
+    coordinate: Callable[[], fx.Node]
+
+    def all_reduce(self, value: fx.Node, op: str = "sum") -> fx.Node:
+        """What all ranks' tensors come to."""
+        return self.editor.all_reduce(value, self.axis, op=op, stem=f"{self.node.name}_{self.axis}")
+
+
+# makes of a local call the nodes that yield what it yields on this rank, one for each of its outputs
+Form = Callable[[Local], tuple[fx.Node | None, ...]]
+
+
+@dataclass(frozen=True)
+class Message:
+    """A collective that a strategy has inside.
+
+    Args:
+        algorithm: as `cost.communication` names it.
+        num_bytes: of the whole tensor.
+    """
+
+    algorithm: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way for the ranks of an axis to make a call together.
+
+    Args:
+        inputs: how each of the call's tensors must lie, in the order of `Call.tensors`.
+        outputs: how what it yields lies then, in the order of `Call.outputs`; None for what is no tensor.
+        form: how a rank makes its part; None: by the op itself, on what it holds, with sizes that are of the part.
+        messages: collectives in that form.
+        share: of the work of one device, what each rank does.
+    """
+
+    inputs: tuple[Placement, ...]
+    outputs: tuple[Placement | None, ...]
+    form: Form | None = field(default=None, compare=False)
+    messages: tuple[Message, ...] = ()
+    share: float = 1.0
+
+    def __str__(self) -> str:
+        return f"({', '.join(map(str, self.inputs))}) -> ({', '.join(map(str, self.outputs))})"
+
+
+def replicated(call: Call) -> Strategy:
+    """Every rank does all of it."""
+    outputs = tuple(None if output is None else REPLICATED for output in call.outputs)
+    return Strategy((REPLICATED,) * len(call.tensors), outputs)
+
+
+def fits(call: Call, strategy: Strategy) -> bool:
+    """Whether a strategy splits only dims that have equal parts for all ranks."""
+    placed = [*zip(call.tensors, strategy.inputs, strict=True), *zip(call.outputs, strategy.outputs, strict=True)]
+    return all(
+        tensor is None or placement is None or divides(tensor.shape, placement, call.ranks)
+        for tensor, placement in placed
+    )
+
+
+def _tensors(arg: Any) -> Iterator[Tensor]:
+    if isinstance(arg, Tensor):
+        yield arg
+    elif isinstance(arg, (list, tuple)):
+        for item in arg:
+            yield from _tensors(item)

@@ -1,0 +1,252 @@
+"""Tensor parallelism: what lies in parts over the ranks of an axis is found by cost, and each rank makes its part.
+
+No model is known by name: the captured step has single-device meaning, rules say which parts of a call's inputs give
+which parts of its outputs (`fxzero/sharding/rules.py`), and an integer program finds the cheapest ways that fit
+together, state in as state out (`fxzero/sharding/solve.py`). Where a value has to lie in another way, a collective stands
+in the graph.
+Source: Alpa (Zheng et al., 2022); GSPMD (Xu et al., 2021); Megatron-LM (Shoeybi et al., 2019) for what falls out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxzero.cost.hardware import hardware_of
+from fxzero.errors import RewriteError
+from fxzero.graph import StepGraph
+from fxzero.graph.axis_placement import REPLICATED, Placement, local_shape
+from fxzero.graph.contract import graph_pass
+from fxzero.graph.edit import Editor, coordinate, fake_mode, value_of
+from fxzero.graph.step_graph import is_getitem, yields_tensor
+from fxzero.sharding.conversions import Axis, convert
+from fxzero.sharding.local_arguments import with_local_sizes
+from fxzero.sharding.problem import problem_of
+from fxzero.sharding.rules import Rules
+from fxzero.sharding.solve import Answer, solve
+from fxzero.sharding.strategy import Call, Local, Strategy
+
+
+@graph_pass(
+    provides=("tensors-split",),
+    numerics="sums over ranks are added up in another order: within 1e-5 of one rank",
+)
+def split_tensors(
+    step: StepGraph,
+    *,
+    axis: str,
+    pinned: Mapping[str, Placement] | None = None,
+    hardware: str = "auto",
+    backend: str = "",
+) -> int:
+    """Let each rank of an axis hold and compute a part of what is cheaper in parts.
+
+    Args:
+        step: the graph as captured.
+        axis: the mesh axis.
+        pinned: name of a parameter -> how it has to lie.
+        hardware: name or path of a machine's description; "auto": by the graph's device.
+        backend: what carries collectives, for "auto".
+    """
+    machine = hardware_of(step, backend=backend, named=hardware)
+    rules = Rules(step.mesh[axis])
+    answer = solve(problem_of(step, axis, rules, machine, pinned))
+    return _Rewrite(step, axis, answer).run()
+
+
+class _Rewrite:
+    """Goes through a graph and lets each node do what one rank does."""
+
+    def __init__(self, step: StepGraph, axis: str, answer: Answer) -> None:
+        self.step, self.answer = step, answer
+        self.axis = Axis(axis, step.mesh[axis], coordinate(step, axis))
+        self.mode = fake_mode(step)
+        # node that yields a tensor -> the whole's shape, and placement -> what this rank has of it
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.held: dict[fx.Node, dict[Placement, fx.Node]] = {}
+        self.lies: dict[fx.Node, Placement] = {}
+        self.changed: set[fx.Node] = set()  # whose value is not what one device has
+        self.edits = 0
+
+    def run(self) -> int:
+        results = self.step.results
+        nodes = list(self.step.graph.nodes)
+        for node in nodes:
+            if yields_tensor(node):
+                self.shapes[node] = tuple(node.meta["val"].shape)
+        for node in nodes:
+            if node.op == "placeholder" and node in self.answer.problem.of_node:
+                self._take_part(node)
+            elif node.op == "call_function" and node in self.answer.problem.of_node:
+                self._rewrite(node)
+        self._settle_results(results)
+        return self.edits
+
+    def _take_part(self, node: fx.Node) -> None:
+        (placement,) = self.answer.strategy(node).outputs
+        assert placement is not None
+        self._holds(node, node, placement)
+        if placement == REPLICATED:
+            return
+        val = node.meta["val"]
+        with self.mode:
+            shape = local_shape(val.shape, placement, self.axis.ranks)
+            node.meta["val"] = torch.empty(shape, dtype=val.dtype, device=val.device)
+        self.changed.add(node)
+        self.edits += 1
+
+    def _holds(self, node: fx.Node, part: fx.Node, placement: Placement) -> None:
+        """This rank has a part of the value that a node yielded on one device."""
+        self.held[node] = {placement: part}
+        self.lies[node] = placement
+        self._mark(part, placement)
+        if "grad_of" in part.meta:
+            self._settle_gradient(node, part)
+
+    def _settle_gradient(self, node: fx.Node, part: fx.Node) -> None:
+        """A gradient lies as its parameter does, from where it is born: what is reduced over other axes is that."""
+        parameter = self.step.input("parameter", part.meta["grad_of"][0])
+        assert parameter is not None
+        wanted = self.lies[parameter]
+        if wanted == self.lies[node]:
+            return
+        editor = Editor(self.step, phase="backward", module=part.meta["module"])
+        with editor.after(part):
+            made = self._in(node, wanted, editor, part)
+        made.meta["because"] = f"a gradient lies as its parameter: {wanted}"
+        made.meta["grad_of"] = part.meta.pop("grad_of")
+
+    def _mark(self, part: fx.Node, placement: Placement) -> None:
+        if placement != REPLICATED:
+            part.meta["placements"] = {**part.meta.get("placements", {}), self.axis.name: placement}
+
+    def _rewrite(self, node: fx.Node) -> None:
+        strategy = self.answer.strategy(node)
+        call = Call.of(node, self.axis.ranks) if strategy.form is not None else None
+        taken = iter(strategy.inputs)
+        meta = node.meta
+        editor = Editor(self.step, phase=meta["phase"], module=meta["module"], param=meta.get("param"))
+
+        def part(source: fx.Node) -> fx.Node:
+            return self._in(source, next(taken), editor, node) if yields_tensor(source) else source
+
+        with editor.before(node):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), part)
+            if strategy.form is not None:
+                assert call is not None
+                local = Local(editor, node, args, kwargs, call, self.axis.name, lambda: self.axis.coordinate)
+                self._replace(node, strategy.form(local), strategy)
+                return
+        if args == node.args and kwargs == node.kwargs and self.changed.isdisjoint(node.all_input_nodes):
+            self._yields(node, strategy)
+            return
+        self.edits += 1
+        output = strategy.outputs[0]
+        if yields_tensor(node) and output is not None:
+            args = with_local_sizes(node, args, local_shape(self.shapes[node], output, self.axis.ranks))
+        node.args, node.kwargs = args, kwargs
+        self._evaluate(node, editor)
+        self.changed.add(node)
+        self._yields(node, strategy)
+
+    def _in(self, source: fx.Node, wanted: Placement, editor: Editor, reader: fx.Node) -> fx.Node:
+        """What this rank has of a value, lying as a reader wants it; made where it is not there yet."""
+        held = self.held[source]
+        if wanted not in held:
+            before = self.lies[source]
+            made = convert(editor, held[before], self.shapes[source], before, wanted, self.axis)
+            made.meta["because"] = f"{reader.name} takes {wanted}"
+            held[wanted] = made
+            self._mark(made, wanted)
+            self.edits += 1
+        return held[wanted]
+
+    def _evaluate(self, node: fx.Node, editor: Editor) -> None:
+        try:
+            node.meta["val"] = value_of(self.step, node, self.mode)
+        except Exception:
+            self._with_contiguous_input(node, editor)
+        # a view of parts that came in another order of memory than the whole's
+
+    def _with_contiguous_input(self, node: fx.Node, editor: Editor) -> None:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        try:
+            with editor.before(node):
+                node.replace_input_with(source, editor.contiguous(source))
+            node.meta["val"] = value_of(self.step, node, self.mode)
+        except Exception as error:
+            raise RewriteError.of(
+                where=f"{node.name} = {node.target} of parts over {self.axis.name}",
+                expected="an op that takes the parts that its rule names",
+                got=str(error).splitlines()[0],
+                fix="report this op and its shapes: a rule of fxzero.sharding is wrong",
+            ) from error
+
+    def _yields(self, node: fx.Node, strategy: Strategy) -> None:
+        """Note what a call yields now, and check that it is what its way says."""
+        if yields_tensor(node):
+            (placement,) = strategy.outputs
+            assert placement is not None
+            self._check(node, self.shapes[node], node.meta["val"], placement)
+            self._holds(node, node, placement)
+            return
+        values = node.meta["val"]
+        if not isinstance(values, (list, tuple)):
+            return
+        for user in node.users:
+            placement = strategy.outputs[user.args[1]] if is_getitem(user) else None  # type: ignore[index]
+            if placement is None:
+                continue
+            self._check(user, self.shapes[user], values[user.args[1]], placement)  # type: ignore[index]
+            user.meta["val"] = values[user.args[1]]  # type: ignore[index]
+            self.changed.add(user)
+            self._holds(user, user, placement)
+
+    def _check(self, node: fx.Node, shape: tuple[int, ...], val: Any, placement: Placement) -> None:
+        expected = local_shape(shape, placement, self.axis.ranks)
+        if tuple(val.shape) != expected:
+            raise RewriteError.of(
+                where=f"{node.name} = {node.target} over {self.axis.name}",
+                expected=f"a part of shape {expected}, {placement} of {shape}",
+                got=str(tuple(val.shape)),
+                fix="report this op and its shapes: a rule of fxzero.sharding is wrong",
+            )
+
+    def _replace(self, node: fx.Node, parts: tuple[fx.Node | None, ...], strategy: Strategy) -> None:
+        """Nodes that a form has made stand for what a call yielded."""
+        self.edits += 1
+        for old, index in [(node, 0)] if yields_tensor(node) else [(u, u.args[1]) for u in list(node.users)]:
+            part, placement = parts[index], strategy.outputs[index]  # type: ignore[index]
+            assert part is not None and placement is not None
+            self._check(old, self.shapes[old], part.meta["val"], placement)
+            if "grad_of" in old.meta:
+                part.meta["grad_of"] = old.meta["grad_of"]
+            self._holds(old, part, placement)
+
+    def _settle_results(self, results: dict[tuple[str, str], fx.Node]) -> None:
+        """State goes out as it came in; all else whole."""
+        for key, node in results.items():
+            if not yields_tensor(node) or node not in self.held:
+                continue
+            entry = self.step.input(*key)
+            if entry is None and key[0] in ("accumulated", "unreduced"):
+                entry = self.step.input("parameter", key[1])
+            wanted = self.lies.get(entry, REPLICATED) if entry is not None else REPLICATED
+            phase = node.meta["phase"]
+            editor = Editor(self.step, phase=phase, module=node.meta["module"], param=node.meta.get("param"))
+            with editor.before(self.step.output):
+                results[key] = self._in(node, wanted, editor, self.step.output)
+        self.step.set_results(results)
+        self._erase_replaced()
+
+    def _erase_replaced(self) -> None:
+        """What forms stand for is read by nobody any more."""
+        for node in reversed(self.step.calls()):
+            formed = node in self.answer.problem.of_node and self.answer.strategy(node).form is not None
+            replaced = node in self.held and node not in self.held[node].values()
+            if not node.users and (replaced or formed):
+                self.step.graph.erase_node(node)
