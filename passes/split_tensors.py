@@ -2,8 +2,8 @@
 
 No model is known by name: the captured step has single-device meaning, rules say which parts of a call's inputs give
 which parts of its outputs (`fxzero/sharding/rules.py`), and an integer program finds the cheapest ways that fit
-together, state in as state out (`fxzero/sharding/solve.py`). Where a value has to lie in another way, a collective stands
-in the graph.
+together, state in as state out (`fxzero/sharding/solve.py`). Where a value has to lie in another way, a collective
+stands in the graph.
 Source: Alpa (Zheng et al., 2022); GSPMD (Xu et al., 2021); Megatron-LM (Shoeybi et al., 2019) for what falls out.
 """
 
