@@ -4,6 +4,11 @@
 Calls that stand at the same place of the blocks of a model (layers.0, layers.1, ..) and are alike have one answer: they
 are one unit. So the problem is as large for 80 blocks as for two. A unit's count says how often its costs are paid.
 
+[Note: calls that follow]
+Some calls have no answer of their own: a view of a value that nobody else reads lies as that lies, because to convert
+it before or after the view costs the same; and what an update computes element by element lies as its parameter does.
+Such a unit has a leader, and as many ways as that has, in the same order.
+
 [Note: values and what is asked of them]
 A value is what a unit yields, together with who reads it: blocks may end in a value that the next block reads, and the
 last one's is read by another call. Each (value, reader, argument) that is different counts once. A value lies as its
@@ -21,6 +26,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from fxzero import compat
 from fxzero.cost.communication import Layout, layout_of, message_seconds
 from fxzero.cost.compute import compute_seconds
 from fxzero.cost.hardware import Hardware
@@ -42,12 +48,14 @@ class Unit:
         key: what makes them alike.
         strategies: of which one is chosen.
         seconds: of each, for one call.
+        leader: number of the unit that it follows; -1: none.
         count: how many they are.
     """
 
     key: Hashable
     strategies: tuple[Strategy, ...]
     seconds: tuple[float, ...]
+    leader: int = -1
     count: int = 0
 
 
@@ -142,6 +150,7 @@ class _Builder:
         self.ordinals: Counter[Hashable] = Counter()
         self.parameters: dict[str, int] = {}
         self.shapes = {n.meta["entry"].name: tuple(n.meta["entry"].shape) for n in step.inputs("parameter")}
+        self.going_out = set(step.results.values())
 
     def build(self) -> Problem:
         for node in self.step.graph.nodes:
@@ -158,10 +167,12 @@ class _Builder:
         yields = isinstance(val, torch.Tensor) or isinstance(val, (list, tuple))
         return yields or any(yields_tensor(source) for source in node.all_input_nodes)
 
-    def _unit(self, key: Hashable, strategies: tuple[Strategy, ...], seconds: tuple[float, ...]) -> int:
+    def _unit(
+        self, key: Hashable, strategies: tuple[Strategy, ...], seconds: tuple[float, ...], leader: int = -1
+    ) -> int:
         if key not in self.known:
             self.known[key] = len(self.problem.units)
-            self.problem.units.append(Unit(key, strategies, seconds))
+            self.problem.units.append(Unit(key, strategies, seconds, leader))
         number = self.known[key]
         self.problem.units[number].count += 1
         return number
@@ -189,23 +200,69 @@ class _Builder:
             self.parameters[entry.name] = number
 
     def _add_call(self, node: fx.Node) -> None:
-        place = node.meta.get("param") or node.meta["module"]
-        exact = (node.meta["phase"], place, node.target)
-        ordinal = self.ordinals[exact]
-        self.ordinals[exact] += 1
-        where = _NUMBER.sub("*", f".{place}.")
-        key = (node.meta["phase"], where, ordinal, self.rules.signature(node))
+        strategies = self.rules.of(node)
+        leader = self._leader(node)
+        followed = self._aligned(node, leader, strategies)
+        leader, strategies = (-1, strategies) if followed is None else (leader, followed)
+        key = (node.meta["phase"], *self._place(node), self.rules.signature(node), leader)
         if key in self.known:
             self.problem.of_node[node] = self._unit(key, (), ())
             return
-        strategies = self.rules.of(node)
         whole = compute_seconds(node, self.hardware)
         overhead = min(whole, self.hardware.op_overhead_s)
         seconds = tuple(
             overhead + (whole - overhead) * strategy.share + sum(map(self._message_s, strategy.messages))
             for strategy in strategies
         )
-        self.problem.of_node[node] = self._unit(key, strategies, seconds)
+        self.problem.of_node[node] = self._unit(key, strategies, seconds, leader)
+
+    def _place(self, node: fx.Node) -> tuple[Hashable, Hashable]:
+        """Where a call stands in its block: equal for calls at the same place of equal blocks."""
+        name = node.meta.get("param") or node.meta["module"]
+        if not name:  # where gradients of several readers are added up: told by what is added
+            placed = [source for source in node.all_input_nodes if source in self.problem.of_node]
+            return "", tuple(self.problem.of_node[source] if source.meta["module"] else -1 for source in placed)
+        exact = (node.meta["phase"], name, node.target)
+        self.ordinals[exact] += 1
+        return _NUMBER.sub("*", f".{name}."), self.ordinals[exact]
+
+    def _leader(self, node: fx.Node) -> int:
+        """The unit that a call follows, if it can; see [Note: calls that follow]."""
+        taken = tensors_taken(node)
+        if not yields_tensor(node) or not taken:
+            return -1
+        if node.meta["phase"] == "update" and is_pointwise(node):
+            shape = node.meta["val"].shape
+            alike = [source for source in taken if source.meta["val"].shape == shape]
+            leaders = [self._head(self.problem.of_node[value_taken(source)[0]]) for source in alike]
+            parameters = set(self.parameters.values())
+            return next((leader for leader in leaders if leader in parameters), -1) if shape else -1
+        (source, *others) = taken
+        read_alone = len(source.users) == 1 and not others and source not in self.going_out
+        if not read_alone or source.op == "placeholder" or is_getitem(source) or "grad_of" in source.meta:
+            return -1
+        if num_bytes(node.meta["val"]) > num_bytes(source.meta["val"]):
+            return -1
+        return self.problem.of_node[source]
+
+    def _head(self, unit: int) -> int:
+        leader = self.problem.units[unit].leader
+        return unit if leader < 0 else self._head(leader)
+
+    def _aligned(self, node: fx.Node, leader: int, strategies: tuple[Strategy, ...]) -> tuple[Strategy, ...] | None:
+        """The way of a call for each way of its leader; None where there is not one for each."""
+        if leader < 0:
+            return None
+        shapes = [source.meta["val"].dim() for source in tensors_taken(node)]
+        by_inputs = {strategy.inputs: strategy for strategy in strategies}
+        found = []
+        for way in self.problem.units[leader].strategies:
+            (lies,) = way.outputs
+            wanted = tuple(lies if dims else REPLICATED for dims in shapes)
+            if wanted not in by_inputs or by_inputs[wanted].messages:  # type: ignore[index]
+                return None
+            found.append(by_inputs[wanted])  # type: ignore[index]
+        return tuple(found)
 
     def _message_s(self, message: Message) -> float:
         return message_seconds(message.algorithm, message.num_bytes, self.problem.layout, self.hardware)
@@ -252,6 +309,11 @@ class _Builder:
         unit, val = self.problem.of_node[source], node.meta["val"]
         self.problem.results.add((unit, output, lies_as))
         self.problem.result_shapes[(unit, output)] = (tuple(val.shape), val.element_size())
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether each element of what a call yields depends on the elements at its place alone."""
+    return compat.is_op(node.target) and torch.Tag.pointwise in node.target.tags  # type: ignore[union-attr]
 
 
 def tensors_taken(node: fx.Node) -> list[fx.Node]:

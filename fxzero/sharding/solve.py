@@ -22,7 +22,7 @@ from torch import fx
 
 from fxzero.graph.axis_placement import REPLICATED, Placement
 from fxzero.integer_program import solve as solve_program
-from fxzero.sharding.problem import Problem, Value
+from fxzero.sharding.problem import Problem, Unit, Value
 from fxzero.sharding.strategy import Strategy
 
 _MAX_NODES = 2000
@@ -60,17 +60,26 @@ class _Program:
         self.problem = problem
         self.cost: list[float] = []
         self.rows: list[tuple[dict[int, float], float, float]] = []
-        self.first: list[int] = []
+        self.first: list[int] = []  # column of a unit's first way: its leader's, where it follows one
         for unit in problem.units:
-            self.first.append(len(self.cost))
-            self.cost += [seconds * unit.count for seconds in unit.seconds]
+            self._add_unit(unit)
         self.num_ways = len(self.cost)
-        for number, unit in enumerate(problem.units):
-            start = self.first[number]
-            self.rows.append(({start + i: 1.0 for i in range(len(unit.strategies))}, 1.0, 1.0))
         for value in problem.values:
             self._add_value(value)
         self._add_results()
+
+    def _add_unit(self, unit: Unit) -> None:
+        seconds = [one * unit.count for one in unit.seconds]
+        if unit.leader >= 0:
+            start = self.first[unit.leader]
+            for column, one in enumerate(seconds, start):
+                self.cost[column] += one
+            self.first.append(start)
+            return
+        start = len(self.cost)
+        self.first.append(start)
+        self.cost += seconds
+        self.rows.append(({start + i: 1.0 for i in range(len(seconds))}, 1.0, 1.0))
 
     def _ways(self, unit: int) -> Iterable[tuple[int, Strategy]]:
         return enumerate(self.problem.units[unit].strategies, self.first[unit])
@@ -92,10 +101,19 @@ class _Program:
             for column, strategy in self._ways(reader):
                 by.setdefault(strategy.inputs[index], []).append(column)
             asked.append(by)
+        if value.kept:
+            self._pay_for_keeping(value, native)
         made = self._conversions(value, native, {placement for by in asked for placement in by})
         for by in asked:
             for placement, columns in by.items():
                 self._offer(dict.fromkeys(columns, -1.0), placement, native, made)
+
+    def _pay_for_keeping(self, value: Value, native: dict[Placement, list[int]]) -> None:
+        """What waits for backward costs as if it were moved once: a smaller part is better, if all else is equal."""
+        seconds = value.kept * value.count / self.problem.hardware.memory_bytes_s
+        for placement, columns in native.items():
+            for column in columns:
+                self.cost[column] += seconds / (self.problem.ranks if placement.is_shard else 1)
 
     def _conversions(
         self, value: Value, native: dict[Placement, list[int]], wanted: set[Placement]
