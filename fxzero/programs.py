@@ -20,6 +20,8 @@ from fxzero.cost.recorded import RecordedCosts
 from fxzero.decide import Decision, check_budget, decided_recipe
 from fxzero.errors import FxzeroError
 from fxzero.graph import StepGraph
+from fxzero.graph.axis_placement import Placement as AxisPlacement
+from fxzero.graph.axis_placement import placement_of
 from fxzero.graph.placement import NOTHING_PLACED, Placement
 from fxzero.graph.step_graph import CARRIED_KINDS
 from fxzero.lower.lower_regions import lower_by_plan
@@ -34,6 +36,8 @@ from fxzero.runtime.program import Program
 from fxzero.runtime.state import StepState
 
 log = logging.getLogger("fxzero")
+
+Lies = tuple[tuple[str, AxisPlacement], ...]
 
 MOST_SHAPES = 64  # kinds of batches whose programs are kept
 
@@ -68,6 +72,12 @@ class Compiled:
     def carries(self) -> tuple[str, ...]:
         """The parameters whose gradients it hands on to the next microbatch."""
         return carried(self.captured)
+
+    @property
+    def lies(self) -> Lies:
+        """How its parameters lie over the mesh axis that it is split over."""
+        nodes = self.step.inputs("parameter")
+        return tuple((node.meta["entry"].name, placement_of(node, "tp")) for node in nodes)
 
     @property
     def placed(self) -> Placement:
@@ -169,6 +179,7 @@ class Programs:
             before = [a for a in asked if a.place == place]
             asked.append(self._asked(inventory, place, args, kwargs, before))
         placed = self._state.homes.placed if self._state.bound else None
+        lies = self._lies()
         steps = [one.step for one in asked]
         done: dict[int, Compiled] = {}
         programs: list[Compiled] = []
@@ -177,8 +188,9 @@ class Programs:
             found = one.found if isinstance(one.found, Compiled) else done.get(id(one.found))
             if found is None:
                 fresh = True
-                found = done[id(one.found)] = self._new(one, [*steps[:index], *steps[index + 1 :]], placed)
+                found = done[id(one.found)] = self._new(one, [*steps[:index], *steps[index + 1 :]], placed, lies)
             placed = found.placed if placed is None else placed
+            lies = found.lies
             steps[index] = found.step
             programs.insert(0, found)
         if fresh:
@@ -186,6 +198,10 @@ class Programs:
             self._drop_least_used(len(batch.microbatches))
         self._has_run = True
         return programs
+
+    def _lies(self) -> Lies:
+        """How parameters have to lie: as the model's own do already, or as hints of the plan say."""
+        return ()
 
     def keep(self, inventory: Inventory, programs: list[Compiled], batch: Batch) -> None:
         """Programs made before model and optimizer were bound serve those that are."""
@@ -250,12 +266,12 @@ class Programs:
         elsewhere = functools.partial(_elsewhere, source, sizes, self._plan.axes, decided)
         return AtSizes(sizes, source, self._regions, elsewhere)
 
-    def _new(self, asked: _Asked, beside: Sequence[StepGraph], placed: Placement | None) -> Compiled:
+    def _new(self, asked: _Asked, beside: Sequence[StepGraph], placed: Placement | None, lies: Lies) -> Compiled:
         assert isinstance(asked.found, Capture)
         self._num_made += 1
         if isinstance(asked.found, SizedCapture):
             self._first_sized = self._first_sized or self._num_made
-        asked.known.append(self._compile(asked.found, asked.place, beside, placed))
+        asked.known.append(self._compile(asked.found, asked.place, beside, placed, lies))
         return asked.known[-1]
 
     def _example(
@@ -266,7 +282,7 @@ class Programs:
         return Example(inventory, self._loss, args, kwargs, options, signature)
 
     def _compile(
-        self, capture: Capture, place: Accumulation, beside: Sequence[StepGraph], placed: Placement | None
+        self, capture: Capture, place: Accumulation, beside: Sequence[StepGraph], placed: Placement | None, lies: Lies
     ) -> Compiled:
         """A capture's program.
 
@@ -275,12 +291,13 @@ class Programs:
             place: of that microbatch in the step.
             beside: the step's other microbatches: finished programs of later ones, earlier ones as captured.
             placed: where state rests, if that is decided.
+            lies: how parameters lie over a mesh axis, as far as that is given.
         """
         plan = self._plan
         seconds = {"capture": capture.seconds}
 
         def decided(step: StepGraph) -> tuple[Pipeline, Decision | None]:
-            how: Any = {"backend": self._backend, "beside": beside, "placed": placed, "costs": self.costs}
+            how: Any = {"backend": self._backend, "beside": beside, "placed": placed, "costs": self.costs, "lies": lies}
             return decided_recipe(step, plan=plan, **how)
 
         capture.step.mesh = dict(plan.axes)

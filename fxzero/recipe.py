@@ -17,6 +17,7 @@ from fxzero.cost.recorded import RecordedCosts
 from fxzero.errors import PlanError
 from fxzero.graph import AuxiliaryState, StepGraph
 from fxzero.graph import collectives as c10d
+from fxzero.graph.axis_placement import Placement as AxisPlacement
 from fxzero.graph.contract import Pass
 from fxzero.graph.placement import NOTHING_PLACED, Placement
 from fxzero.pass_manager import Pipeline
@@ -57,6 +58,7 @@ from fxzero.passes.shard_gradient_norms import shard_gradient_norms
 from fxzero.passes.shard_gradients import shard_gradients
 from fxzero.passes.shard_optimizer_state import shard_optimizer_state
 from fxzero.passes.shard_parameters import shard_parameters
+from fxzero.passes.split_tensors import split_tensors
 from fxzero.plan import Plan
 from fxzero.plan_buckets import bucket_bytes, cuts_by_cost, regathers
 from fxzero.plan_compression import QUANTIZED
@@ -64,6 +66,7 @@ from fxzero.plan_offload import WHERE, leaves_state_open, state_tiers, uses
 from fxzero.plan_values import NORM_KERNELS, UPDATE_KERNELS
 
 ALL_PASSES: tuple[Pass, ...] = (
+    split_tensors,
     fuse_norms,
     fuse_gates,
     fuse_rotary,
@@ -102,6 +105,7 @@ ALL_PASSES: tuple[Pass, ...] = (
     hand_over_numbers,
     cut_regions,
 )
+DATA_AXES = ("dp", "dp_replicate")  # whose ranks have batches of their own: gradients are reduced over them
 # pass -> the kernels that it puts in
 _KERNELS = {
     "fuse_norms": NORM_KERNELS,
@@ -151,12 +155,14 @@ class Decided:
         offloaded: names of those that wait off the device, with their tier.
         placed: where single tensors of the state rest.
         bytes_beside: on the device, at rest for the step's other microbatches.
+        lies: how parameters lie over a mesh axis, by name: as hints say, or as the step's other programs have it.
     """
 
     recomputed: tuple[str, ...] = ()
     offloaded: tuple[tuple[str, str], ...] = ()
     placed: Placement = NOTHING_PLACED
     bytes_beside: int = 0
+    lies: tuple[tuple[str, AxisPlacement], ...] = ()
 
 
 NOTHING_DECIDED = Decided()
@@ -177,7 +183,7 @@ def recipe(
         PlanError: if `disable` names no pass.
     """
     _check_disabled(plan)
-    axes = {axis: size for axis, size in plan.axes.items() if size > 1}
+    axes = {axis: size for axis, size in plan.axes.items() if size > 1 and axis in DATA_AXES}
     on_gloo = backend in ("gloo", c10d.SHM)
     form = plan.bucket_form if plan.bucket_form != "auto" else ("separate" if on_gloo else "coalesced")
     algorithms = _algorithms(plan, backend, form)
@@ -185,14 +191,14 @@ def recipe(
     rows = {"axis": "dp", "persist_below": plan.persist_below}
 
     gathers = shards and plan.zero >= plan.parameter_stage
-    passes = _before_recomputation(plan)
+    passes = _before_recomputation(plan, backend, decided)
     if plan.recompute == "auto":
         passes.append(recompute_chosen.using(names=decided.recomputed))
     elif plan.recompute != "none":
         passes.append(recompute_blocks.using(**_recomputed(plan.recompute)))
     passes.append(recompute_pointwise)
     if axes:
-        order = tuple(axis for axis in ("dp", "dp_replicate") if axis in axes)
+        order = tuple(axis for axis in DATA_AXES if axis in axes)
         passes.append(reduce_gradients.using(axes=order))
     if shards and plan.zero >= 1:
         passes.append(shard_optimizer_state.using(**rows))
@@ -239,10 +245,14 @@ def recipe(
     return Pipeline([*passes, *_lowering(plan)], disable=plan.disable)
 
 
-def _before_recomputation(plan: Plan) -> list[Pass]:
+def _before_recomputation(plan: Plan, backend: str, decided: Decided) -> list[Pass]:
     """What changes which calls there are to be had again."""
+    split = []
+    if plan.axes.get("tp", 1) > 1:
+        how = {"axis": "tp", "pinned": decided.lies, "hardware": plan.hardware, "backend": backend}
+        split.append(split_tensors.using(**how))
     chunked = [] if plan.chunk_loss is None else [chunk_losses.using(rows=plan.chunk_loss)]
-    return [*_kernels(plan, fuse_norms, fuse_gates, fuse_rotary), *chunked]
+    return [*split, *_kernels(plan, fuse_norms, fuse_gates, fuse_rotary), *chunked]
 
 
 def _kernels(plan: Plan, *passes: Pass) -> list[Pass]:
@@ -254,14 +264,15 @@ def _kernels(plan: Plan, *passes: Pass) -> list[Pass]:
     return [fuse.using(names=names) for fuse, names in kept if names]
 
 
-def recomputed_from(step: StepGraph, plan: Plan) -> StepGraph:
+def recomputed_from(step: StepGraph, plan: Plan, *, backend: str, decided: Decided = NOTHING_DECIDED) -> StepGraph:
     """The graph whose forward results may be named to be had again.
 
     Args:
         step: as captured; it is not changed.
         plan: resolved.
+        backend, decided: as for `recipe`; of what is decided, how parameters lie.
     """
-    passes = _before_recomputation(plan)
+    passes = _before_recomputation(plan, backend, decided)
     return Pipeline(passes, disable=plan.disable).run(step, check=False) if passes else step
 
 

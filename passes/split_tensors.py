@@ -9,7 +9,7 @@ Source: Alpa (Zheng et al., 2022); GSPMD (Xu et al., 2021); Megatron-LM (Shoeybi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def split_tensors(
     step: StepGraph,
     *,
     axis: str,
-    pinned: Mapping[str, Placement] | None = None,
+    pinned: Sequence[tuple[str, Placement]] = (),
     hardware: str = "auto",
     backend: str = "",
 ) -> int:
@@ -47,13 +47,13 @@ def split_tensors(
     Args:
         step: the graph as captured.
         axis: the mesh axis.
-        pinned: name of a parameter -> how it has to lie.
+        pinned: names of parameters, with how these have to lie.
         hardware: name or path of a machine's description; "auto": by the graph's device.
         backend: what carries collectives, for "auto".
     """
     machine = hardware_of(step, backend=backend, named=hardware)
     rules = Rules(step.mesh[axis])
-    answer = solve(problem_of(step, axis, rules, machine, pinned))
+    answer = solve(problem_of(step, axis, rules, machine, dict(pinned)))
     return _Rewrite(step, axis, answer).run()
 
 

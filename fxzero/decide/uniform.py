@@ -38,7 +38,7 @@ class UniformAnswers:
     def __init__(self, step: StepGraph, plan: Plan, *, backend: str = "") -> None:
         self.step = step
         self.hardware = hardware_of(step, backend=backend)
-        first = recomputed_from(step, plan)
+        first = recomputed_from(step, plan, backend=backend)
         self.activations = Activations(first, self.hardware, pointwise="recompute_pointwise" not in plan.disable)
         self.choices = [frontier(block.problem) for block in self.activations.blocks]
         named = zip(self.activations.blocks, self.choices, strict=True)
