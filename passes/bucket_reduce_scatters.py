@@ -25,7 +25,9 @@ def bucket_reduce_scatters(step: StepGraph, *, bucket_bytes: int | None, form: s
         return 0
     edits = 0
     for target in (c10d.reduce_scatter, c10d.all_reduce):
-        nodes = _independent([n for n in step.calls(target) if n.meta["phase"] == "backward"])
+        nodes = _independent(
+            [n for n in step.calls(target) if n.meta["phase"] == "backward" and not c10d.moves_parts(n)]
+        )
         for bucket in make_buckets(nodes, bucket_bytes, size_of=lambda n: num_bytes(first_argument(n).meta["val"])):
             _delay_waits(bucket, step.positions())
             launch_together(step, bucket, at=bucket[-1], form=form)

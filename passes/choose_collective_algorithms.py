@@ -31,6 +31,8 @@ def choose_collective_algorithms(step: StepGraph, *, all_gather: str, reduce_sca
     edits = 0
     for target, algorithm in ((c10d.all_gather, all_gather), (c10d.reduce_scatter, reduce_scatter)):
         for node in step.calls(target):
+            if algorithm == "all_to_all" and c10d.moves_parts(node):
+                continue
             if algorithm == "all_to_all":
                 _as_all_to_all(step, node)
             elif algorithm != "native":

@@ -34,7 +34,7 @@ def gather_within_nodes(step: StepGraph, *, axis: str, node: int) -> int:
     first: dict[fx.Node, fx.Node] = {}
     edits = 0
     for launch in step.calls(c10d.all_gather):
-        parameter = c10d.parameter_sent(c10d.sent(launch)[0])
+        parameter = c10d.parameter_gathered(launch)
         if parameter is None or launch.meta["phase"] == "update" or c10d.axis_of(launch) != axis:
             continue
         if launch.meta["phase"] == "forward":

@@ -27,7 +27,7 @@ def keep_gathered(step: StepGraph) -> int:
     first: dict[fx.Node, fx.Node] = {}
     edits = 0
     for launch in step.calls(c10d.all_gather):
-        parameter = c10d.parameter_sent(c10d.sent(launch)[0])
+        parameter = c10d.parameter_gathered(launch)
         if parameter is None or launch.meta["phase"] == "update":
             continue
         if not launch.meta.get("stays"):

@@ -76,7 +76,7 @@ def _first_reductions(nodes: list[fx.Node]) -> list[fx.Node]:
     first = []
     for node in nodes:
         launched = c10d.is_collective(node) and node.meta["phase"] == "backward"
-        is_reduction = launched and not c10d.gathers_parameters(node)
+        is_reduction = launched and not c10d.gathers_parameters(node) and not c10d.moves_parts(node)
         follows = any(n in downstream for n in node.all_input_nodes)
         if is_reduction and not follows:
             first.append(node)

@@ -54,7 +54,7 @@ def quantize_all_gathers(step: StepGraph, *, form: str, block: int, below: int =
     """
     gathers: dict[fx.Node, list[fx.Node]] = {}
     for gather in step.calls(c10d.all_gather):
-        parameter = c10d.parameter_sent(gather.args[0])  # type: ignore[arg-type]
+        parameter = c10d.parameter_gathered(gather)
         if parameter is not None and gather.meta["phase"] != "update":
             gathers.setdefault(parameter, []).append(gather)
     edits = 0

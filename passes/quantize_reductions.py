@@ -40,7 +40,8 @@ def quantize_reductions(step: StepGraph, *, form: str, block: int, below: int = 
         PlanError: if a gradient is not of a real floating-point dtype, or none can be quantized.
     """
     edits, largest = 0, 0
-    launches = [n for n in step.calls(c10d.reduce_scatter) if n.meta["phase"] == "backward"]
+    scatters = step.calls(c10d.reduce_scatter)
+    launches = [n for n in scatters if n.meta["phase"] == "backward" and not c10d.moves_parts(n)]
     for launch in launches:
         sharding, full = launch.meta["sharding"], first_argument(launch).meta["val"]
         elements = math.prod((sharding.rows, *full.shape[1:]))

@@ -204,7 +204,9 @@ def _wait_of(full: fx.Node) -> fx.Node:
 
 def _gathers_parameter(full: fx.Node) -> bool:
     """Whether a node yields a gathered parameter input, as it is or as it was cast or packed to travel."""
-    return _unsharded(full) is not None and c10d.parameter_sent(c10d.sent_to(_wait_of(full))) is not None
+    if _unsharded(full) is None or c10d.moves_parts(c10d.launched_by(_wait_of(full))):
+        return False
+    return c10d.parameter_sent(c10d.sent_to(_wait_of(full))) is not None
 
 
 def _computed_from_parameters(context: Context) -> set[fx.Node]:

@@ -64,6 +64,7 @@ COALESCED = {
 # what may carry a gather or a reduce-scatter (`meta["algorithm"]`) in place of the backend's own algorithms
 SEND_RECV, SHARED_MEMORY, SHARED_ROWS = "send_recv", "shared_memory", "shared_rows"
 IN_MEMORY = (SHARED_MEMORY, SHARED_ROWS)
+SPLIT_AXES = ("tp", "sp", "ep")  # whose ranks make a call together; those of others have batches of their own
 SHM = "shm"  # name of a backend: gloo, between ranks of one host that share memory
 # what makes a message of a shard: to fewer bits, or packed
 PREPARES = {torch.ops.aten._to_copy.default, compression_ops.quantize_blockwise}
@@ -179,10 +180,23 @@ def _parameter_ahead(node: fx.Node) -> fx.Node:
     return next(other for other in inputs if other.meta["entry"].key == key)
 
 
+def moves_parts(launch: fx.Node) -> bool:
+    """Whether a collective lets a value lie in another way over ranks that make each call together.
+
+    What it moves is no rows of a parameter at rest, and no gradient of another batch.
+    """
+    return axis_of(launch) in SPLIT_AXES
+
+
+def parameter_gathered(launch: fx.Node) -> fx.Node | None:
+    """The parameter input whose rows a gather (of one tensor) brings together; None for any other gather."""
+    return None if moves_parts(launch) else parameter_sent(sent(launch)[0])
+
+
 def gathers_parameters(node: fx.Node) -> bool:
     """Whether a node launches the gather of parameters, for forward or backward."""
     gathers = node.target in (all_gather, all_gather_coalesced) and node.meta["phase"] != "update"
-    return gathers and all(parameter_sent(source) is not None for source in sent(node))
+    return gathers and not moves_parts(node) and all(parameter_sent(source) is not None for source in sent(node))
 
 
 def wire_bytes(node: fx.Node, mesh: dict[str, int]) -> int:

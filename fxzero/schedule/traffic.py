@@ -223,7 +223,7 @@ class _Reading:
             self._message(node, BACKWARD if node.meta["phase"] == "backward" else FORWARD)
             return
         after = [self.follows[n] for n in node.all_input_nodes if n in self.follows]
-        reduces = c10d.is_collective(node) and node.meta["phase"] == "backward"
+        reduces = c10d.is_collective(node) and node.meta["phase"] == "backward" and not c10d.moves_parts(node)
         if reduces and not after:
             self._mark(BIRTH, self._message(node, REDUCTIONS))
             return
