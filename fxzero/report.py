@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from tabulate import tabulate
+from torch import fx
 
 from fxzero.cost.allocator import Allocator
 from fxzero.cost.hardware import Hardware, hardware_of
@@ -96,18 +99,17 @@ def _state_table(step: StepGraph) -> str:
     rows = []
     for kind in STATE_KINDS:
         nodes = step.inputs(kind)
-        sharded = [n for n in nodes if "sharding" in n.meta]
+        sharded = [n for n in nodes if "sharding" in n.meta or n.meta.get("placements")]
         here = sum(num_bytes(n.meta["val"]) for n in nodes)
         whole = sum(_whole_bytes(n) for n in nodes)
         rows.append([kind, len(nodes), len(sharded), _mib(whole), _mib(here)])
     return tabulate(rows, headers=["state", "tensors", "sharded", "whole MiB", "this rank MiB"], disable_numparse=True)
 
 
-def _whole_bytes(node) -> float:  # type: ignore[no-untyped-def]
-    sharding = node.meta.get("sharding")
+def _whole_bytes(node: fx.Node) -> int:
+    """Bytes of an input as one device would have it."""
     val = node.meta["val"]
-    size = num_bytes(val)
-    return size * sharding.rows / val.shape[0] if sharding is not None else size
+    return math.prod(node.meta["entry"].shape) * val.element_size() if isinstance(val, torch.Tensor) else 0
 
 
 def _communication_table(steps: Sequence[StepGraph]) -> str:

@@ -28,6 +28,7 @@ from fxzero.sharding.problem import problem_of
 from fxzero.sharding.rules import Rules
 from fxzero.sharding.solve import Answer, solve
 from fxzero.sharding.strategy import Call, Local, Strategy
+from fxzero.sharding.told import told
 
 
 @graph_pass(
@@ -54,6 +55,7 @@ def split_tensors(
     machine = hardware_of(step, backend=backend, named=hardware)
     rules = Rules(step.mesh[axis])
     answer = solve(problem_of(step, axis, rules, machine, dict(pinned)))
+    step.remarks["split_tensors"] = told(step, axis, answer, rules)
     return _Rewrite(step, axis, answer).run()
 
 
