@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from job import JOBS, VARIANTS, Llama, batch, corpus
+from job import JOBS, VARIANTS, Llama, batch, corpus, data_of
 from tabulate import tabulate
 
 
@@ -32,12 +32,13 @@ def built(variant, size):
 
 def measure(args):
     """Variant -> seconds of each step, the first ones left out, and its last loss; the same on all ranks."""
-    size, data, rank, world_size = JOBS[args.job], corpus(), dist.get_rank(), dist.get_world_size()
+    size, data = JOBS[args.job], corpus()
     steps = {variant: built(variant, size) for variant in args.variants}
     found = {variant: {"seconds": [], "loss": 0.0} for variant in steps}
     for index in range(args.warmup + args.steps):
-        inputs = batch(data, size, step=index, rank=rank, world_size=world_size)
         for variant, step in steps.items():
+            rank, parts = data_of(variant.partition("@")[0])
+            inputs = batch(data, size, step=index, rank=rank, world_size=parts)
             dist.barrier()
             began = time.perf_counter()
             found[variant]["loss"] = float(step(*inputs))

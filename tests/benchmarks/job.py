@@ -213,6 +213,73 @@ def fsdp2_step(*, compiled=False, bf16=False):
     return build
 
 
+def tensor_parallel_step(*, sequence, compiled=False):
+    """The builder of a step by `parallelize_module` over all ranks, by the plan of torch's tutorial on a Llama.
+
+    Column and row pairs, and the vocabulary of head and loss in parts; with `sequence` activations between blocks too.
+    """
+
+    def build(model, _plan):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Replicate, Shard
+        from torch.distributed.tensor.parallel import (
+            ColwiseParallel,
+            PrepareModuleInput,
+            RowwiseParallel,
+            SequenceParallel,
+            loss_parallel,
+            parallelize_module,
+        )
+
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        between = Shard(1) if sequence else Replicate()
+        words = ColwiseParallel(input_layouts=between, output_layouts=Shard(-1), use_local_output=False)
+        parallelize_module(model, mesh, {"head": words})
+        rows = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
+        parallelize_module(model, mesh, {"embed": rows} | ({"norm": SequenceParallel()} if sequence else {}))
+        for layer in model.layers:
+            layer.attn.heads //= mesh.size()
+            columns = [f"attn.w{name}" for name in "qkv"] + ["ffn.w1", "ffn.w3"]
+            styles = {name: ColwiseParallel() for name in columns}
+            styles |= {name: RowwiseParallel(output_layouts=between) for name in ("attn.wo", "ffn.w2")}
+            if sequence:
+                whole = {"desired_input_layouts": (Replicate(), None, None), "input_layouts": (Shard(1), None, None)}
+                one = {"desired_input_layouts": (Replicate(),), "input_layouts": (Shard(1),)}
+                styles |= {"attn": PrepareModuleInput(**whole), "ffn": PrepareModuleInput(**one)}
+                styles |= {"attn_norm": SequenceParallel(), "ffn_norm": SequenceParallel()}
+            parallelize_module(layer, mesh, styles)
+            if compiled:
+                layer.compile()
+        optimizer = adamw(model.parameters())
+
+        def step(x_BT, y_BT):
+            with loss_parallel():
+                loss = model(x_BT, y_BT)
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss = loss.detach()
+            return loss.full_tensor() if hasattr(loss, "full_tensor") else loss
+
+        return step
+
+    return build
+
+
+def fxzero_tensor_parallel_step(**own):
+    """The builder of fxzero's step with all ranks on the axis tp."""
+
+    def build(model, plan):
+        return fxzero_step(0, **own)(model, {"mesh": {"dp": 1, "tp": dist.get_world_size()}, **plan})
+
+    return build
+
+
+def data_of(variant):
+    """(rank, world size) by which a variant's batch is chosen: ranks of tensor parallelism share theirs."""
+    return (0, 1) if "tp" in variant.split("+") else (dist.get_rank(), dist.get_world_size())
+
+
 def deepspeed3_step(model, _plan):
     """DeepSpeed ZeRO-3, with its thresholds scaled from billions of parameters down to this model's."""
     import deepspeed
@@ -252,6 +319,12 @@ VARIANTS = {
     **{f"fxzero{zero}": fxzero_step(zero) for zero in range(4)},
     "fxzero3+inductor": fxzero_step(3, lowering="inductor"),
     "fxzero0+inductor": fxzero_step(0, lowering="inductor"),
+    "tp": tensor_parallel_step(sequence=False),
+    "tp+compile": tensor_parallel_step(sequence=False, compiled=True),
+    "tp+sp": tensor_parallel_step(sequence=True),
+    "tp+sp+compile": tensor_parallel_step(sequence=True, compiled=True),
+    "fxzero+tp": fxzero_tensor_parallel_step(),
+    "fxzero+tp+inductor": fxzero_tensor_parallel_step(lowering="inductor"),
     "ddp": ddp_step(),
     "ddp+compile": ddp_step(compiled=True),
     "plain": one_rank_step(),
@@ -319,7 +392,8 @@ def rows_mb(step):
 
 def measure(args):
     """Builds the variant and runs its steps; returns the figures of all ranks together."""
-    size, rank, world_size = JOBS[args.job], dist.get_rank(), dist.get_world_size()
+    size, world_size = JOBS[args.job], dist.get_world_size()
+    rank, parts = data_of(args.variant)
     memory = MemoryCounter(args.memory_counter)
     data = corpus()
     torch.manual_seed(0)
@@ -331,7 +405,7 @@ def measure(args):
 
     losses, times_s, sent_before = [], [], 0
     for i in range(args.steps):
-        inputs = batch(data, size, step=i, rank=rank, world_size=world_size)
+        inputs = batch(data, size, step=i, rank=rank, world_size=parts)
         if i == args.warmup:  # no barrier: what a step has launched for the next one would be over, and cost nothing
             memory.reset_peak()
             sent_before = sent_bytes(args.interface)
@@ -341,7 +415,7 @@ def measure(args):
     live_mb, peak_mb = (None if seen is None else seen + rows_mb(step) for seen in memory.read())
     sent = (sent_bytes(args.interface) - sent_before) / (args.steps - args.warmup)
     dist.barrier()
-    inputs = batch(data, size, step=args.steps, rank=rank, world_size=world_size)
+    inputs = batch(data, size, step=args.steps, rank=rank, world_size=parts)
     collectives = count_collectives(step, *inputs)
 
     step_s = statistics.median(times_s[args.warmup :])
