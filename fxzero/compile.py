@@ -39,6 +39,7 @@ from fxzero.runtime.agreement import Agreement
 from fxzero.runtime.checkpoint import load_state_dict, state_dict
 from fxzero.runtime.cuda_graph import graph_calls
 from fxzero.runtime.launched_ahead import LaunchedAhead, Rows
+from fxzero.runtime.layout import laid_out_by
 from fxzero.runtime.materialize import Init
 from fxzero.runtime.microbatches import Batch, joined_metrics
 from fxzero.runtime.recording import Recording
@@ -167,7 +168,8 @@ class TrainStep(Readable, Profiled):
         text = joined_text(tuple(compiled.text for compiled in programs))
         changed = self._agreement.settle(text, changed=changed)
         self._state.place(programs[-1].placed)
-        if not self._state.bound:
+        if self._state.laid_out is None:  # or not bound, which comes to the same: a step binds what it has laid out
+            self._state.lay_out(laid_out_by(programs[-1].step))
             self._bind()
             inventory = Inventory.of(self.model, self.optimizer)
             self._programs.keep(inventory, programs, batch)

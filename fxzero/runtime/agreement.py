@@ -45,7 +45,8 @@ def agreed_text(step: StepGraph, *, plan: str, passes: str) -> str:
     lines = [f"torch {torch.__version__}", f"plan {plan}", *(f"pass {line}" for line in passes.splitlines())]
     for node in step.inputs("parameter", "optimizer"):
         entry, sharding = node.meta["entry"], node.meta.get("sharding")
-        rest = f"rows over {sharding.axis}" if sharding else "whole"
+        lies = [f"{p} over {axis}" for axis, p in node.meta.get("placements", {}).items()]
+        rest = ", ".join([*lies, f"rows over {sharding.axis}"] if sharding else lies) or "whole"
         dtype = getattr(node.meta["val"], "dtype", "number")
         lines.append(f"{entry.kind} {entry.name} {list(entry.shape)} {dtype} {rest}")
     for node in filter(c10d.is_ahead, step.placeholders):
