@@ -1,16 +1,21 @@
 """How one tensor of the state lies: the parts of all ranks, in one process."""
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from fxzero.errors import CaptureError
 from fxzero.graph.axis_placement import REPLICATED, Placement, partial, shard
 from fxzero.plan import Plan
 from fxzero.runtime.layout import Layout, Layouts, Place
+from fxzero.runtime.state import StepState
 from fxzero.runtime.topology import Topology, ranks_along
+from tests.numerics.models import ScaledByNorms
 
 
 class OneRank(Topology):
@@ -166,3 +171,13 @@ def test_ranks_along_an_axis() -> None:
     ranks = torch.arange(8).view(2, 2, 2)
     assert ranks_along(ranks, ("dp", "tp", "pp"), "tp").tolist() == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert ranks_along(ranks, ("dp", "tp", "pp"), "pp").tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_state_that_starts_from_whole_values_is_refused_where_tp_may_split_it() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = ScaledByNorms(model.parameters())
+    for mesh, refused in (({"dp": 1, "tp": 1}, False), ({"dp": 1, "tp": 2}, True)):
+        topology = OneRank(Plan(mesh=mesh, zero=0), None, "none")
+        state = StepState(model, optimizer, topology, device=torch.device("cpu"))
+        with pytest.raises(CaptureError, match="use zero=0 and no tp") if refused else contextlib.nullcontext():
+            state.rehearsal()
