@@ -38,7 +38,9 @@ from fxzero.recipe import auxiliary_state, captured_as, shares_rows
 from fxzero.runtime.agreement import Agreement
 from fxzero.runtime.checkpoint import load_state_dict, state_dict
 from fxzero.runtime.cuda_graph import graph_calls
+from fxzero.runtime.in_common import InCommon
 from fxzero.runtime.launched_ahead import LaunchedAhead, Rows
+from fxzero.runtime.layout import laid_out_by
 from fxzero.runtime.materialize import Init
 from fxzero.runtime.microbatches import Batch, joined_metrics
 from fxzero.runtime.recording import Recording
@@ -133,7 +135,7 @@ class TrainStep(Readable, Profiled):
             graphs=graph_calls(self.plan, self._device, backend=self._topology.backend),
         )
         self._ahead = LaunchedAhead(self._topology.groups)
-        self._agreement = Agreement(timeout_s=self.plan.timeout_s)
+        self._agreement = Agreement(timeout_s=self.plan.timeout_s, alike=self._topology.groups_along("tp"))
         self._skipped = SkippedSteps(limit=self.plan.max_skipped_steps, dynamic=self._options.scaling.dynamic)
         self._last: list[Compiled] = []  # one a microbatch
 
@@ -165,9 +167,10 @@ class TrainStep(Readable, Profiled):
             programs = self._programs.of(inventory, batch)
             changed = self.plan.cross_step and self._ahead.is_stale(self._rows(inventory))
         text = joined_text(tuple(compiled.text for compiled in programs))
-        changed = self._agreement.settle(text, changed=changed)
+        changed = self._agreement.settle(text, changed=changed, common=InCommon(batch, self._device))
         self._state.place(programs[-1].placed)
-        if not self._state.bound:
+        if self._state.laid_out is None:  # or not bound, which comes to the same: a step binds what it has laid out
+            self._state.lay_out(laid_out_by(programs[-1].step))
             self._bind()
             inventory = Inventory.of(self.model, self.optimizer)
             self._programs.keep(inventory, programs, batch)

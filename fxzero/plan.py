@@ -83,13 +83,14 @@ class Plan:
 
     Args:
         mesh: axes of ranks with their sizes, outermost first; None: all ranks on dp. Parameters are sharded
-            over dp and replicated over dp_replicate (hybrid sharding).
+            over dp and replicated over dp_replicate (hybrid sharding); over tp single tensors are split, and the
+            ranks of a tp group take the same batch.
         zero: 0 replicates everything, 1 shards optimizer state, 2 gradients too, 3 parameters too.
         bucket_bytes: bytes of unsharded parameters or gradients in one coalesced collective; 0: each tensor alone;
             "auto": decided by cost. None: 4 MiB, or "auto" with schedule "cost". Files may write "4 MiB".
         regather: with zero 3, whether backward gathers what forward has: True, False (it stays), "auto" (of each, what
             is faster within the bound on memory); None: True, or "auto" where buckets are, with schedule "cost".
-        persist_below: number of elements below which a parameter stays replicated.
+        persist_below: number of elements, of what tp leaves a rank of a parameter, below which dp does not shard it.
         prefetch: how many buckets ahead of its use a gather is launched.
         cross_step: launch the first gathers of the next step at the end of this one.
         all_gather: "native", "send_recv" (a message to each peer), "shared_memory" (CPU ranks of one host), or "auto":

@@ -59,20 +59,20 @@ def quantize_all_gathers(step: StepGraph, *, form: str, block: int, below: int =
             gathers.setdefault(parameter, []).append(gather)
     edits = 0
     for parameter, launches in gathers.items():
-        entry = parameter.meta["entry"]
+        name, shape = parameter.meta["entry"].name, _gathered_shape(parameter)
         by_rows = form == "fp8_rows"
-        if math.prod(entry.shape) < below:
+        if math.prod(shape) < below:
             continue
-        if by_rows and (len(entry.shape) < 2 or not _is_weight_of_products(launches)):
+        if by_rows and (len(shape) < 2 or not _is_weight_of_products(launches)):
             continue
-        check_dtype(parameter.meta["val"].dtype, f"compress_gathers={form!r}, parameter {entry.name!r}")
-        size = math.prod(entry.shape[1:]) if by_rows else block
+        check_dtype(parameter.meta["val"].dtype, f"compress_gathers={form!r}, parameter {name!r}")
+        size = math.prod(shape[1:]) if by_rows else block
         for gather in launches:
             _quantize(step, gather, parameter, form="fp8" if by_rows else form, block=size)
         edits += len(launches)
     if gathers and not edits:
         kind = "weight that only matrix products read, of" if form == "fp8_rows" else "gathered parameter of"
-        largest = max(math.prod(parameter.meta["entry"].shape) for parameter in gathers)
+        largest = max(math.prod(_gathered_shape(parameter)) for parameter in gathers)
         raise PlanError.of(
             f"Plan.compress_gathers {form!r}",
             expected=f"a {kind} {below} elements or more",
@@ -80,6 +80,11 @@ def quantize_all_gathers(step: StepGraph, *, form: str, block: int, below: int =
             fix="lower compress_below, or leave compress_gathers out",
         )
     return edits
+
+
+def _gathered_shape(parameter: fx.Node) -> tuple[int, ...]:
+    """Of what is gathered of a sharded parameter, without padding: the whole, or what another axis leaves a rank."""
+    return (parameter.meta["sharding"].rows, *parameter.meta["val"].shape[1:])
 
 
 def check_dtype(dtype: torch.dtype, where: str) -> None:

@@ -15,7 +15,7 @@ from fxzero.graph import Sharding, StepGraph, ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor, value_of
-from fxzero.graph.step_graph import first_argument, identifier, sharding_of, yields_tensor
+from fxzero.graph.step_graph import first_argument, identifier, sharding_of, tensor_val, yields_tensor
 
 aten = torch.ops.aten
 
@@ -41,7 +41,8 @@ def shard_optimizer_state(step: StepGraph, *, axis: str, persist_below: int = 0)
     Args:
         step: the graph.
         axis: the mesh axis to shard over.
-        persist_below: parameters with fewer elements keep whole state on every rank.
+        persist_below: parameters with fewer elements keep whole state on every rank; of those that another axis
+            splits, the elements of this rank's part count.
     """
     size = step.mesh[axis]
     sharded = {
@@ -63,9 +64,8 @@ def shard_optimizer_state(step: StepGraph, *, axis: str, persist_below: int = 0)
     for name in sharded:
         rewrite = _RowWiseUpdate(editor, name, sharded[name])
         mine = inputs[name]
-        whole = mine[("parameter", name)].meta["entry"].shape
         for (kind, _), node in mine.items():
-            if kind != "parameter" and node.meta["entry"].shape == whole:
+            if kind != "parameter" and _lie_alike(node, mine[("parameter", name)]):
                 rewrite.shard_input(node)
         for node in updates.get(name, ()):
             rewrite.visit(node)
@@ -74,6 +74,13 @@ def shard_optimizer_state(step: StepGraph, *, axis: str, persist_below: int = 0)
         edits += rewrite.edits
     step.set_results(results)
     return edits
+
+
+def _lie_alike(node: fx.Node, parameter: fx.Node) -> bool:
+    """Whether an input has its parameter's shape, and a rank has the same part of both."""
+    if node.meta["entry"].shape != parameter.meta["entry"].shape or not yields_tensor(node):
+        return False
+    return tensor_val(node).shape == tensor_val(parameter).shape
 
 
 class _RowWiseUpdate:

@@ -29,7 +29,8 @@ def shard_parameters(step: StepGraph, *, axis: str, persist_below: int = 0, agai
     Args:
         step: the graph.
         axis: the mesh axis to shard over.
-        persist_below: parameters with fewer elements stay whole on every rank.
+        persist_below: parameters with fewer elements stay whole on every rank; of those that another axis splits, the
+            elements of this rank's part count.
         again: gather again in backward; else what forward gathered is kept until backward has used it.
     """
     edits = 0

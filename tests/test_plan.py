@@ -126,7 +126,9 @@ def _compressing_what_can_be(keys: dict[str, Any]) -> dict[str, Any]:
         keys.pop("regather", None)
     gathers, reductions = keys.get("compress_gathers", "none"), keys.get("compress_reductions", "none")
     scaled = keys.get("loss_scale") is not None and reductions in ("powersgd", "topk")
-    if (stage < 2 and reductions in ("int8", "fp8")) or mesh.get("dp_replicate", 1) > 1 or scaled:
+    kept_split = mesh.get("tp", 1) > 1 and reductions in ("powersgd", "topk")
+    refused = scaled or kept_split or mesh.get("dp_replicate", 1) > 1
+    if (stage < 2 and reductions in ("int8", "fp8")) or refused:
         keys.pop("compress_reductions", None)
         reductions = "none"
     for name, key in (("powersgd", "powersgd_rank"), ("topk", "topk_fraction")):
@@ -309,7 +311,14 @@ def test_a_mesh_is_a_mapping() -> None:
 
 
 def test_a_reserved_axis_may_have_size_one() -> None:
-    assert Plan(mesh={"dp": 4, "tp": 1}).resolve(4).axes == {"dp": 4, "tp": 1}
+    assert Plan(mesh={"dp": 4, "pp": 1}).resolve(4).axes == {"dp": 4, "pp": 1}
+
+
+def test_tp_is_an_axis_with_its_ranks_numbered_as_the_mesh_says() -> None:
+    assert Plan(mesh={"dp": 2, "tp": 2}).resolve(4).axes == {"dp": 2, "tp": 2}
+    assert list(Plan(mesh={"tp": 4}).resolve(4).axes.items()) == [("tp", 4), ("dp", 1)]
+    with pytest.raises(PlanError, match="dp=2 x tp=2 = 4; run with world size 4 or set dp=4"):
+        Plan(mesh={"dp": 2, "tp": 2}).resolve(8)
 
 
 def test_resolve_puts_all_ranks_on_dp() -> None:
@@ -491,6 +500,14 @@ def test_axes_need_a_mesh() -> None:
         (
             {"compress_reductions": "int8", "mesh": {"dp_replicate": 2, "dp": 2}},
             ["Plan.compress_reductions: expected a mesh without dp_replicate", "got dp_replicate=2;"],
+        ),
+        (
+            {"compress_reductions": "powersgd", "mesh": {"dp": 2, "tp": 2}},
+            ["Plan.compress_reductions: expected a mesh without tp with 'powersgd'", "got tp=2;"],
+        ),
+        (
+            {"compress_reductions": "topk", "mesh": {"dp": 2, "tp": 2}},
+            ["Plan.compress_reductions: expected a mesh without tp with 'topk'", "got tp=2;"],
         ),
         ({"compress_block": 128}, ["Plan.compress_block: expected compress_gathers or compress_reductions 'int8'"]),
         ({"compress_block": 128, "compress_gathers": "fp8_rows"}, ["Plan.compress_block:", "got none of that;"]),

@@ -204,7 +204,7 @@ def check_state_can_be_sharded(states: InitialStates, index: int) -> None:
                     where=f"{type(states.optimizer).__name__}.param_groups[{index}], state {key!r}",
                     expected="state shaped like its parameter, or the same for all values of the parameter at first",
                     got=f"shape {tuple(item.shape)} for one of shape {tuple(value.shape)}, made from its values",
-                    fix="use zero=0 for this optimizer",
+                    fix="use zero=0 and no tp for this optimizer",
                 )
 
 

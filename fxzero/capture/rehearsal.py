@@ -30,7 +30,9 @@ def rehearse(inventory: Inventory, states: InitialStates | None = None) -> tuple
     for name in inventory.optimized:
         parameter = inventory.parameters[name]
         existing = optimizer.state.get(parameter)
-        twin.state[parameter] = dict(existing) if existing else _initial(states, inventory.group_of(name), parameter)
+        twin.state[parameter] = (
+            dict(existing) if existing else initial_forms(states, inventory.group_of(name), parameter)
+        )
     return Inventory.of(inventory.model, twin), starts_unlike_later(inventory, states)
 
 
@@ -48,7 +50,14 @@ def starts_unlike_later(inventory: Inventory, states: InitialStates) -> bool:
     return any(first_step_is_special(states, i) for i, group in enumerate(optimizer.param_groups) if group["params"])
 
 
-def _initial(states: InitialStates, group: int, parameter: torch.Tensor) -> dict[str, Any]:
+def initial_forms(states: InitialStates, group: int, parameter: torch.Tensor) -> dict[str, Any]:
+    """The state that the optimizer would start with, its tensors on the meta device, all but those of no dims.
+
+    Args:
+        states: of the optimizer.
+        group: index of the parameter's group.
+        parameter: of which its single-device shape and strides, and its dtype, are looked at.
+    """
     shape, strides = parameter.shape, dense_strides(parameter)
     try:
         return states.of(group, torch.empty_strided(shape, strides, dtype=parameter.dtype, device="meta"))

@@ -7,7 +7,8 @@ Everything that a pass needs stands in `node.meta`:
     module     path of the module whose forward made the node ("" at the root); backward nodes carry the path of
                the forward node that they differentiate
     entry      placeholders only: the StateEntry
-    sharding   a Sharding, where the value is this rank's rows of a larger single-device tensor
+    sharding   a Sharding, where the value is this rank's rows of a larger tensor
+    placements how the value lies over the ranks of other axes: [Note: placements] in `graph/axis_placement.py`
     grad_of    names of the parameters whose unreduced gradient this node is
     param      the parameter whose update (or gather, or reduction) this node belongs to
     tier       where the value is, if not on the device: "host" or "nvme"
@@ -303,13 +304,20 @@ def identifier(name: str) -> str:
 
 
 def sharding_of(node: fx.Node, axis: str, num_shards: int, persist_below: int) -> Sharding | None:
-    """How a parameter is sharded over an axis; None where it stays whole."""
-    shape = node.meta["entry"].shape
+    """How a parameter is sharded over an axis; None where every rank of the axis keeps all of it.
+
+    Args:
+        node: its input, not sharded yet. What an axis such as tp has split is split further: the rows are those of
+            this rank's part ([Note: placements]).
+        axis, num_shards: the axis and its size.
+        persist_below: elements, of what a rank has before it is sharded, below which it is not.
+    """
+    shape = tensor_val(node).shape
     return Sharding(axis, num_shards, shape[0]) if rests_as_rows(shape, persist_below) else None
 
 
 def rests_as_rows(shape: Sequence[int], persist_below: int) -> bool:
-    """Whether a parameter is split where there are ranks to split it over.
+    """Whether a parameter (or the part of it that tp leaves a rank) is split where there are ranks to split it over.
 
     Whole stay scalars, what has fewer than `persist_below` elements, and what has a single row.
     """

@@ -11,7 +11,8 @@ vote: one all-reduce of four numbers on the CPU (0.1 ms over loopback), so that 
 both be known, and a rank that cannot compile ends the others at once. Only when a vote fails do texts go through the
 store, to say which line differs. A rank whose parameters were changed between two steps says so in its vote: gathers
 that are under way are then no rank's to use. Each call of a step votes exactly once, so that votes stay paired when one
-has failed.
+has failed. Where ranks of a tp group must have more in common ([Note: what a tp group has in common] in
+`runtime/in_common.py`), a vote has two numbers more for each group, and what differs goes through the store, too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import json
 import re
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -35,7 +36,9 @@ from fxzero.errors import RankMismatchError
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.step_graph import num_bytes
+from fxzero.runtime.in_common import InCommon, difference_within, number_of
 
+_NOT_MINE = -(2**62)  # less than any number of a group: what a rank says for the groups that it is not in
 _steps = itertools.count()
 _PLAN = re.compile(r"(?:\w+ )*plan (\{.*\})")  # a line that holds a fingerprint
 
@@ -45,7 +48,8 @@ def agreed_text(step: StepGraph, *, plan: str, passes: str) -> str:
     lines = [f"torch {torch.__version__}", f"plan {plan}", *(f"pass {line}" for line in passes.splitlines())]
     for node in step.inputs("parameter", "optimizer"):
         entry, sharding = node.meta["entry"], node.meta.get("sharding")
-        rest = f"rows over {sharding.axis}" if sharding else "whole"
+        lies = [f"{p} over {axis}" for axis, p in node.meta.get("placements", {}).items()]
+        rest = ", ".join([*lies, f"rows over {sharding.axis}"] if sharding else lies) or "whole"
         dtype = getattr(node.meta["val"], "dtype", "number")
         lines.append(f"{entry.kind} {entry.name} {list(entry.shape)} {dtype} {rest}")
     for node in filter(c10d.is_ahead, step.placeholders):
@@ -72,43 +76,54 @@ class Agreement:
 
     Args:
         timeout_s: how long the first step waits for ranks that do not come.
+        alike: groups of ranks that must be called alike, each rank in one of them at most.
     """
 
-    def __init__(self, *, timeout_s: float) -> None:
+    def __init__(self, *, timeout_s: float, alike: Sequence[Sequence[int]] = ()) -> None:
         self.timeout_s = timeout_s
+        self.alike = alike
         self.round = 0
         self.store = compat_distributed.default_store() if dist.is_available() and dist.is_initialized() else None
         self.number = next(_steps) if self.store is not None else 0  # a rank may have made steps of its own before
         self.rank = dist.get_rank() if self.store is not None else 0
         self.world_size = dist.get_world_size() if self.store is not None else 1
         self._digests: dict[str, int] = {}
+        self._agreed: set[tuple[str, int]] = set()  # texts, each with the form of what was in common
         self._num_shared = 0
         self._voters: Any = None  # a group that reduces on the CPU, from the first agreement on
 
-    def settle(self, text: str, *, changed: bool = False) -> bool:
+    def settle(self, text: str, *, changed: bool = False, common: InCommon | None = None) -> bool:
         """Return when all ranks are about to run programs with the same text.
 
         Args:
             text: of the programs.
             changed: this rank's parameters are not those that were gathered for this step.
+            common: what ranks that are to be alike compare, all of it where programs or batches of this form are new,
+                else what is cheap. Every rank that is in a group must give it.
 
         Returns:
             Whether any rank's have changed; at the first step, all ranks'.
 
         Raises:
             RankMismatchError: on every rank, naming the plan's keys that differ, or the first line that does; or ranks
-                that failed or are missing.
+                that failed or are missing; or what ranks of a group do not have in common.
         """
         if self.store is None or self.world_size == 1:
             return changed
         self.round += 1
         if text not in self._digests:
             self._digests[text] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        common = common if self.alike else None
+        call = (text, 0 if common is None else common.form)
         if self._voters is None:
-            self._settle_first(text)
+            self._settle_first(text, common)
             self._voters = _cpu_group()
-            return True
-        return self._vote(text, changed)
+            changed = True
+        else:
+            of_group = None if common is None else number_of(common.found(whole=call not in self._agreed))
+            changed = self._vote(text, changed, common, of_group)
+        self._agreed.add(call)
+        return changed
 
     def from_first(self, make: Callable[[], str]) -> str:
         """The text that rank 0 makes, on every rank; all must call this.
@@ -149,36 +164,51 @@ class Agreement:
         self._put(f"reason/{self.rank}", reason.encode())
         self._cast(0)
 
-    def _vote(self, text: str, changed: bool) -> bool:
-        mine = self._digests[text]
-        highest, lowest, failed, any_changed = self._cast(mine, changed)
+    def _vote(self, text: str, changed: bool, common: InCommon | None, of_group: int | None) -> bool:
+        failed, any_changed, is_same = self._cast(self._digests[text], changed, of_group)
         if failed:
             reason = self._wait_for(f"reason/{failed - 1}", self.timeout_s).decode()
             raise RankMismatchError(_failure_message(failed - 1, reason))
-        if highest != lowest:
-            self._report_difference(text)
+        if not is_same:
+            self._report_difference(text, common)
         return any_changed
 
-    def _cast(self, digest: int, changed: bool = False) -> tuple[int, int, int, bool]:
-        """One vote; 0 stands for failure.
+    def _cast(self, digest: int, changed: bool = False, of_group: int | None = None) -> tuple[int, bool, bool]:
+        """One vote; digest 0 stands for failure.
 
         Returns:
-            The highest and lowest digest, a failed rank + 1 or 0, and whether any rank has voted `changed`.
+            A failed rank + 1 or 0, whether any rank has voted `changed`, and whether all digests were equal, and all
+            numbers of each group.
         """
-        votes = torch.tensor([digest, -digest, 0 if digest else self.rank + 1, int(changed)])
+        said = [digest, *(of_group if of_group is not None and self.rank in ranks else None for ranks in self.alike)]
+        pairs = [number for one in said for number in ((_NOT_MINE, _NOT_MINE) if one is None else (one, -one))]
+        votes = torch.tensor([0 if digest else self.rank + 1, int(changed), *pairs])
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._voters)
-        highest, lowest, failed, any_changed = votes.tolist()
-        return highest, -lowest, failed, bool(any_changed)
+        failed, any_changed, *pairs = votes.tolist()
+        return failed, bool(any_changed), pairs[::2] == [-lowest for lowest in pairs[1::2]]
 
-    def _settle_first(self, text: str) -> None:
+    def _settle_first(self, text: str, common: InCommon | None) -> None:
+        self._put_common(common)
         self._put(f"digest/{self.rank}", str(self._digests[text]).encode())
         verdict = self._judge() if self.rank == 0 else self._wait_for("verdict", self.timeout_s + 5)
         if verdict == b"differ":
-            self._report_difference(text)
+            self._report_difference(text, common)
         if verdict != b"same":
             raise RankMismatchError(verdict.decode())
 
-    def _report_difference(self, text: str) -> NoReturn:
+    def _put_common(self, common: InCommon | None) -> None:
+        if common is not None:
+            self._put(f"common/{self.rank}", json.dumps(common.found(whole=True)).encode())
+
+    def _differences_in_groups(self) -> list[str]:
+        """What each group that must be alike is told, of those that are not."""
+        found = {
+            rank: json.loads(self._wait_for(f"common/{rank}", self.timeout_s)) for ranks in self.alike for rank in ranks
+        }
+        return list(filter(None, (difference_within(ranks, found) for ranks in self.alike)))
+
+    def _report_difference(self, text: str, common: InCommon | None) -> NoReturn:
+        self._put_common(common)
         self._put(f"text/{self.rank}", zlib.compress(text.encode()))
         if self.rank == 0:
             report = self._compare(text)
@@ -209,13 +239,14 @@ class Agreement:
         elif missing:
             verdict = _missing_message(missing, self.timeout_s).encode()
         else:
-            verdict = b"same" if len(set(digests.values())) == 1 else b"differ"
+            is_same = len(set(digests.values())) == 1 and not self._differences_in_groups()
+            verdict = b"same" if is_same else b"differ"
         self._put("verdict", verdict)
         return verdict
 
     def _compare(self, mine: str) -> bytes:
-        reports = []
-        for rank in range(1, self.world_size):
+        reports = self._differences_in_groups()
+        for rank in range(1, self.world_size) if not reports else ():
             theirs = zlib.decompress(self._wait_for(f"text/{rank}", self.timeout_s)).decode()
             if theirs != mine:
                 reports.append(first_difference(mine, theirs, rank))

@@ -1,9 +1,6 @@
 """The state of a step on this rank: parameters and optimizer state as DTensors, and the memory behind them.
 
-[Note: storage]
-A sharded tensor rests as rows of dim 0 over the mesh axis dp. All ranks hold ceil(rows / ranks) rows, so that a
-program is the same text everywhere; the last ones are padding. The module and the optimizer own a DTensor whose
-local tensor is the unpadded view of that memory, so state dicts, checkpoints and schedulers see nothing unusual.
+How one of them lies over the ranks: [Note: storage] in `runtime/layout.py`.
 """
 
 from __future__ import annotations
@@ -14,18 +11,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
-from fxzero import compat_distributed
 from fxzero.capture.inventory import Inventory, dense_strides, state_name
 from fxzero.capture.priming import InitialStates, check_state_can_be_sharded
 from fxzero.capture.rehearsal import rehearse, starts_unlike_later
 from fxzero.graph import AuxiliaryState
-from fxzero.graph.ops import local_shard, padded_rows, shard_rows
 from fxzero.graph.placement import Placement
-from fxzero.graph.step_graph import rests_as_rows
 from fxzero.graph.swap_ops import DEVICE
 from fxzero.runtime.homes import Homes
+from fxzero.runtime.initial_state import initial_state
+from fxzero.runtime.layout import Held, Layout, Layouts, Placements, gathered
 from fxzero.runtime.materialize import Init, materialize
 from fxzero.runtime.one_host import channel_key
 from fxzero.runtime.shared_rows import RowsForm, SharedRows
@@ -71,16 +67,55 @@ class StepState:
         self.awaits_checkpoint = False
         self._share_rows = share_rows
         self._rows: SharedRows | None = None
-        self._local: dict[tuple[str, str], tuple[Any, torch.Tensor]] = {}  # key -> (owner's tensor, memory)
+        self._layouts = Layouts(topology)
+        self._local: dict[tuple[str, str], Held] = {}
 
     # ---- layout
 
-    def parameter_is_sharded(self, shape: torch.Size, *, stage: int) -> bool:
-        """Whether a tensor shaped like its parameter rests as rows, where that starts at a ZeRO stage."""
-        plan = self.topology.plan
-        if plan.zero < stage or plan.axes.get("dp", 1) == 1:
-            return False
-        return rests_as_rows(shape, plan.persist_below)
+    @property
+    def laid_out(self) -> Placements | None:
+        """How tensors lie over tp, as every program of the step must take them; None: not known yet.
+
+        What is not in it lies whole, but for optimizer state of its parameter's shape, which lies as that does.
+        """
+        return self._layouts.given
+
+    def lay_out(self, placements: Placements) -> None:
+        """Let tensors lie over tp as the step's programs take them; all ranks must call this, once, with the same.
+
+        Where model and optimizer are bound already, what lies otherwise is moved; [Note: bound before it is laid out].
+
+        Args:
+            placements: (kind, name) -> {"tp": R or S(dim)} of parameters, buffers (R) and optimizer state; what is
+                not in it is as `laid_out` says.
+        """
+        known = self._layouts.are_known
+        self._layouts.give(placements)
+        if self.bound and not known:
+            self._lay_anew()
+
+    def _lay_anew(self) -> None:
+        """Gather what lies otherwise than it should, one tensor at a time, and split it as it should be."""
+        self.homes.settle_moves()
+        if self._share_rows:
+            self._make_shared_rows(Inventory.of(self.model, self.optimizer))
+        for kind, name, owned in list(self.named()):
+            held = self._local.get((kind, name))
+            if held is None or held.layout is None or kind == "auxiliary":
+                continue
+            layout, strides = self._layout_of((kind, name), owned.shape), owned.stride()
+            memory = held.memory if layout == held.layout else layout.memory_of_whole(held.whole())
+            if layout != held.layout:
+                self.homes.vacate((kind, name))
+            self._take_over((kind, name), self._rest((kind, name), memory, layout, strides), owned)
+        self.homes.settle_moves()
+
+    def _layout_of(self, key: tuple[str, str], shape: Sequence[int]) -> Layout:
+        """How an entry of this single-device shape lies."""
+        kind, name = key
+        if kind == "parameter":
+            return self._layouts.of_parameter(name, shape)
+        return self._layouts.of_state(name, shape, owner=self._parameter(name.partition(":")[0]).shape)
 
     @property
     def fresh(self) -> bool:
@@ -91,7 +126,7 @@ class StepState:
         """What there is to capture before `bind`: the model, and a twin of the optimizer with its state."""
         states = InitialStates(self.optimizer)
         inventory, self.special_first_step = rehearse(Inventory.of(self.model, self.optimizer), states)
-        if self.topology.plan.zero and self.topology.plan.axes.get("dp", 1) > 1:
+        if self._layouts.may_split_state:
             for index in range(len(self.optimizer.param_groups)):
                 check_state_can_be_sharded(states, index)
         return inventory
@@ -105,7 +140,7 @@ class StepState:
         inventory = Inventory.of(self.model, self.optimizer)
         on_meta = any(p.is_meta for p in inventory.parameters.values())
         self.special_first_step = starts_unlike_later(inventory, InitialStates(self.optimizer))
-        if self._share_rows:
+        if self._share_rows and self._layouts.are_known:
             self._make_shared_rows(inventory)
         if on_meta:
             materialize(self, inventory)
@@ -120,11 +155,12 @@ class StepState:
 
     def _make_shared_rows(self, inventory: Inventory) -> None:
         """Room for the sharded parameters in memory that all ranks of the host map."""
-        plan, groups = self.topology.plan, self.topology.groups
+        groups = self.topology.groups
+        layouts = {name: self._layouts.of_parameter(name, p.shape) for name, p in inventory.parameters.items()}
         forms = {
-            name: RowsForm((shard_rows(p.shape[0], plan.axes["dp"]), *p.shape[1:]), p.dtype)
-            for name, p in inventory.parameters.items()
-            if self.parameter_is_sharded(p.shape, stage=plan.parameter_stage)
+            name: RowsForm(layout.memory_shape, inventory.parameters[name].dtype)
+            for name, layout in layouts.items()
+            if layout.as_rows
         }
         if forms:
             channel = groups[channel_key("dp")]
@@ -145,22 +181,16 @@ class StepState:
 
     def _move(self, key: tuple[str, str], owned: torch.Tensor) -> None:
         """Let a tensor rest where it belongs now."""
-        memory = self._local[key][1].to(self.device, copy=True)
+        held = self._local[key]
+        memory = held.memory.to(self.device, copy=True)
         self.homes.vacate(key)
-        if isinstance(owned, DTensor):
-            sharded = any(isinstance(p, Shard) for p in owned.placements)
-            self._take_over(key, self._wrap(key, memory, owned.shape, sharded, owned.stride()), owned)
-        else:
-            self._take_over(key, self.homes.settle(key, memory, owned.shape), owned)
+        layout = held.layout or Layout(tuple(owned.shape))
+        self._take_over(key, self._rest(key, memory, layout, owned.stride()), owned)
 
     def _make_auxiliary(self, state: AuxiliaryState) -> None:
-        size = self.topology.plan.axes.get("dp", 1)
-        shape = (state.shape[0] // size, *state.shape[1:]) if state.sharded else state.shape
-        memory = torch.full(shape, state.initial, dtype=state.dtype, device=self.device)
-        if self.topology.mesh is None:
-            self._local[state.entry.key] = (memory, memory)
-        else:
-            self._wrap(state.entry.key, memory, torch.Size(state.shape), state.sharded)
+        layout = self._layouts.of_auxiliary(state.shape, as_rows=state.sharded)
+        memory = torch.full(layout.memory_shape, state.initial, dtype=state.dtype, device=self.device)
+        self._rest(state.entry.key, memory, layout)
 
     def _broadcast(self, inventory: Inventory) -> None:
         """All ranks start from rank 0's values, as under DDP."""
@@ -168,20 +198,14 @@ class StepState:
             self.send_from_first_rank(tensor)
 
     def blank_parameter(self, name: str, shape: torch.Size, strides: tuple[int, ...], blank: Blank) -> torch.Tensor:
-        """A parameter that a checkpoint will fill, in rows where it is sharded, never the whole.
+        """A parameter that a checkpoint will fill: this rank's part where it is split, never the whole.
 
         Args:
             name, shape, strides: of the parameter.
             blank: makes memory of a shape.
         """
-        key = ("parameter", name)
-        sharded = self.parameter_is_sharded(shape, stage=self.topology.plan.parameter_stage)
-        rows = (shard_rows(shape[0], self.topology.plan.axes["dp"]), *shape[1:]) if sharded else tuple(shape)
-        if self.topology.mesh is None:
-            memory = self.homes.settle(key, blank(rows), shape)
-            self._local[key] = (memory, memory)
-            return memory
-        return self._wrap(key, blank(rows), shape, sharded, strides)
+        layout = self._layouts.of_parameter(name, shape)
+        return self._rest(("parameter", name), blank(layout.memory_shape), layout, strides)
 
     def send_from_first_rank(self, tensor: torch.Tensor) -> None:
         """Give all ranks what the first one holds."""
@@ -193,10 +217,10 @@ class StepState:
         if self.topology.mesh is None and not old.is_meta:
             if new.data_ptr() != old.data_ptr():
                 old.data = new  # it rests elsewhere now, and is the same parameter
-            self._local[("parameter", name)] = (old, new)
+            self._local[("parameter", name)] = Held(old, new)
             return
         parameter = nn.Parameter(new, requires_grad=old.requires_grad)
-        self._local[("parameter", name)] = (parameter, self._local[("parameter", name)][1])
+        self._local[("parameter", name)] = self._local[("parameter", name)]._replace(owned=parameter)
         for module in self.model.modules():
             for attribute, value in list(module.named_parameters(recurse=False, remove_duplicate=False)):
                 if value is old or value is also:
@@ -208,47 +232,35 @@ class StepState:
 
     def adopt_parameter(self, name: str, full: torch.Tensor) -> torch.Tensor:
         """Take a whole parameter into this rank's memory; returns what the model will own."""
-        sharded = self.parameter_is_sharded(full.shape, stage=self.topology.plan.parameter_stage)
-        return self._adopt(("parameter", name), full, sharded)
+        return self._adopt(("parameter", name), full, self._layouts.of_parameter(name, full.shape))
 
-    def _adopt(self, key: tuple[str, str], full: torch.Tensor, sharded: bool) -> torch.Tensor:
-        """Take rows (or all) of a full tensor into this rank's memory; returns what model or optimizer own."""
-        mesh = self.topology.mesh
-        if mesh is None:
-            full = self.homes.settle(key, full, full.shape)
-            self._local[key] = (full, full)
-            return full
-        size = self.topology.plan.axes["dp"]
-        if sharded:
-            memory = local_shard(full, size, self.topology.coordinate("dp"))
-        else:
-            memory = full.detach()
-            if memory.stride() != dense_strides(memory):
-                memory = memory.clone()
-        return self._wrap(key, memory, full.shape, sharded, dense_strides(full))
+    def _adopt(self, key: tuple[str, str], full: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Take this rank's part of a full tensor into its memory; returns what model or optimizer own."""
+        return self._rest(key, self._part(full, layout), layout, dense_strides(full))
 
-    def _wrap(
-        self,
-        key: tuple[str, str],
-        memory: torch.Tensor,
-        shape: torch.Size,
-        sharded: bool,
-        strides: tuple[int, ...] | None = None,
+    def _part(self, full: torch.Tensor, layout: Layout) -> torch.Tensor:
+        return full if self.topology.mesh is None else layout.memory_of_whole(full)
+
+    def _rest(
+        self, key: tuple[str, str], memory: torch.Tensor, layout: Layout, strides: tuple[int, ...] | None = None
     ) -> torch.Tensor:
-        mesh = self.topology.mesh
-        assert mesh is not None
-        memory = self.homes.settle(key, memory, shape)
-        if self._rows is not None and sharded and key[0] == "parameter":
+        """Let memory rest where it belongs; returns what model or optimizer own.
+
+        Args:
+            key: of the entry.
+            memory: of this rank.
+            layout: how the entry lies.
+            strides: of the whole tensor; None: of the memory where that is the whole, else of a contiguous one.
+        """
+        mesh = self.topology.state_mesh
+        memory = self.homes.settle(key, memory, layout.shape)
+        if mesh is None:
+            self._local[key] = Held(memory, memory)
+            return memory
+        if self._rows is not None and layout.as_rows and key[0] == "parameter":
             memory = self._rows.settle(key[1], memory)
-        rows = memory
-        if sharded:
-            size, index = self.topology.plan.axes["dp"], self.topology.coordinate("dp")
-            each = shard_rows(shape[0], size)
-            rows = memory[: max(0, min(each, shape[0] - index * each))]
-        placements = [Shard(0) if sharded and axis == "dp" else Replicate() for axis in self.topology.plan.axes]
-        stride = strides or torch.empty(shape, device="meta").stride()
-        owned = compat_distributed.dtensor_over(rows, mesh, placements, shape=shape, stride=stride)
-        self._local[key] = (owned, memory)
+        owned = layout.tensor_over(memory, mesh, strides or (None if layout.is_split else memory.stride()))
+        self._local[key] = Held(owned, memory, layout)
         return owned
 
     # ---- optimizer state
@@ -261,46 +273,25 @@ class StepState:
         states = InitialStates(self.optimizer)
         for name in sorted(inventory.optimized, key=lambda name: -inventory.parameters[name].numel()):
             parameter = inventory.parameters[name]
-            existing = self.optimizer.state.get(parameter, {})
-            state = dict(existing) if existing else self._initial(name, inventory.group_of(name), states)
-            shape = parameter.shape
-            sharded = self.parameter_is_sharded(shape, stage=1)
-            rows_only = not existing
-            for key, value in state.items():
-                if isinstance(value, torch.Tensor) and not isinstance(value, DTensor) and value.dim() > 0:
-                    self.optimizer.state[parameter][key] = self._adopt_state(
-                        name, key, value, shape, sharded=sharded, is_rows=rows_only
-                    )
-                else:
-                    self.optimizer.state[parameter][key] = value
+            for key, value, layout in self._started(inventory, name, states):
+                if layout is not None:
+                    value = self._rest(("optimizer", state_name(name, key)), value, layout)
+                self.optimizer.state[parameter][key] = value
 
-    def _initial(self, name: str, group: int, states: InitialStates) -> dict[str, Any]:
-        """Initial state: of this rank's rows where the state is sharded, whole where it has a shape of its own."""
-        parameter, memory = self._local[("parameter", name)]
-        shape = parameter.shape
-        if not self.parameter_is_sharded(shape, stage=1):
-            return states.of(group, memory)
-        if memory.shape == shape:
-            memory = local_shard(memory.detach(), self.topology.plan.axes["dp"], self.topology.coordinate("dp"))
-        state = states.of(group, memory)
-        if any(isinstance(v, torch.Tensor) and v.dim() and v.shape != memory.shape for v in state.values()):
-            whole = states.of(group, memory.new_zeros(shape))
-            own_shape = [k for k, v in whole.items() if isinstance(v, torch.Tensor) and v.dim() and v.shape != shape]
-            state.update({key: whole[key] for key in own_shape})
-        return state
-
-    def _adopt_state(
-        self, param: str, key: str, value: torch.Tensor, shape: torch.Size, *, sharded: bool, is_rows: bool
-    ) -> torch.Tensor:
-        entry = ("optimizer", state_name(param, key))
-        if self.topology.mesh is None:
-            value = self.homes.settle(entry, value, shape if tuple(value.shape) == tuple(shape) else value.shape)
-            self._local[entry] = (value, value)
-            return value
-        rows = (shard_rows(shape[0], self.topology.plan.axes["dp"]), *shape[1:]) if sharded else tuple(shape)
-        if is_rows and sharded and tuple(value.shape) == rows:
-            return self._wrap(entry, value.contiguous(), shape, True)
-        return self._adopt(entry, value, sharded and tuple(value.shape) == tuple(shape))
+    def _started(
+        self, inventory: Inventory, name: str, states: InitialStates
+    ) -> Iterator[tuple[str, Any, Layout | None]]:
+        """As `initial_state`, of what there is to be made or adopted of one parameter's state."""
+        parameter = inventory.parameters[name]
+        existing = self.optimizer.state.get(parameter)
+        if not existing:
+            held = self._local[("parameter", name)]
+            yield from initial_state(states, inventory.group_of(name), name, held, self._layouts)
+            return
+        for key, value in dict(existing).items():
+            if isinstance(value, torch.Tensor) and not isinstance(value, DTensor) and value.dim():
+                layout = self._layouts.of_state(state_name(name, key), value.shape, owner=parameter.shape)
+                yield key, self._part(value, layout), layout
 
     # ---- what a program reads
 
@@ -313,13 +304,13 @@ class StepState:
         """
         if kind == "parameter":
             memory = self._current((kind, name), inventory.parameters[name])
-            if self._local[(kind, name)][0] is not inventory.parameters[name]:
+            if self._local[(kind, name)].owned is not inventory.parameters[name]:
                 inventory.parameters[name] = self._parameter(name)
             return memory
         if kind == "buffer":
             return inventory.buffers[name]
         if kind == "auxiliary":
-            return self._local[(kind, name)][1]
+            return self._local[(kind, name)].memory
         if kind == "optimizer":
             param, _, key = name.partition(":")
             return self._current((kind, name), self.optimizer.state[inventory.parameters[param]][key])
@@ -337,30 +328,30 @@ class StepState:
         if not isinstance(owned, torch.Tensor):
             return owned
         known = self._local.get(key)
-        if known is not None and known[0] is owned:
-            return known[1]
+        if known is not None and known.owned is owned:
+            return known.memory
         return self._readopt(key, owned)
 
-    def _readopt(self, key: tuple[str, str], owned: torch.Tensor) -> torch.Tensor:
+    def _readopt(self, key: tuple[str, str], owned: Any) -> torch.Tensor:
         """A tensor that the user put in place of ours (load_state_dict of torch.optim does)."""
+        known = self._local.get(key)
         if not isinstance(owned, DTensor):
+            if known is not None and known.layout is not None and known.layout.is_split:
+                return self._take_over(key, self._adopt(key, owned.detach(), known.layout), owned)
             memory = self.homes.settle(key, owned.detach(), owned.shape)
             if memory.data_ptr() != owned.data_ptr():
                 return self._take_over(key, memory, owned)
-            self._local[key] = (owned, memory)
+            self._local[key] = Held(owned, memory)
             return memory
-        sharded = any(isinstance(p, Shard) for p in owned.placements)
+        layout = self._layout_of(key, owned.shape)
+        mesh = self.topology.state_mesh
+        if owned.device_mesh != mesh or owned.placements != layout.placements(mesh.mesh_dim_names or ()):
+            return self._take_over(key, self._adopt(key, gathered(owned), layout), owned)
         local = owned.to_local().detach()
-        if self.homes.tier(key, owned.shape) != DEVICE:
-            memory = padded_rows(local, owned.shape[0], self.topology.plan.axes["dp"]) if sharded else local
-            return self._take_over(key, self._wrap(key, memory, owned.shape, sharded, owned.stride()), owned)
-        if not sharded:
-            self._local[key] = (owned, local)
-            return local
-        memory = padded_rows(local, owned.shape[0], self.topology.plan.axes["dp"])
-        if memory is not local:
-            return self._take_over(key, self._wrap(key, memory, owned.shape, True, owned.stride()), owned)
-        self._local[key] = (owned, memory)
+        memory = layout.memory_of_local(local)
+        if memory is not local or self.homes.tier(key, owned.shape) != DEVICE:
+            return self._take_over(key, self._rest(key, memory, layout, owned.stride()), owned)
+        self._local[key] = Held(owned, memory, layout)
         return memory
 
     def _take_over(self, key: tuple[str, str], ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
@@ -372,8 +363,9 @@ class StepState:
         else:
             param, _, entry = name.partition(":")
             self.optimizer.state[self._parameter(param)][entry] = ours
-            self._local[key] = (ours, self._local[key][1] if isinstance(ours, DTensor) else ours)
-        return self._local[key][1]
+            is_ours = isinstance(ours, DTensor)
+            self._local[key] = self._local[key]._replace(owned=ours) if is_ours else Held(ours, ours)
+        return self._local[key].memory
 
     def write_back(self, kind: str, name: str, value: Any) -> None:
         """Store state that is a Python number."""
@@ -393,4 +385,4 @@ class StepState:
         for param, key, value in inventory.optimizer_state():
             yield "optimizer", state_name(param, key), value
         for name, state in self.auxiliary.items():
-            yield "auxiliary", name, self._local[state.entry.key][0]
+            yield "auxiliary", name, self._local[state.entry.key].owned

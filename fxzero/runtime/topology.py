@@ -1,4 +1,12 @@
-"""This rank's place in the mesh: groups and coordinates, made once from a resolved plan."""
+"""This rank's place in the mesh: groups and coordinates, made once from a resolved plan.
+
+[Note: mesh of the state]
+Ranks are numbered with the plan's last axis fastest. DTensor splits a dim by the mesh's dims in their order, outermost
+first. Where tp and dp both split dim 0 of a tensor, tp must split first: ZeRO's rows are rows of what a tp rank holds.
+So the DTensors that model and optimizer own lie over a mesh of their own, with tp as its first dim: the same ranks and
+the same process groups, given to it in another order. Two `Shard(0)` then mean what is meant, and gathers, checkpoints
+and redistribution, which all read mesh and placements, need to know nothing else.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +48,14 @@ class Topology:
         mesh: the device mesh; None in a single process without torch.distributed.
         backend: what carries collectives: "nccl", "gloo", "fake", or "shm" (gloo, on one host).
         groups: axis, or part of one -> its process group; with "shm" also `channel_key` of it -> its channel.
+        state_mesh: what DTensors of the state lie over: the device mesh, tp first; [Note: mesh of the state].
     """
 
     plan: Plan
     mesh: DeviceMesh | None
     backend: str
     groups: dict[str, Any] = field(default_factory=dict)
+    state_mesh: DeviceMesh | None = None
 
     @classmethod
     def of(cls, plan: Plan, device_type: str) -> Topology:
@@ -65,7 +75,7 @@ class Topology:
         backend = gloo.backend_of(mesh.get_group(next(iter(axes))), device_type)
         if backend == "gloo":
             gloo.rest_at_exit()
-        return cls(plan, mesh, backend, groups)
+        return cls(plan, mesh, backend, groups, _tp_first(mesh))
 
     def sharing_memory(self) -> Topology:
         """The same with channels through shared memory, where all ranks are CPU ranks of one host; all must call this.
@@ -98,6 +108,12 @@ class Topology:
         rows = sum(channel.rows.num_bytes // channel.size for channel in channels if channel.rows is not None)
         return SharedBytes(rows, sum(channel.room.num_bytes for channel in channels))
 
+    def groups_along(self, axis: str) -> list[list[int]]:
+        """The ranks of each group along an axis, in its order; none where the axis has one rank."""
+        if self.mesh is None or self.plan.axes.get(axis, 1) == 1:
+            return []
+        return ranks_along(self.mesh.mesh, tuple(self.plan.axes), axis).tolist()  # type: ignore[no-any-return]
+
     def coordinate(self, axis: str) -> Any:
         """This rank's index on an axis, or on the part of dp within a node."""
         if axis == node_axis("dp"):
@@ -113,7 +129,32 @@ def node_ranks(ranks: torch.Tensor, axes: Sequence[str], node_size: int) -> list
         axes: names of its dims.
         node_size: ranks of a node.
     """
-    return ranks.movedim(list(axes).index("dp"), -1).reshape(-1, node_size).tolist()
+    return ranks_along(ranks, axes, "dp").reshape(-1, node_size).tolist()  # type: ignore[no-any-return]
+
+
+def ranks_along(ranks: torch.Tensor, axes: Sequence[str], axis: str) -> torch.Tensor:
+    """One row for each group of ranks that differ on an axis alone.
+
+    Args:
+        ranks: global ranks by their place in the mesh.
+        axes: names of its dims.
+        axis: one of them.
+    """
+    last = ranks.movedim(list(axes).index(axis), -1)
+    return last.reshape(-1, last.shape[-1])
+
+
+def _tp_first(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh with tp as its first dim, over the same process groups."""
+    names = mesh.mesh_dim_names or ()
+    if "tp" not in names[1:]:
+        return mesh
+    order = sorted(range(len(names)), key=lambda dim: names[dim] != "tp")
+    ranks = mesh.mesh.permute(order).contiguous()
+    groups = [mesh.get_group(names[dim]) for dim in order]
+    return DeviceMesh.from_group(
+        groups, mesh.device_type, mesh=ranks, mesh_dim_names=tuple(names[dim] for dim in order)
+    )
 
 
 def _check_carriers(plan: Plan, backend: str) -> None:

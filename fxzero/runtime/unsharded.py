@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
+from fxzero.runtime.layout import gathered
 from fxzero.runtime.state import StepState
 
 
@@ -26,10 +27,7 @@ def unsharded(state: StepState, *, writeback: bool) -> Iterator[nn.Module]:
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if isinstance(parameter, DTensor):
                 if parameter not in whole:
-                    full = parameter.detach().full_tensor()  # type: ignore[attr-defined]
-                    if full.untyped_storage().nbytes() != full.nbytes:
-                        full = full.clone()  # rows of a padded gather: the rest is nobody's
-                    whole[parameter] = nn.Parameter(full, requires_grad=parameter.requires_grad)
+                    whole[parameter] = nn.Parameter(gathered(parameter), requires_grad=parameter.requires_grad)
                 places.append((module, name, parameter))
     for module, name, parameter in places:
         module.register_parameter(name, whole[parameter])
@@ -42,15 +40,17 @@ def unsharded(state: StepState, *, writeback: bool) -> Iterator[nn.Module]:
         state.is_unsharded = False
     if writeback:
         for parameter, full in whole.items():
-            _write_rows(parameter, full.detach())
+            _write_part(parameter, full.detach())
 
 
-def _write_rows(parameter: torch.Tensor, full: torch.Tensor) -> None:
+def _write_part(parameter: torch.Tensor, part: torch.Tensor) -> None:
+    """Copy this rank's part of a whole parameter, which the dims of the mesh split one after the other."""
     assert isinstance(parameter, DTensor)
-    local = parameter.detach().to_local()  # type: ignore[attr-defined]
-    shards = [axis for axis, p in enumerate(parameter.placements) if p.is_shard()]
-    if shards:
-        index = parameter.device_mesh.get_local_rank(shards[0])
-        each = -(-parameter.shape[0] // parameter.device_mesh.size(shards[0]))
-        full = full[index * each : index * each + local.shape[0]]
-    local.copy_(full)
+    mesh = parameter.device_mesh
+    for axis, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            size = part.shape[placement.dim]
+            each = -(-size // mesh.size(axis))
+            start = min(size, mesh.get_local_rank(axis) * each)
+            part = part.narrow(placement.dim, start, min(each, size - start))
+    parameter.detach().to_local().copy_(part)  # type: ignore[attr-defined]

@@ -176,6 +176,7 @@ REFUSED = [
     ({"accumulate": 2}, r"Plan.accumulate: expected 1"),
     ({"cross_step": True}, r"Plan.cross_step"),
     ({"node_size": 2}, r"Plan.node_size"),
+    ({"mesh": {"tp": 2}}, r"Plan.mesh\['tp'\]: expected 1 with fxzero.shard, got 2; put these ranks on dp"),
     ({"mesh": {"dp": 3}}, r"Plan.mesh: expected axis sizes that multiply to the world size 2"),
 ]
 

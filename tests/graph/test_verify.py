@@ -11,14 +11,17 @@ from torch import fx, nn
 
 from fxzero.capture import Inventory, capture_step
 from fxzero.errors import VerifyError
-from fxzero.graph import Sharding, StateEntry, StepGraph, ops
+from fxzero.graph import Sharding, StateEntry, StepGraph, axis_placement, ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph import verify as verifier
+from fxzero.graph.axis_placement import Placement
+from fxzero.graph.collective_rules import check_sharding
 from fxzero.graph.compression_ops import dequantize_blockwise, dequantize_reduce, quantize_blockwise
 from fxzero.graph.edit import Editor, replace_uses, retype
 from fxzero.graph.error_feedback_ops import drop_top_k, sum_top_k
 from fxzero.graph.randomness import is_random
 from fxzero.graph.regions import regions
+from fxzero.graph.rules import Context
 from fxzero.graph.step_graph import iter_views
 from fxzero.graph.swap_ops import OPS, swap_in, swap_out, swap_wait, wait_of
 from fxzero.graph.verify import RULES, verify
@@ -632,6 +635,66 @@ def scattered_over_another_axis(step: StepGraph) -> None:
 def input_unlike_its_entry(step: StepGraph) -> None:
     node = step.input("parameter", "shift")
     node.meta["entry"] = replace(node.meta["entry"], shape=(12,))
+
+
+def place(step: StepGraph, shape: tuple[int, ...], *, name: str = "shift", **over: Placement) -> None:
+    """Let an input that a rank has 10 rows of lie over other axes, as a part of a tensor of this shape."""
+    step.mesh["tp"] = 2
+    node = step.input("parameter", name)
+    node.meta["entry"] = replace(node.meta["entry"], shape=shape)
+    node.meta["placements"] = over
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "over"),
+    [
+        ("shift", (20,), axis_placement.shard(0)),
+        ("shift", (10,), axis_placement.REPLICATED),
+        ("inner.weight", (20, 6), axis_placement.shard(0)),  # of which dp has split what tp has left
+        ("inner.weight", (10, 12), axis_placement.shard(1)),
+    ],
+)
+def test_an_input_may_be_a_part_of_a_tensor(
+    name: str, shape: tuple[int, ...], over: Placement, graphs: dict[str, StepGraph]
+) -> None:
+    step = graphs["sharded"].copy()
+    place(step, shape, name=name, tp=over)
+    assert list(check_sharding(Context(step))) == []
+
+
+@fault("sharding", "expected shape (10,), or a shard of it, got (10,), S(0) over tp")
+def input_that_is_whole_placed_as_a_part(step: StepGraph) -> None:
+    place(step, (10,), tp=axis_placement.shard(0))
+
+
+@fault("sharding", "expected shape (20,), or a shard of it, got (10,), R over tp")
+def input_that_is_a_part_placed_as_whole(step: StepGraph) -> None:
+    place(step, (20,), tp=axis_placement.REPLICATED)
+
+
+@fault("sharding", "expected shape (10, 6), or a shard of it, got (3, 6), S(0) over tp")
+def rows_of_the_whole_placed_as_rows_of_a_part(step: StepGraph) -> None:
+    place(step, (10, 6), name="inner.weight", tp=axis_placement.shard(0))
+
+
+@fault("sharding", "got (10,), S(1) over tp; place it over the axes")
+def input_placed_by_a_dim_that_it_has_not(step: StepGraph) -> None:
+    place(step, (10,), tp=axis_placement.shard(1))
+
+
+@fault("sharding", "got (10,), P(sum) over tp; ")
+def parameter_that_is_partial(step: StepGraph) -> None:
+    place(step, (10,), tp=axis_placement.partial())
+
+
+@fault("sharding", "got (10,), S(0, 2) over tp; ")
+def parameter_in_parts_of_blocks(step: StepGraph) -> None:
+    place(step, (20,), tp=axis_placement.shard(0, 2))
+
+
+@fault("sharding", "got (10,), S(0) over sp; ")
+def input_placed_over_no_axis(step: StepGraph) -> None:
+    place(step, (20,), sp=axis_placement.shard(0))
 
 
 @fault("sharding", "an axis of the mesh {'dp': 4}, got tp")
