@@ -40,6 +40,7 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "graph": BASE | {"kernels"},
     "capture": BASE | {"graph"},
     "cost": BASE | {"graph"},
+    "sharding": frozenset({"errors", "graph", "plan_tp", "plan_values"}),
     "simulate": BASE | {"graph", "cost", "schedule"},
     "schedule": BASE | {"graph", "cost"},
     "passes": BASE | {"graph", "cost", "schedule", "kernels"},
