@@ -34,8 +34,9 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "plan_offload": frozenset({"errors"}),
     "plan_precision": frozenset({"errors"}),
     "plan_schedule": frozenset({"errors", "plan_values"}),
+    "plan_tp": frozenset({"errors", "plan_values"}),
     "plan": frozenset({"errors", "compat", "plan_values", "plan_buckets", "plan_compression", "plan_mesh"})
-    | {"plan_cuda_graph", "plan_offload", "plan_precision", "plan_schedule"},
+    | {"plan_cuda_graph", "plan_offload", "plan_precision", "plan_schedule", "plan_tp"},
     "arguments": frozenset({"errors"}),
     "graph": BASE | {"kernels"},
     "capture": BASE | {"graph"},
