@@ -198,24 +198,33 @@ def test_what_a_later_pass_says_nothing_about_is_left_out(graphs: dict[str, Step
     for name in ("down_out", "down_sum", "hidden_grad_shard", "hidden_grad_full"):
         del next(node for node in step.graph.nodes if node.name == name).meta["placements"]
     assert violation(step) is None
+    step = graphs["conversions"].copy()
+    del step.results[("metric", "mean")].meta["placements"]
+    assert violation(step) is None
 
 
 def test_sums_of_gradients_between_microbatches_may_be_partial(graphs: dict[str, StepGraph]) -> None:
     step = graphs["split"].copy()
     node = next(node for node in step.placeholders if node.name == "inner_weight_momentum_buffer")
     node.meta |= {"entry": StateEntry("unreduced", "inner.weight", (8, 6)), "placements": {"tp": partial()}}
+    gradient = step.gradients()["inner.weight"]
+    gradient.meta["placements"] = {"tp": partial()}
     results = {key: value for key, value in step.results.items() if key[1] != "inner.weight:momentum_buffer"}
-    step.set_results(results)
+    step.set_results(results | {("unreduced", "inner.weight"): gradient})
     assert violation(step) is None
+    gradient.meta["placements"] = {"tp": REPLICATED}
+    assert violation(step) is not None
+    gradient.meta["placements"] = {"tp": partial()}
     node.meta["entry"] = StateEntry("optimizer", "inner.weight:momentum_buffer", (8, 6), "inner.weight")
     assert violation(step) is not None
 
 
 def test_values_over_other_axes_are_nobodys_concern_here(graphs: dict[str, StepGraph]) -> None:
-    """A mean over dp takes what no placement says anything about."""
+    """A mean over dp, and rows of it, are of what no placement says anything about."""
     step = graphs["split"].copy()
     gradient = step.gradients()["inner.weight"]
     with Editor(step, phase="backward").after(gradient) as editor:
         mean = editor.all_reduce(gradient, "dp", op="avg", stem="mean")
-    mean.meta["placements"] = {"tp": REPLICATED}
+        own = editor.local_shard(mean, Sharding("dp", 2, 8), stem="own")
+    mean.meta["placements"] = own.meta["placements"] = {"tp": REPLICATED}
     assert violation(step) is None
