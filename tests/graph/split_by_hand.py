@@ -118,3 +118,32 @@ def _reduce_backward(step: StepGraph) -> None:
         node.meta.pop("sharding", None)
         node.meta["because"] = "add.Tensor needs all of dim 0"
     replace_uses(partial_sum, whole, [reader])
+
+
+def shard_rows(step: StepGraph, name: str) -> None:
+    """ZeRO-3 over dp for one parameter and its momentum, on top of what tp has split."""
+    parameter = step.inputs("parameter")[[n.meta["entry"].name for n in step.inputs("parameter")].index(name)]
+    sharding = Sharding("dp", step.mesh["dp"], parameter.meta["val"].shape[0])
+    stem, made = name.replace(".", "_"), []
+    for phase in ("forward", "backward"):
+        users = [user for user in parameter.users if user.meta["phase"] == phase]
+        if users:
+            with Editor(step, phase=phase, param=name).before(users[0]) as editor:
+                made.append(editor.all_gather(parameter, sharding, stem=stem)[0])
+            replace_uses(parameter, made[-1], users)
+    gradient = step.gradients()[name]
+    with Editor(step, phase="backward", param=name).after(gradient) as editor:
+        made.append(editor.reduce_scatter(gradient, sharding, op="avg", stem=f"{stem}_grad"))
+    replace_uses(gradient, made[-1], [user for user in gradient.users if user.meta["phase"] == "update"])
+    state = [node for node in step.inputs("parameter", "optimizer") if _parameter_of(node) == name]
+    for node in state:
+        node.meta["val"] = node.meta["val"].new_empty(sharding.padded_rows // sharding.num_shards, *_columns(node))
+    retype(step, state)
+    for node in (*state, *(node for node in step.phase("update") if node.meta.get("param") == name)):
+        node.meta["sharding"] = sharding
+    for node in (*made, *(node.args[0] for node in made)):
+        node.meta["placements"] = parameter.meta["placements"]
+
+
+def _columns(node: torch.fx.Node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape[1:])
