@@ -120,6 +120,14 @@ def test_what_a_type_cannot_show_is_in_the_comment(name: str) -> None:
     assert text.count(expected) == 2 and text.count(" f32[8, 6] ") == 2
 
 
+def test_parts_of_a_number_are_in_the_comment() -> None:
+    step = split_step({"dp": 2, "tp": 2})
+    (number,) = (node for node in step.calls() if node.name == "neg")
+    number.meta["placements"] = {"tp": shard(0), "dp": partial()}
+    assert re.search(r"%neg +float +py.neg ", check_round_trip(step))
+    assert "  # lies S(0) over tp; lies P(sum) over dp\n" in to_text(step)
+
+
 def test_the_whole_of_an_input_that_is_in_parts_need_not_be_said() -> None:
     text = check_round_trip(split_step({"dp": 2, "tp": 2}))
     assert "f32[16/tp, 8]     parameter         up.weight\n" in text and "whole [" not in text
