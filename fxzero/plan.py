@@ -24,6 +24,7 @@ from fxzero.plan_mesh import AXES, RESERVED_AXES, mesh_of
 from fxzero.plan_offload import WHERE, check_offload
 from fxzero.plan_precision import check_precision
 from fxzero.plan_schedule import check_schedule
+from fxzero.plan_tp import tp_hints
 from fxzero.plan_values import (
     Check,
     always_or_auto,
@@ -93,6 +94,9 @@ class Plan:
         persist_below: number of elements, of what tp leaves a rank of a parameter, below which dp does not shard it.
         prefetch: how many buckets ahead of its use a gather is launched.
         cross_step: launch the first gathers of the next step at the end of this one.
+        tp: which parameters lie how over the axis tp: "auto" (solved for), or hints, which the solver keeps to:
+            patterns of module paths with "colwise", "rowwise" or "replicate" each, or styles of torch and transformers.
+        tp_strict: an op for which no rule says how it can be split over tp is an error; else it runs on whole values.
         all_gather: "native", "send_recv" (a message to each peer), "shared_memory" (CPU ranks of one host), or "auto":
             over gloo shared_memory where ranks share a host, else send_recv; native elsewhere.
         reduce_scatter: as all_gather; also "all_to_all" (with a local mean that stands in the graph).
@@ -168,6 +172,8 @@ class Plan:
     persist_below: int = _key(0, integer(0, fix="write a number of elements; 0 shards every parameter"))
     prefetch: int = _key(1, integer(0, fix="write how many buckets ahead; 0 gathers at the use"))
     cross_step: bool = _key(False, boolean)
+    tp: str | Mapping[str, Any] = _key("auto", tp_hints)
+    tp_strict: bool = _key(False, boolean)
     all_gather: str = _key("auto", one_of("auto", "native", "send_recv", "shared_memory"))
     reduce_scatter: str = _key("auto", one_of("auto", "native", "send_recv", "shared_memory", "all_to_all"))
     bucket_form: str = _key("auto", one_of("auto", "coalesced", "separate"))
@@ -274,6 +280,7 @@ class Plan:
         mesh = None if self.mesh is None else dict(self.mesh)
         return {name: getattr(self, name) for name in named} | {
             "mesh": mesh,
+            "tp": self.tp if isinstance(self.tp, str) else dict(self.tp),
             "keep_fp32": list(self.keep_fp32),
             "recompute": list(self.recompute) if isinstance(self.recompute, tuple) else self.recompute,
             "clip_grad_norm_p": "inf" if math.isinf(self.clip_grad_norm_p) else self.clip_grad_norm_p,
@@ -290,11 +297,12 @@ class Plan:
 
     def to_toml(self) -> str:
         """The plan as TOML text that `from_toml` reads back to an equal plan."""
-        mesh = {} if self.mesh is None else dict(self.mesh)
-        keys = {key: value for key, value in self.to_dict().items() if key != "mesh"}
-        # A JSON number, string or list of plain names is TOML as it stands.
+        keys = self.to_dict()
+        tables = {key: keys.pop(key) for key in ("mesh", "tp") if isinstance(keys[key], dict)}
+        # A JSON number, string or list of plain names is TOML as it stands; so is a string of what can be printed.
         lines = [f"{key} = {json.dumps(value)}" for key, value in keys.items() if value is not None]
-        lines += ["", "[mesh]"] * bool(mesh) + [f"{axis} = {size}" for axis, size in mesh.items()]
+        for name, table in tables.items():
+            lines += ["", f"[{name}]", *(f"{_toml_key(key)} = {json.dumps(value)}" for key, value in table.items())]
         return "\n".join(lines) + "\n"
 
     def to_json(self) -> str:
@@ -339,6 +347,10 @@ def _read(source: str | os.PathLike[str], form: str, parse: Callable[[str], Any]
         return Plan.from_dict(values)
     except PlanError as error:
         raise error.at(where) from error
+
+
+def _toml_key(key: str) -> str:
+    return key if key.isascii() and key.isidentifier() else json.dumps(key, ensure_ascii=False)
 
 
 def _parse_toml(text: str) -> Any:

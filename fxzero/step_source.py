@@ -24,7 +24,8 @@ from fxzero.errors import LoweringError
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.step_graph import device_of, yields_tensor
-from fxzero.graph.text import op_name, type_text
+from fxzero.graph.text import op_name
+from fxzero.graph.type_text import type_text
 from fxzero.lower.lower_regions import Lowered
 from fxzero.lower.shared_functions import SharedFunction, shared_functions
 from fxzero.lower.store import Store

@@ -31,6 +31,7 @@ MESHES = st.none() | st.permutations(AXES + RESERVED_AXES).flatmap(
     )
 )
 NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,15}", fullmatch=True)
+PATTERNS = st.sampled_from(["layers.*.q_proj", 'a"b\\c', "", "[!x].gl\u00fc\U0001f600", "up"])
 KEYS = {
     "mesh": MESHES,
     "zero": st.integers(0, 3),
@@ -39,6 +40,8 @@ KEYS = {
     "persist_below": st.integers(0, 2**63 - 1),
     "prefetch": st.integers(0, 2**63 - 1),
     "cross_step": st.just(False),
+    "tp": st.just("auto") | st.dictionaries(PATTERNS, st.sampled_from(["colwise", "rowwise_rep", "local"]), max_size=3),
+    "tp_strict": st.booleans(),
     "all_gather": st.sampled_from(["auto", "native", "send_recv", "shared_memory"]),
     "reduce_scatter": st.sampled_from(["auto", "native", "send_recv", "shared_memory", "all_to_all"]),
     "bucket_form": st.sampled_from(["auto", "coalesced", "separate"]),
@@ -169,6 +172,8 @@ def test_defaults() -> None:
         "persist_below": 0,
         "prefetch": 1,
         "cross_step": False,
+        "tp": "auto",
+        "tp_strict": False,
         "all_gather": "auto",
         "reduce_scatter": "auto",
         "bucket_form": "auto",
@@ -622,7 +627,7 @@ def test_a_foreign_value_shows_its_type() -> None:
         ("Prefetch", "did you mean 'prefetch'?"),
         ("precison", "did you mean 'precision'?"),
         ("dp", "axes go into the mesh: mesh={'dp': ..}"),
-        ("tp", "axes go into the mesh: mesh={'tp': ..}"),
+        ("pp", "axes go into the mesh: mesh={'pp': ..}"),
         ("qqq", "choose from: mesh, zero, bucket_bytes"),
         ("self", "choose from: mesh, zero, bucket_bytes"),
     ],
@@ -714,6 +719,8 @@ def test_to_toml_as_people_read_it() -> None:
         "persist_below = 0\n"
         "prefetch = 1\n"
         "cross_step = false\n"
+        'tp = "auto"\n'
+        "tp_strict = false\n"
         'all_gather = "auto"\n'
         'reduce_scatter = "auto"\n'
         'bucket_form = "auto"\n'

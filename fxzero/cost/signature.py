@@ -21,7 +21,7 @@ from fxzero.cost.communication import message_bytes
 from fxzero.graph import collectives as c10d
 from fxzero.graph import swap_ops
 from fxzero.graph.step_graph import first_argument, num_bytes
-from fxzero.graph.text import contiguous_strides, dtype_names
+from fxzero.graph.type_text import contiguous_strides, dtype_names
 
 
 def signature(node: fx.Node, mesh: Mapping[str, int], *, form: Any = None) -> str:

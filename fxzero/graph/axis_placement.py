@@ -10,6 +10,8 @@ there has the whole value on each rank. Of a node that yields several values it 
     S(d, k)     dim d is k blocks, one after the other, and rank i has the i-th part of each: what becomes of S(1) when
                 the first two dims of a tensor [k, n, ..] are flattened
     P(sum)      each rank has a tensor of the value's shape; the value is their sum (or max, or 2-norm)
+
+Where two axes split one dim, the one that comes first in the mesh splits it first; ZeRO's rows are split last of all.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
+
+# the axes over which a pass splits values; over others, ranks have values of their own, or rows by ZeRO
+SPLIT_AXES = ("tp", "sp", "ep")
 
 
 @dataclass(frozen=True)

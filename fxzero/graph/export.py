@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from fxzero.graph import collectives as c10d
-from fxzero.graph import text
+from fxzero.graph import text, type_text
 from fxzero.graph.step_graph import PHASES, StepGraph, num_bytes
 
 COLORS = {
@@ -62,7 +62,7 @@ def _node(node: fx.Node, step: StepGraph, device: str) -> dict[str, Any]:
         "args": "" if is_input else text.args_text(node, step.mesh),
         "inputs": [source.name for source in node.all_input_nodes],
         "kind": kind_of(node),
-        "type": text.type_text(meta.get("val"), step, device=device, sharding=sharding),
+        "type": type_text.type_of(node, step, device=device),
         "phase": meta.get("phase"),
         "module": meta.get("module", ""),
         "bytes": num_bytes(meta.get("val")),
@@ -96,7 +96,7 @@ def to_dot(step: StepGraph) -> str:
 def _drawn(node: fx.Node, step: StepGraph, device: str) -> str:
     entry = node.meta.get("entry")
     what = text.op_name(node.target) if entry is None else f"{entry.kind} {entry.name}"
-    shown = text.type_text(node.meta.get("val"), step, device=device, sharding=node.meta.get("sharding"))
+    shown = type_text.type_of(node, step, device=device)
     label = _quoted(f"%{node.name}\n{what}\n{shown}")
     return f'{_quoted(node.name)} [label={label}, fillcolor="{COLORS[kind_of(node)]}"];'
 

@@ -23,9 +23,9 @@ from torch import fx
 from fxzero import compat
 from fxzero.errors import RewriteError
 from fxzero.graph import collectives as c10d
-from fxzero.graph import kernel_ops, ops, text
+from fxzero.graph import kernel_ops, ops, text, type_text
 from fxzero.graph.edit import evaluate
-from fxzero.graph.step_graph import ADDED_UP, INPUT_KINDS, PHASES, TANGENT, Result, Sharding, StateEntry, StepGraph
+from fxzero.graph.step_graph import ADDED_UP, INPUT_KINDS, PHASES, TANGENT, Result, StateEntry, StepGraph
 
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _HEADER = re.compile(
@@ -39,8 +39,7 @@ _CALL = re.compile(
 )
 _INPUT = re.compile(rf"  %(?P<name>\w+) {{2,}}(?P<type>\S.*?) {{2,}}(?P<kind>\w+) {{2,}}{_REST}")
 _RESULT = re.compile(rf"  %(?P<name>\w+) +-> (?P<kind>\w+) +(?P<of>{_QUOTED}|[^\s'\"]+)")
-_TENSOR = re.compile(r"(?P<dtype>\w+)\[(?P<sizes>[^]]*)\](?:\{(?P<strides>[\d,]*)\})?(?:@(?P<device>\w+))?")
-_ROWS = re.compile(r"(?P<rows>\d+)/(?P<axis>\w+)(?::(?P<count>\d+))?")
+_LIES = re.compile(rf" *lies (?P<how>\(.*\)|\S+(?: \d+\))?) over (?P<axis>{_QUOTED}|[^\s,]+) *")
 
 # What a scalar's line yields while shapes are computed; nothing but its type matters.
 _SCALARS: dict[str, Any] = {"float": 0.5, "int": 1, "bool": True}
@@ -105,9 +104,16 @@ def _unquoted(word: str) -> str:
         _fail("quotes", "a Python string", word, "correct the escapes", error)
 
 
+def _placement(how: str) -> Any:
+    try:
+        return type_text.read_placement(how)
+    except ValueError as error:
+        _fail("comment", "R, S(0), S(0, 2), P(sum), P(max) or P(norm2)", repr(how), "correct it", error)
+
+
 @functools.cache
 def _dtypes() -> dict[str, torch.dtype]:
-    return {name: dtype for dtype, name in text.dtype_names().items()}
+    return {name: dtype for dtype, name in type_text.dtype_names().items()}
 
 
 def _constant(word: str) -> Any:
@@ -187,40 +193,26 @@ class _Reader:
         node = self._add(match["name"], "placeholder", match["name"])
         kind, name = match["kind"], _unquoted(match["code"])
         stated = self._describe(node, "backward" if kind == TANGENT else "forward", match["type"], match["comment"])
-        node.meta["val"] = self._input_val(match["type"], kind, self._sharding(match["type"]))
-        shape = stated.get("whole", text.whole_shape(node.meta["val"], node.meta.get("sharding")))
+        node.meta["val"] = self._input_val(match["type"], kind)
+        shape = stated.get("whole", type_text.whole_shape(node, self.step.mesh))
         owner = stated.get("state of", text.default_owner(kind, name))
         node.meta["entry"] = StateEntry(kind, name, shape, owner)
         self._check_type(node, match["type"])
 
-    def _input_val(self, shown: str, kind: str, sharding: Sharding | None) -> Any:
+    def _input_val(self, shown: str, kind: str) -> Any:
         if shown in _SCALARS:
             return 0 if kind == "coordinate" else _SCALARS[shown]
-        match = _TENSOR.fullmatch(shown)
-        sizes = [size for size in match["sizes"].split(", ") if size] if match else []
-        if sharding is not None:
-            sizes[0] = str(ops.shard_rows(sharding.rows, sharding.num_shards))
-        if match is None or match["dtype"] not in _dtypes() or not all(size.isdigit() for size in sizes):
+        found = type_text.read_type(shown, self._axis_size)
+        if found.dtype not in _dtypes() or not all(size.isdigit() for size in found.sizes):
             _fail("type", f"one such as f32[62/dp, 16], {', '.join(_SCALARS)}", repr(shown), "correct it")
-        shape = tuple(map(int, sizes))
-        strides = text.contiguous_strides(shape)
-        if match["strides"] is not None:
-            strides = tuple(int(stride) for stride in match["strides"].split(",") if stride)
+        shape = tuple(map(int, found.sizes))
+        strides = type_text.contiguous_strides(shape) if found.strides is None else found.strides
         try:
             with self.mode:
-                device, dtype = match["device"] or self.device, _dtypes()[match["dtype"]]
+                device, dtype = found.device or self.device, _dtypes()[found.dtype]
                 return torch.empty_strided(shape, strides, dtype=dtype, device=device)
         except RuntimeError as error:
             _fail("type", "a tensor that torch can make", repr(shown), "correct strides or device", error)
-
-    def _sharding(self, shown: str) -> Sharding | None:
-        """The sharding in a type, or in a comment."""
-        match = _TENSOR.fullmatch(shown)
-        rows = _ROWS.fullmatch(match["sizes"].split(", ")[0] if match else shown)
-        if rows is None:
-            return None
-        size = self._axis_size(rows["axis"])
-        return Sharding(rows["axis"], int(rows["count"] or size), int(rows["rows"]))
 
     def _axis_size(self, axis: str) -> int:
         if axis not in self.step.mesh:
@@ -252,8 +244,7 @@ class _Reader:
         self._check_type(node, shown)
 
     def _check_type(self, node: fx.Node, shown: str) -> None:
-        sharding = node.meta.get("sharding")
-        found = text.type_text(node.meta["val"], self.step, device=self.device, sharding=sharding)
+        found = type_text.type_of(node, self.step, device=self.device)
         if found != shown:
             _fail("type", f"{found}, which the line yields", shown, "correct the type or the arguments")
 
@@ -321,11 +312,15 @@ class _Reader:
     def _describe(self, node: fx.Node, phase: str, shown: str, comment: str | None) -> dict[str, Any]:
         """Fill the node's meta from type and comment; returns what is said about an input's entry."""
         node.meta = {"phase": phase, "module": ""}
-        sharding = self._sharding(shown)
-        if sharding is not None:
-            node.meta["sharding"] = sharding
+        told = type_text.read_type(shown, self._axis_size)
+        placements = dict(told.placements)
+        if told.sharding is not None:
+            node.meta["sharding"] = told.sharding
         stated: dict[str, Any] = {}
         for part in re.findall(rf"""(?:{_QUOTED}|[^;'"])+""", comment or ""):
+            if lies := _LIES.fullmatch(part):
+                placements[_unquoted(lies["axis"])] = _placement(lies["how"])
+                continue
             match re.findall(rf"{_QUOTED}|[^\s,]+", part):
                 case ["d", module] if phase == "backward":
                     node.meta["module"] = _unquoted(module)
@@ -335,8 +330,8 @@ class _Reader:
                     node.meta["grad_of"] = tuple(map(_unquoted, names))
                 case ["update", "of", name] | ["for", name]:
                     node.meta["param"] = _unquoted(name)
-                case ["shard", rows] if _ROWS.fullmatch(rows):
-                    node.meta["sharding"] = self._sharding(rows)
+                case ["shard", rows] if (read := type_text.read_size(rows, self._axis_size)).sharding is not None:
+                    node.meta["sharding"] = read.sharding
                 case ["on", tier]:
                     node.meta["tier"] = _unquoted(tier)
                 case ["by", name]:
@@ -347,13 +342,19 @@ class _Reader:
                     node.meta["chunk"] = int(number)
                 case ["added", "up"]:
                     node.meta["chunk"] = ADDED_UP
+                case ["because", *words] if words:
+                    node.meta["because"] = " ".join(map(_unquoted, words))
                 case ["whole", *sizes] if re.fullmatch(r"\[[\d, ]*\]", ", ".join(sizes)):
                     stated["whole"] = tuple(ast.literal_eval(", ".join(sizes)))
                 case ["state", "of", name]:
                     stated["state of"] = _unquoted(name)
                 case _:
-                    expected = "a module, grad of, update of, for, shard, on, by, region, whole or state of"
+                    expected = (
+                        "a module, grad of, update of, for, shard, lies, on, by, region, because, whole or state of"
+                    )
                     _fail("comment", expected, repr(part.strip()), "correct it; quote names that have spaces")
+        if placements:
+            node.meta["placements"] = placements
         return stated
 
     def _result(self, line: str) -> None:

@@ -8,7 +8,9 @@ Everything that a pass needs stands in `node.meta`:
                the forward node that they differentiate
     entry      placeholders only: the StateEntry
     sharding   a Sharding, where the value is this rank's rows of a larger tensor
-    placements how the value lies over the ranks of other axes: [Note: placements] in `graph/axis_placement.py`
+    placements mesh axis -> how the value lies over its ranks ([Note: placements] in axis_placement.py); an axis that is
+               not there has it whole on each
+    because    why a value is made to lie otherwise, in a few words
     grad_of    names of the parameters whose unreduced gradient this node is
     param      the parameter whose update (or gather, or reduction) this node belongs to
     tier       where the value is, if not on the device: "host" or "nvme"

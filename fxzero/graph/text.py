@@ -9,12 +9,14 @@
                                       release     %weight_full                    # embed
 
 [Note: what a line says]
-Types: dtype, shape, strides where not the contiguous ones, device where not the header's. `62/dp` in front is this
-rank's part of 62 rows that are sharded over the axis dp. ATen ops go by their own name, without `.default`; Python's
+Types: dtype, shape, strides and device where they are not the usual ones. `62/dp` in front is this rank's part of 62
+rows that are sharded over the axis dp; `f32[8, 512/tp]` is a part of dim 1, and `f32[8, 64]+tp` has still to be added
+up over tp ([Note: what a type says] in type_text.py). ATen ops go by their own name, without `.default`; Python's
 operators as `py.mul`; other namespaces in front, `prims::copy_to`. A collective names the mesh axis and the bytes of
-the whole tensors. After `#` come the module (`d module` for what differentiates it), the parameters whose gradient the
-node is, the parameter whose update (or gather, or reduction) it belongs to, the tier that it rests on off the device,
-the algorithm of a collective, and the region that a call is compiled in.
+what a rank has before or after it, whichever is more. After `#` come the module (`d module` for what differentiates
+it), the parameters whose gradient the node is, the parameter whose update (or gather, or reduction) it belongs to,
+the tier that it rests on off the device, the algorithm of a collective, the region that a call is compiled in, and
+why a value is made to lie otherwise (`because mm needs all of dim 1`).
 
 [Note: sections and phases]
 Each section comes once, in program order: `backward` goes from the first to the last backward node, `update` is what
@@ -28,8 +30,6 @@ Ranks compare this text, so it holds nothing that differs between them: a device
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 import operator
 import re
 from collections import Counter
@@ -42,7 +42,16 @@ from torch import fx
 
 from fxzero.graph import collectives as c10d
 from fxzero.graph import compression_ops, error_feedback_ops, ops, swap_ops
-from fxzero.graph.step_graph import ADDED_UP, PHASES, Sharding, StepGraph, num_bytes
+from fxzero.graph.step_graph import ADDED_UP, PHASES, StepGraph, num_bytes
+from fxzero.graph.type_text import (
+    dtype_names,
+    fits,
+    placement_text,
+    sharding_text,
+    type_of,
+    unshown_placements,
+    whole_shape,
+)
 
 SECTIONS = ("inputs", *PHASES, "results")
 SHORT_NAMES: dict[Any, str] = {
@@ -65,16 +74,9 @@ _COLORS = {"heading": "1", "comment": "2", "wait": "34", "release": "35"}
 _COLORS |= {"swap_out": "33", "swap_in": "33", "swap_wait": "34"}
 _COLORS |= {row.name: "36" for row in c10d.TABLE.values()}
 _WORD = re.compile(r"[\w.:/+@-]+")
+_SENTENCE = re.compile(rf"{_WORD.pattern}(?: {_WORD.pattern})*")
 
 OpOverload = type(ops.release)
-
-
-@functools.cache
-def dtype_names() -> dict[torch.dtype, str]:
-    """dtype -> its name in the text: f32, bf16, i64, bool."""
-    short = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
-    dtypes = [item for item in vars(torch).values() if isinstance(item, torch.dtype)]
-    return {d: re.sub(r"^torch\.([a-z]+)", lambda kind: short.get(kind[1], kind[1]), str(d)) for d in dtypes}
 
 
 @functools.cache
@@ -109,41 +111,8 @@ def _word(name: str) -> str:
     return name if _WORD.fullmatch(name) else repr(name)
 
 
-def contiguous_strides(shape: Collection[int]) -> tuple[int, ...]:
-    """The strides that a fresh tensor of this shape has."""
-    sizes = [max(size, 1) for size in shape]
-    return tuple(math.prod(sizes[i + 1 :]) for i in range(len(sizes)))
-
-
-def fits(sharding: Sharding, val: Any) -> bool:
-    """Whether `val` has as many rows as a shard must have."""
-    if not isinstance(val, torch.Tensor) or val.dim() == 0:
-        return False
-    return val.shape[0] == ops.shard_rows(sharding.rows, sharding.num_shards)
-
-
-def sharding_text(sharding: Sharding, mesh: dict[str, int]) -> str:
-    """`rows/axis`; the number of shards too, where it is not the size of the axis."""
-    count = "" if mesh.get(sharding.axis) == sharding.num_shards else f":{sharding.num_shards}"
-    return f"{sharding.rows}/{sharding.axis}{count}"
-
-
-def type_text(val: Any, step: StepGraph, *, device: str, sharding: Sharding | None = None) -> str:
-    """The type of a value, `device` left out; in a tuple, equal neighbours appear as `f32[4] x3`."""
-    if isinstance(val, torch.Tensor):
-        sizes = [str(size) for size in val.shape]
-        if sharding is not None and fits(sharding, val):
-            sizes[0] = sharding_text(sharding, step.mesh)
-        strides = ""
-        if val.stride() != contiguous_strides(val.shape):
-            strides = f"{{{','.join(map(str, val.stride()))}}}"
-        place = "" if val.device.type == device else f"@{val.device.type}"
-        return f"{dtype_names()[val.dtype]}[{', '.join(sizes)}]{strides}{place}"
-    if isinstance(val, (list, tuple)):
-        items = itertools.groupby(type_text(item, step, device=device) for item in val)
-        runs = [(item, len(list(same))) for item, same in items]
-        return f"({', '.join(item if count == 1 else f'{item} x{count}' for item, count in runs)})"
-    return "None" if val is None else type(val).__name__
+def _sentence(words: str) -> str:
+    return words if _SENTENCE.fullmatch(words) else repr(words)
 
 
 def default_device(step: StepGraph) -> str:
@@ -213,7 +182,7 @@ def comment_text(node: fx.Node, mesh: dict[str, int]) -> str:
     meta, parts = node.meta, []
     if node.op == "placeholder":
         entry = meta["entry"]
-        if entry.shape != whole_shape(meta["val"], meta.get("sharding")):
+        if entry.shape != whole_shape(node, mesh):
             parts.append(f"whole {value_text(list(entry.shape))}")
         if entry.param not in (None, default_owner(entry.kind, entry.name)):
             parts.append(f"state of {_word(entry.param)}")
@@ -225,6 +194,8 @@ def comment_text(node: fx.Node, mesh: dict[str, int]) -> str:
         parts.append(f"{'update of' if meta.get('phase') == 'update' else 'for'} {_word(meta['param'])}")
     if meta.get("sharding") is not None and not fits(meta["sharding"], meta.get("val")):
         parts.append(f"shard {sharding_text(meta['sharding'], mesh)}")
+    for axis, found in unshown_placements(meta.get("val"), meta.get("placements", {}), mesh).items():
+        parts.append(f"lies {placement_text(found)} over {_word(axis)}")
     if meta.get("tier") is not None:
         parts.append(f"on {_word(meta['tier'])}")
     if meta.get("algorithm") is not None:
@@ -233,13 +204,9 @@ def comment_text(node: fx.Node, mesh: dict[str, int]) -> str:
         parts.append(f"region {meta['region']}")
     if meta.get("chunk") is not None:
         parts.append("added up" if meta["chunk"] == ADDED_UP else f"chunk {meta['chunk']}")
+    if meta.get("because") is not None:
+        parts.append(f"because {_sentence(meta['because'])}")
     return "; ".join(parts)
-
-
-def whole_shape(val: Any, sharding: Sharding | None) -> tuple[int, ...]:
-    """The single-device shape of an input, as far as its value and sharding tell."""
-    shape = tuple(val.shape) if isinstance(val, torch.Tensor) else ()
-    return (sharding.rows, *shape[1:]) if sharding is not None and fits(sharding, val) else shape
 
 
 def default_owner(kind: str, name: str) -> str | None:
@@ -288,8 +255,8 @@ def to_text(
 
 
 def _line(node: fx.Node, step: StepGraph, device: str, section: str) -> _Line:
-    phase, val = node.meta.get("phase", "?"), node.meta.get("val")
-    cells = [f"%{node.name}", type_text(val, step, device=device, sharding=node.meta.get("sharding"))]
+    phase = node.meta.get("phase", "?")
+    cells = [f"%{node.name}", type_of(node, step, device=device)]
     if returns_nothing(node.target) and not node.users:
         cells = ["", ""]
     if node.op == "placeholder":

@@ -17,6 +17,7 @@ from fxzero.graph.call_signature import call_signature, has_symbols
 from fxzero.graph.collective_rules import check_collectives, check_release, check_sharding
 from fxzero.graph.compression_rules import check_compression
 from fxzero.graph.edit import describe, evaluate, fake_mode
+from fxzero.graph.placement_rules import check_placements
 from fxzero.graph.region_rules import check_regions
 from fxzero.graph.rules import (
     Context,
@@ -135,6 +136,7 @@ RULES: dict[str, Callable[[Context], Iterator[Violation]]] = {
     "phases": check_phases,
     "collectives": check_collectives,
     "compression": check_compression,
+    "placements": check_placements,
     "sharding": check_sharding,
     "swaps": check_swaps,
     "release": check_release,

@@ -19,7 +19,8 @@ from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.lanes import LAUNCHES, WAITS, Event, is_wait, launch_of
 from fxzero.graph.step_graph import num_bytes
-from fxzero.graph.text import default_device, launch_name, type_text
+from fxzero.graph.text import default_device, launch_name
+from fxzero.graph.type_text import type_of
 from fxzero.simulate.memory_over_time import MemoryOverTime, memory_over_time
 from fxzero.simulate.timeline import Timeline
 
@@ -117,7 +118,7 @@ class _Process:
                 "node": f"%{node.name}",
                 "module": node.meta.get("module", ""),
                 "phase": node.meta.get("phase", ""),
-                "shape": type_text(val, step, device=self._devices[id(step)], sharding=node.meta.get("sharding")),
+                "shape": type_of(node, step, device=self._devices[id(step)]),
                 "bytes": num_bytes(val),
             }
             if c10d.is_collective(node):

@@ -21,7 +21,8 @@ from fxzero.graph import Result, Sharding, StateEntry, StepGraph, ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph.edit import Editor, coordinate, describe, replace_uses, retype
 from fxzero.graph.parse import find_op, from_text
-from fxzero.graph.text import dtype_names, op_name, size_text, to_text
+from fxzero.graph.text import op_name, size_text, to_text
+from fxzero.graph.type_text import dtype_names
 from fxzero.graph.verify import verify
 from fxzero.plan import Plan
 from fxzero.recipe import recipe
@@ -454,8 +455,8 @@ def test_collectives_of_every_kind_read_back() -> None:
         " [%y, %z] avg dp, 32 B  # shard 7/dp\n",
         "release  ",
         " %wait_tensor_default, %wait_tensor_default_1\n",
-        "f32[15/tp, 2]",
-        "# shard 15/tp\n",
+        "f32[15/tp:2, 2]",
+        "# shard 15/tp:2\n",
         "  %tp_index  int  ",
         "mesh dp=4 tp=2",
         "6 collectives forward",

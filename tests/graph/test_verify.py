@@ -14,7 +14,7 @@ from fxzero.errors import VerifyError
 from fxzero.graph import Sharding, StateEntry, StepGraph, axis_placement, ops
 from fxzero.graph import collectives as c10d
 from fxzero.graph import verify as verifier
-from fxzero.graph.axis_placement import Placement
+from fxzero.graph.axis_placement import REPLICATED, Placement
 from fxzero.graph.collective_rules import check_sharding
 from fxzero.graph.compression_ops import dequantize_blockwise, dequantize_reduce, quantize_blockwise
 from fxzero.graph.edit import Editor, replace_uses, retype
@@ -114,6 +114,18 @@ def reduce_together(step: StepGraph, *names: str) -> None:
         replace_uses(gradient, wait, users)
 
 
+def gather_own_rows(step: StepGraph, name: str) -> None:
+    """Each rank of tp takes its rows of a parameter, and forward reads what all of them take."""
+    parameter, rows = step.input("parameter", name), Sharding("tp", 2, 10)
+    readers = [user for user in parameter.users if user.meta["phase"] == "forward"]
+    with Editor(step, phase="forward").before(readers[0]) as editor:
+        own = editor.local_shard(parameter, rows, stem="own")
+        waited, _ = editor.all_gather(own, rows, stem="own")
+    replace_uses(parameter, waited, readers)
+    del own.meta["sharding"]
+    own.meta["placements"], waited.meta["placements"] = {"tp": axis_placement.shard(0)}, {"tp": REPLICATED}
+
+
 @pytest.fixture(scope="module")
 def graphs() -> dict[str, StepGraph]:
     captured = capture(Model(), torch.randn(5, 6), torch.randint(0, 8, (5,)))
@@ -143,7 +155,11 @@ def graphs() -> dict[str, StepGraph]:
     cut = sharded.copy()
     cut.title = "cut by hand"
     assert cut_regions.run(cut) > 2
+    split = captured.copy()
+    split.title, split.mesh = "split by hand", {"tp": 2}
+    gather_own_rows(split, "inner.weight")
     graphs = {"captured": captured, "sharded": sharded, "packed": packed, "chosen": chosen, "kept": kept}
+    graphs |= {"split": split}
     return graphs | {"swapped": swapped, "carried": carried, "cut": cut}
 
 
@@ -167,6 +183,10 @@ def test_a_packed_graph_keeps_all_rules(graphs: dict[str, StepGraph]) -> None:
 
 def test_a_graph_that_gathers_for_the_next_step_keeps_all_rules(graphs: dict[str, StepGraph]) -> None:
     verify(graphs["carried"], before=graphs["sharded"])
+
+
+def test_a_split_graph_keeps_all_rules(graphs: dict[str, StepGraph]) -> None:
+    verify(graphs["split"], before=graphs["captured"])
 
 
 def test_a_swapped_graph_keeps_all_rules(graphs: dict[str, StepGraph]) -> None:
@@ -582,6 +602,23 @@ def unknown_collective(step: StepGraph) -> None:
     node = the(step, aten.relu.default)
     with Editor(step, phase="forward").after(node) as editor:
         editor.call(torch.ops._c10d_functional.broadcast.default, node, 0, "dp")
+
+
+# placements; test_placement_rules.py has the others
+
+
+@fault("placements", "a value that is a shard over tp, got %neg", graph="split")
+def gather_of_what_is_whole(step: StepGraph) -> None:
+    launch = the(step, c10d.all_gather)
+    with Editor(step, phase="forward").before(launch) as editor:
+        whole = editor.call(aten.neg.default, launch.args[0])
+    whole.meta["placements"] = {"tp": REPLICATED}
+    launch.update_arg(0, whole)
+
+
+@fault("placements", "result ('parameter', 'outer.bias')", graph="split")
+def state_that_goes_out_as_a_shard(step: StepGraph) -> None:
+    returned(step, "outer.bias").meta["placements"] = {"tp": axis_placement.shard(0)}
 
 
 # sharding
