@@ -20,8 +20,8 @@ from fxzero.cost.recorded import RecordedCosts
 from fxzero.decide import Decision, check_budget, decided_recipe
 from fxzero.errors import FxzeroError
 from fxzero.graph import StepGraph
+from fxzero.graph.axis_placement import REPLICATED, placement_of
 from fxzero.graph.axis_placement import Placement as AxisPlacement
-from fxzero.graph.axis_placement import placement_of
 from fxzero.graph.placement import NOTHING_PLACED, Placement
 from fxzero.graph.step_graph import CARRIED_KINDS
 from fxzero.lower.lower_regions import lower_by_plan
@@ -34,6 +34,7 @@ from fxzero.runtime.graphed_program import GraphedProgram
 from fxzero.runtime.microbatches import Batch
 from fxzero.runtime.program import Program
 from fxzero.runtime.state import StepState
+from fxzero.sharding.hints import pinned
 
 log = logging.getLogger("fxzero")
 
@@ -201,7 +202,15 @@ class Programs:
 
     def _lies(self) -> Lies:
         """How parameters have to lie: as the model's own do already, or as hints of the plan say."""
-        return ()
+        ranks = self._plan.axes.get("tp", 1)
+        if ranks == 1:
+            return ()
+        given = self._state.laid_out
+        if given is not None:
+            keys = (("parameter", name) for name, _ in self._state.model.named_parameters())
+            return tuple((name, given.get((kind, name), {}).get("tp", REPLICATED)) for kind, name in keys)
+        hints = {} if isinstance(self._plan.tp, str) else self._plan.tp
+        return tuple(pinned(hints, self._state.model, ranks=ranks).items())
 
     def keep(self, inventory: Inventory, programs: list[Compiled], batch: Batch) -> None:
         """Programs made before model and optimizer were bound serve those that are."""
