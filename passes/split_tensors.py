@@ -122,8 +122,9 @@ class _Rewrite:
         made.meta["grad_of"] = part.meta.pop("grad_of")
 
     def _mark(self, part: fx.Node, placement: Placement) -> None:
-        if placement != REPLICATED:
-            part.meta["placements"] = {**part.meta.get("placements", {}), self.axis.name: placement}
+        """Say of a part how its value lies; an axis that is not named has it whole on each rank."""
+        others = {axis: lies for axis, lies in part.meta.get("placements", {}).items() if axis != self.axis.name}
+        part.meta["placements"] = others if placement == REPLICATED else {**others, self.axis.name: placement}
 
     def _rewrite(self, node: fx.Node) -> None:
         strategy = self.answer.strategy(node)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from fxzero.graph import compression_ops, ops, swap_ops
+from fxzero.graph.axis_placement import SPLIT_AXES
 from fxzero.graph.step_graph import LAUNCHED, StepGraph, is_getitem, num_bytes
 
 # the namespace of torch's functional collectives; the names in it are what torch documents
@@ -64,7 +65,6 @@ COALESCED = {
 # what may carry a gather or a reduce-scatter (`meta["algorithm"]`) in place of the backend's own algorithms
 SEND_RECV, SHARED_MEMORY, SHARED_ROWS = "send_recv", "shared_memory", "shared_rows"
 IN_MEMORY = (SHARED_MEMORY, SHARED_ROWS)
-SPLIT_AXES = ("tp", "sp", "ep")  # whose ranks make a call together; those of others have batches of their own
 SHM = "shm"  # name of a backend: gloo, between ranks of one host that share memory
 # what makes a message of a shard: to fewer bits, or packed
 PREPARES = {torch.ops.aten._to_copy.default, compression_ops.quantize_blockwise}

@@ -20,6 +20,19 @@ from fxzero.graph.step_graph import AuxiliaryState, Sharding, StateEntry, StepGr
 
 aten = torch.ops.aten
 
+# what yields its first input in another form, which lies over mesh axes as that does
+_KEEP_PLACEMENTS = {
+    c10d.all_gather,
+    c10d.reduce_scatter,
+    c10d.all_reduce,
+    c10d.wait,
+    ops.local_shard,
+    aten._to_copy.default,
+    aten.clone.default,
+    aten.constant_pad_nd.default,
+    aten.slice.Tensor,
+}
+
 
 def fake_mode(step: StepGraph) -> Any:
     """The fake tensor mode that the values of a graph live in."""
@@ -112,6 +125,9 @@ class Editor:
         if sharding is not None:
             node.meta["sharding"] = sharding
         node.meta["val"] = value_of(self.step, node, self.mode)
+        placements = _kept_placements(node)
+        if placements is not None:
+            node.meta["placements"] = placements
         return node
 
     def all_gather(self, shard: fx.Node, sharding: Sharding, *, stem: str) -> tuple[fx.Node, fx.Node]:
@@ -173,6 +189,15 @@ class Editor:
         if node.meta["val"].is_contiguous():
             return node
         return self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+
+
+def _kept_placements(node: fx.Node) -> dict[str, Any] | None:
+    """How a value lies over mesh axes that is another one's rows, copy, or sum over an axis of batches; else None."""
+    if node.target not in _KEEP_PLACEMENTS or (c10d.is_collective(node) and c10d.moves_parts(node)):
+        return None
+    source = node.args[0]
+    found = source.meta.get("placements") if isinstance(source, fx.Node) else None
+    return dict(found) if found is not None else None
 
 
 def coordinate(step: StepGraph, axis: str) -> fx.Node:
