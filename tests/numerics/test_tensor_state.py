@@ -270,6 +270,15 @@ def fills_meta_models(folder: Path) -> Iterator[str]:
         yield "not NaN before the checkpoint"
     load(state, folder / "grid")
     yield from faults_of(state, changed())
+    asked: list[tuple[int, ...]] = []
+
+    def blank(shape: tuple[int, ...]) -> torch.Tensor:
+        asked.append(shape)
+        return torch.zeros(shape)
+
+    state.blank_parameter("by_rows", torch.Size((20, 3)), (3, 1), blank)
+    if asked != [(5, 3)]:
+        yield f"memory of {asked} is asked for"
 
 
 def changed() -> dict[tuple[str, str], torch.Tensor]:

@@ -101,10 +101,10 @@ def after_a_failure(call: Call) -> None:
     """A batch that one rank did not get to is new to all at the next call."""
     call(rows())
     try:
-        call(rows(3), **({"unknown": 1} if dist.get_rank() == 1 else {}))
+        call(rows(LARGE), **({"unknown": 1} if dist.get_rank() == 1 else {}))
     except FxzeroError as error:
         assert "unknown" in str(error), error
-    call(rows(3))
+    call(rows(LARGE))
     call(rows(3, odd=1.0))
 
 
