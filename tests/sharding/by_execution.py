@@ -64,7 +64,7 @@ def _on_one_device(call: RecordedCall, tensors: Sequence[torch.Tensor]) -> dict[
     args, kwargs = fx.map_arg(
         (call.node.args, call.node.kwargs), lambda n: next(taken) if yields_tensor(n) else call.values[n]
     )
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed takes a millisecond
     with torch.no_grad():
         found = call.node.target(*args, **kwargs)  # type: ignore[operator]
     values = found if isinstance(found, (list, tuple)) else [found]
@@ -125,7 +125,7 @@ def run_ranks(step: StepGraph, parts: Sequence[Sequence[torch.Tensor]], ranks: i
     if not dist.is_initialized():
         compat_distributed.fake_process_group(ranks)
     group = str(dist.group.WORLD.group_name)  # type: ignore[union-attr]
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     given = iter(parts)
     values: dict[fx.Node, Any] = {}
     with torch.no_grad(), compat_distributed.local_tensor_mode(ranks):
