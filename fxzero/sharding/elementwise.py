@@ -20,6 +20,16 @@ UNTAGGED = (
     aten.fill.Tensor,
     aten.floor_divide.default,
     aten.masked_fill.Tensor,
+    aten.elu_backward.default,
+    aten.hardsigmoid_backward.default,
+    aten.hardswish.default,
+    aten.hardswish_backward.default,
+    aten.hardtanh_backward.default,
+    aten.leaky_relu_backward.default,
+    aten.log_sigmoid_backward.default,
+    aten.mish_backward.default,
+    aten.softplus_backward.default,
+    aten.softshrink_backward.default,
 )
 
 

@@ -208,6 +208,15 @@ def _pointwise() -> Iterator[RecordedCall]:
     yield made(aten.lerp.Tensor, x, x + 1, number)
     for op in (aten.silu_backward, aten.gelu_backward, aten.tanh_backward, aten.sigmoid_backward):
         yield made(op.default, x, x + 0.5)
+    for op in (aten.hardsigmoid_backward, aten.hardswish_backward, aten.mish_backward):
+        yield made(op.default, x, x + 0.5)
+    yield made(aten.hardswish.default, x)
+    yield made(aten.elu_backward.default, x, 1.0, 1.0, 1.0, False, x + 0.5)
+    yield made(aten.hardtanh_backward.default, x, x + 0.5, -1.0, 1.0)
+    yield made(aten.leaky_relu_backward.default, x, x + 0.5, 0.1, False)
+    yield made(aten.log_sigmoid_backward.default, x, x + 0.5, x.abs())
+    yield made(aten.softplus_backward.default, x, x + 0.5, 1.0, 20.0)
+    yield made(aten.softshrink_backward.default, x, x + 0.5, 0.5)
     for op in (aten.gt, aten.eq, aten.ne):
         yield made(op.Tensor, x, y)
         yield made(op.Scalar, x, 0.5)

@@ -12,6 +12,7 @@ from torch import fx
 
 from fxzero import compat
 from fxzero.graph import StepGraph
+from fxzero.graph import collectives as c10d
 from fxzero.graph.axis_placement import REPLICATED, Placement, local_shape, partial, shard
 from fxzero.graph.edit import Editor, coordinate
 from fxzero.graph.step_graph import Result, StateEntry
@@ -37,6 +38,8 @@ def converted(whole: torch.Tensor, before: Placement, after: Placement) -> str |
     with editor.before(output):
         made = convert(editor, node, tuple(whole.shape), before, after, axis)
     step.set_result("buffer", "x", made)
+    for call in filter(c10d.is_collective, step.calls()):
+        assert call.meta["val"].dtype is not torch.bool, "not every backend sends truth values"
     assert tuple(made.meta["val"].shape) == local_shape(whole.shape, after, RANKS)
     assert made.meta["val"].dtype == whole.dtype
     parts = parts_of(whole, before, RANKS, torch.Generator().manual_seed(0))
