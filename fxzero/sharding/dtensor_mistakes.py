@@ -19,6 +19,9 @@ def mistakes() -> dict[str, Mistake]:
         "aten::cumprod": _begins_anew,
         "aten::logcumsumexp": _begins_anew,
         "aten::gather": _indexes_other_parts,
+        "aten::histc": _has_a_range_of_its_own,
+        "aten::linalg__powsum": _takes_partial,
+        "aten::view.dtype": _takes_partial,
     }
 
 
@@ -38,3 +41,13 @@ def _indexes_other_parts(call: Call, strategy: Strategy) -> bool:
     """The indices may be fewer than the rows: the i-th part of them is then not about the i-th part of the rows."""
     (source, at), (rows, _) = strategy.inputs, call.tensors
     return source.is_shard and at == source and rows.shape[source.dim] != call.tensors[1].shape[source.dim]
+
+
+def _has_a_range_of_its_own(call: Call, strategy: Strategy) -> bool:
+    """Without bounds each rank would count between its own least and greatest element."""
+    return strategy.inputs[0].is_shard and call.argument("min", 0) == call.argument("max", 0)
+
+
+def _takes_partial(call: Call, strategy: Strategy) -> bool:
+    """Not what is made of a sum's parts adds up to what is made of the sum: powers, and bits under another name."""
+    return any(lies.is_partial for lies in strategy.inputs)

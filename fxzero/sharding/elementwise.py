@@ -6,15 +6,13 @@ from collections.abc import Iterator
 
 import torch
 
-from fxzero import compat
 from fxzero.graph.axis_placement import REPLICATED, Placement, partial, shard
 from fxzero.sharding.dtensor_rules import by_dtensor
 from fxzero.sharding.strategy import Call, Strategy, Tensor, fits
 
 aten = torch.ops.aten
 
-# their tags do not say so
-UNTAGGED = (
+UNKNOWN_TO_DTENSOR = (
     aten.copy.default,
     aten.fill.Scalar,
     aten.fill.Tensor,
@@ -31,13 +29,6 @@ UNTAGGED = (
     aten.softplus_backward.default,
     aten.softshrink_backward.default,
 )
-
-
-def is_elementwise(call: Call) -> bool:
-    """Whether an op is one of these; it draws nothing."""
-    if call.target in UNTAGGED:
-        return True
-    return compat.is_op(call.target) and len(call.outputs) == 1 and torch.Tag.pointwise in call.target.tags
 
 
 def elementwise(call: Call) -> Iterator[Strategy]:

@@ -73,6 +73,8 @@ def own_rules() -> dict[str, Rule]:
     }
     rules |= {op.name(): random_draws.draws_like for op in random_draws.LIKE}
     rules |= dict.fromkeys(("aten::view", "aten::_unsafe_view", "aten::reshape"), views)
+    rules |= {op.name(): elementwise.elementwise for op in elementwise.UNKNOWN_TO_DTENSOR}
+    rules["aten::view.dtype"] = by_dtensor  # which is no view in another shape
     return rules
 
 
@@ -122,10 +124,7 @@ def _rule_of(call: Call) -> Rule | None:
     if "scaled_dot_product" in name:
         return attention.attention
     rules = own_rules()
-    found = rules.get(name) or rules.get(name.split(".")[0])
-    if found is not None or compat_sharding.knows(call.target) or draws(call.target, call.args, call.kwargs):
-        return found
-    return elementwise.elementwise if elementwise.is_elementwise(call) else None
+    return rules.get(name) or rules.get(name.split(".")[0])
 
 
 def _told(call: Call) -> Iterator[Strategy]:

@@ -25,7 +25,7 @@ aten = torch.ops.aten
 AXIS = "tp"
 TOLERANCE = 1e-5  # of the greatest element
 COARSE_TOLERANCE = 1e-2  # where bfloat16 takes part
-UNSET = (aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default)  # they yield any numbers
+UNSET = (aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default)  # they yield any numbers
 
 
 def fault_of(call: RecordedCall, strategy: Strategy, ranks: int) -> str | None:
