@@ -30,6 +30,9 @@ def ways(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, ranks: int) 
         op: an overload.
         args, kwargs: of a call; meta tensors where it takes tensors.
         ranks: of the axis.
+
+    Returns:
+        Nothing where its rule fails on the call, or says what cannot be read.
     """
     asked = _propagator()
     if op in asked.op_single_dim_strategy_funcs:
@@ -55,12 +58,13 @@ def _meta(tensor: torch.Tensor) -> Any:
     return TensorMeta(tensor.shape, tensor.stride(), tensor.dtype)
 
 
-def _by_single_dim(info: Any, op: Any, args: Any, kwargs: Any) -> Iterator[tuple[Lies | None, ...]]:
+def _by_single_dim(info: Any, op: Any, args: Any, kwargs: Any) -> list[tuple[Lies | None, ...]]:
     func = getattr(info, "func", info)
-    for row in func(op, _mapped(args, _meta), _mapped(kwargs, _meta)):
-        found = tuple(_lies(placement) for placement in row)
-        if "?" not in [lies[0] for lies in found if lies is not None]:
-            yield found
+    try:
+        rows = [tuple(map(_lies, row)) for row in func(op, _mapped(args, _meta), _mapped(kwargs, _meta))]
+    except Exception:  # a rule that cannot answer for this call: every rank does all of it
+        return []
+    return [row for row in rows if _is_of_use(row)]
 
 
 def _by_strategy(func: Any, op: Any, args: Any, kwargs: Any, ranks: int) -> Iterator[tuple[Lies | None, ...]]:
@@ -88,7 +92,7 @@ def _may(placement: Any, tensor: torch.Tensor, ranks: int) -> bool:
 
 def _asked(
     func: Any, op: Any, args: Any, kwargs: Any, ranks: int, row: tuple[Any, ...]
-) -> Iterator[tuple[Lies | None, ...]]:
+) -> list[tuple[Lies | None, ...]]:
     from torch.distributed.tensor._dtensor_spec import DTensorSpec
     from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy, TupleStrategy
 
@@ -107,18 +111,24 @@ def _asked(
     schema_kwargs = {name: wrapped(arg) for name, arg in kwargs.items()}
     try:
         schema = OpSchema(op, schema_args, schema_kwargs, asked.op_to_schema_info.get(op))
-        found = func(schema)
+        rows = list(_told(func(schema), sum(1 for _ in _leaves((*args, *kwargs.values())))))
     except Exception:  # a rule that cannot answer for this row may for others; what none answers is replicated
-        return
-    if not isinstance(found, OpStrategy):
-        return
-    num = sum(1 for _ in _leaves((*args, *kwargs.values())))
-    for spec in found.strategies:
+        return []
+    return [row for row in rows if _is_of_use(row)]
+
+
+def _told(found: Any, num: int) -> Iterator[tuple[Lies | None, ...]]:
+    """What a rule has said for a call that takes so many tensors."""
+    from torch.distributed.tensor._op_schema import OpStrategy
+
+    for spec in found.strategies if isinstance(found, OpStrategy) else ():
         outputs = spec.output_specs if isinstance(spec.output_specs, (tuple, list)) else (spec.output_specs,)
         inputs = spec.input_specs if spec.input_specs is not None else itertools.repeat(outputs[0], num)
-        lies = tuple(None if one is None else _lies(one.placements[0]) for one in (*outputs, *inputs))
-        if "?" not in [one[0] for one in lies if one is not None]:
-            yield lies
+        yield tuple(None if one is None else _lies(one.placements[0]) for one in (*outputs, *inputs))
+
+
+def _is_of_use(row: tuple[Lies | None, ...]) -> bool:
+    return "?" not in [lies[0] for lies in row if lies is not None]
 
 
 def _lies(placement: Any) -> Lies | None:

@@ -9,7 +9,7 @@ Source: Alpa (Zheng et al., 2022); GSPMD (Xu et al., 2021); Megatron-LM (Shoeybi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from fxzero.sharding.conversions import Axis, convert
 from fxzero.sharding.local_arguments import with_local_sizes
 from fxzero.sharding.problem import problem_of
 from fxzero.sharding.rules import Rules
-from fxzero.sharding.solve import Answer, solve
+from fxzero.sharding.solve import solve
 from fxzero.sharding.strategy import Call, Local, Strategy
 from fxzero.sharding.told import told
 
@@ -56,14 +56,28 @@ def split_tensors(
     rules = Rules(step.mesh[axis])
     answer = solve(problem_of(step, axis, rules, machine, dict(pinned)))
     step.remarks["split_tensors"] = told(step, axis, answer, rules)
-    return _Rewrite(step, axis, answer).run()
+    return rewrite(step, axis=axis, ways={node: answer.strategy(node) for node in answer.problem.of_node})
+
+
+def rewrite(step: StepGraph, *, axis: str, ways: Mapping[fx.Node, Strategy]) -> int:
+    """Let each rank of an axis do its part of calls that are made in these ways.
+
+    Args:
+        step: the graph as captured; it is changed.
+        axis: the mesh axis.
+        ways: of every call that takes or yields tensors, and of every input that is one.
+
+    Returns:
+        How many places were changed.
+    """
+    return _Rewrite(step, axis, ways).run()
 
 
 class _Rewrite:
     """Goes through a graph and lets each node do what one rank does."""
 
-    def __init__(self, step: StepGraph, axis: str, answer: Answer) -> None:
-        self.step, self.answer = step, answer
+    def __init__(self, step: StepGraph, axis: str, ways: Mapping[fx.Node, Strategy]) -> None:
+        self.step, self.ways = step, ways
         self.axis = Axis(axis, step.mesh[axis], coordinate(step, axis))
         self.mode = fake_mode(step)
         # node that yields a tensor -> the whole's shape, and placement -> what this rank has of it
@@ -80,15 +94,15 @@ class _Rewrite:
             if yields_tensor(node):
                 self.shapes[node] = tuple(node.meta["val"].shape)
         for node in nodes:
-            if node.op == "placeholder" and node in self.answer.problem.of_node:
+            if node.op == "placeholder" and node in self.ways:
                 self._take_part(node)
-            elif node.op == "call_function" and node in self.answer.problem.of_node:
+            elif node.op == "call_function" and node in self.ways:
                 self._rewrite(node)
         self._settle_results(results)
         return self.edits
 
     def _take_part(self, node: fx.Node) -> None:
-        (placement,) = self.answer.strategy(node).outputs
+        (placement,) = self.ways[node].outputs
         assert placement is not None
         self._holds(node, node, placement)
         if placement == REPLICATED:
@@ -127,7 +141,7 @@ class _Rewrite:
         part.meta["placements"] = others if placement == REPLICATED else {**others, self.axis.name: placement}
 
     def _rewrite(self, node: fx.Node) -> None:
-        strategy = self.answer.strategy(node)
+        strategy = self.ways[node]
         call = Call.of(node, self.axis.ranks) if strategy.form is not None else None
         taken = iter(strategy.inputs)
         meta = node.meta
@@ -149,7 +163,7 @@ class _Rewrite:
         self.edits += 1
         output = strategy.outputs[0]
         if yields_tensor(node) and output is not None:
-            args = with_local_sizes(node, args, local_shape(self.shapes[node], output, self.axis.ranks))
+            args = with_local_sizes(node.target, args, local_shape(self.shapes[node], output, self.axis.ranks))
         node.args, node.kwargs = args, kwargs
         self._evaluate(node, editor)
         self.changed.add(node)
@@ -249,7 +263,7 @@ class _Rewrite:
     def _erase_replaced(self) -> None:
         """What forms stand for is read by nobody any more."""
         for node in reversed(self.step.calls()):
-            formed = node in self.answer.problem.of_node and self.answer.strategy(node).form is not None
+            formed = node in self.ways and self.ways[node].form is not None
             replaced = node in self.held and node not in self.held[node].values()
             if not node.users and (replaced or formed):
                 self.step.graph.erase_node(node)

@@ -9,7 +9,8 @@ there has the whole value on each rank. Of a node that yields several values it 
     S(d)        rank i has the i-th of equal parts along dim d
     S(d, k)     dim d is k blocks, one after the other, and rank i has the i-th part of each: what becomes of S(1) when
                 the first two dims of a tensor [k, n, ..] are flattened
-    P(sum)      each rank has a tensor of the value's shape; the value is their sum (or max, or 2-norm)
+    P(sum)      each rank has a tensor of the value's shape; the value is their sum (or max, or 2-norm: these two are
+                of norms, which are not negative)
 
 Where two axes split one dim, the one that comes first in the mesh splits it first; ZeRO's rows are split last of all.
 """

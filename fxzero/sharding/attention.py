@@ -76,6 +76,8 @@ def _shared_heads(call: Call) -> Strategy | None:
     )
     outputs = list(split.outputs)
     backward = "backward" in str(call.target)
+    if backward and any(output is None or output.shape[_HEADS] != few for output in call.outputs[1:3]):
+        return None  # an op that knows no groups of queries
     if backward:
         outputs[1] = outputs[2] = partial()
 
@@ -88,10 +90,7 @@ def _shared_heads(call: Call) -> Strategy | None:
             at = named_args.index(name)
             args[at] = editor.call(ops.local_part, args[at], _HEADS, few, index)
         found = editor.call(call.target, *args, **local.kwargs)
-        parts: list[fx.Node | None] = [
-            None if tensor is None else editor.call(operator.getitem, found, number)
-            for number, tensor in enumerate(call.outputs)
-        ]
+        parts = list(local.yielded(found))
         for number in (1, 2) if backward else ():
             parts[number] = editor.call(ops.put_part, parts[number], _HEADS, few, index)
         return tuple(parts)

@@ -48,7 +48,7 @@ def conversion(before: Placement, after: Placement) -> str | None:
     if kinds == "PR":
         return {"sum": "reduce", "max": "greatest", "norm2": "norm"}[before.reduction]
     if kinds == "RP":
-        return "as_is" if after.reduction == "max" else "own"
+        return {"sum": "own", "max": "as_is"}.get(after.reduction)
     if kinds in ("PS", "SP"):
         sums = (before if before.is_partial else after).reduction == "sum"
         return ("scatter" if kinds == "PS" else "put") if sums else None
@@ -127,14 +127,11 @@ def convert(
 
 
 def _gathered(editor: Editor, value: fx.Node, shape: tuple[int, ...], dim: int, axis: Axis, stem: str) -> fx.Node:
-    dtype = value.meta["val"].dtype
-    if dtype is torch.bool:  # which not every backend sends
-        value = editor.call(aten._to_copy.default, value, dtype=torch.uint8)
+    value, dtype = _sendable(editor, value), value.meta["val"].dtype
     part = list(value.meta["val"].shape)
     launch = editor.call(c10d.all_gather, editor.contiguous(value), axis.ranks, axis.name, name=f"{stem}_gather")
     whole = editor.call(c10d.wait, launch, name=f"{stem}_whole")
-    whole = _from_front(editor, whole, part, list(shape), dim, axis.ranks)
-    return editor.call(aten._to_copy.default, whole, dtype=dtype) if dtype is torch.bool else whole
+    return _of_dtype(editor, _from_front(editor, whole, part, list(shape), dim, axis.ranks), dtype)
 
 
 def _scattered(editor: Editor, value: fx.Node, part: tuple[int, ...], dim: int, axis: Axis, stem: str) -> fx.Node:
@@ -146,6 +143,7 @@ def _scattered(editor: Editor, value: fx.Node, part: tuple[int, ...], dim: int, 
 def _exchanged(
     editor: Editor, value: fx.Node, shape: tuple[int, ...], dim: int, to_dim: int, axis: Axis, stem: str
 ) -> fx.Node:
+    value, dtype = _sendable(editor, value), value.meta["val"].dtype
     part = list(value.meta["val"].shape)
     part[to_dim] //= axis.ranks
     sent = _to_front(editor, value, to_dim, axis.ranks)
@@ -155,7 +153,18 @@ def _exchanged(
     received = editor.call(c10d.wait, launch, name=f"{stem}_received")
     after = list(shape)
     after[to_dim] //= axis.ranks
-    return _from_front(editor, received, part, after, dim, axis.ranks)
+    return _of_dtype(editor, _from_front(editor, received, part, after, dim, axis.ranks), dtype)
+
+
+def _sendable(editor: Editor, value: fx.Node) -> fx.Node:
+    """Truth values as bytes: not every backend sends them."""
+    is_bool = value.meta["val"].dtype is torch.bool
+    return editor.call(aten._to_copy.default, value, dtype=torch.uint8) if is_bool else value
+
+
+def _of_dtype(editor: Editor, value: fx.Node, dtype: torch.dtype) -> fx.Node:
+    same = value.meta["val"].dtype is dtype
+    return value if same else editor.call(aten._to_copy.default, value, dtype=dtype)
 
 
 def _to_front(editor: Editor, value: fx.Node, dim: int, ranks: int) -> fx.Node:

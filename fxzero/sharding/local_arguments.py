@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import torch
-from torch import fx
 
 aten = torch.ops.aten
 
@@ -29,15 +28,15 @@ def _sizes() -> dict[Any, int]:
     return dict.fromkeys(as_second, 1)
 
 
-def with_local_sizes(node: fx.Node, args: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
+def with_local_sizes(target: Any, args: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
     """The arguments of a call that yields a tensor of this shape.
 
     Args:
-        node: the call.
+        target: the op.
         args: its positional arguments.
         shape: what this rank's part of the output has.
     """
-    index = _sizes().get(node.target)
+    index = _sizes().get(target)
     if index is None:
         return args
     return (*args[:index], list(shape), *args[index + 1 :])

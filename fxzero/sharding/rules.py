@@ -15,7 +15,17 @@ from torch import fx
 from fxzero import compat, compat_sharding
 from fxzero.graph.call_signature import call_signature
 from fxzero.graph.randomness import draws
-from fxzero.sharding import attention, experts, norms, vocabulary
+from fxzero.sharding import (
+    attention,
+    convolutions,
+    elementwise,
+    experts,
+    group_norms,
+    losses,
+    norms,
+    reductions,
+    vocabulary,
+)
 from fxzero.sharding import draws as random_draws
 from fxzero.sharding.dtensor_rules import by_dtensor
 from fxzero.sharding.strategy import Call, Strategy, replicated
@@ -34,8 +44,26 @@ def own_rules() -> dict[str, Rule]:
         "aten::_log_softmax_backward_data": vocabulary.log_softmax_backward,
         "aten::nll_loss_forward": vocabulary.nll_loss,
         "aten::nll_loss_backward": vocabulary.nll_loss_backward,
+        "aten::mse_loss": losses.loss,
+        "aten::smooth_l1_loss": losses.loss,
+        "aten::huber_loss": losses.loss,
+        "aten::binary_cross_entropy": losses.loss,
+        "aten::binary_cross_entropy_with_logits": losses.loss,
+        "aten::mse_loss_backward": losses.loss_backward,
+        "aten::smooth_l1_loss_backward": losses.loss_backward,
+        "aten::huber_loss_backward": losses.loss_backward,
+        "aten::binary_cross_entropy_backward": losses.loss_backward,
         "aten::embedding": vocabulary.embedding,
         "aten::embedding_dense_backward": vocabulary.embedding_backward,
+        "aten::clone": elementwise.clone,
+        "aten::where.self": elementwise.where,
+        "aten::masked_fill.Scalar": elementwise.masked_fill,
+        "aten::mean": reductions.mean,
+        "aten::amax": reductions.amax,
+        "aten::convolution": convolutions.convolution,
+        "aten::convolution_backward": convolutions.convolution_backward,
+        "aten::native_group_norm": group_norms.group_norm,
+        "aten::native_group_norm_backward": group_norms.group_norm_backward,
         "aten::linalg_vector_norm": norms.vector_norm,
         "aten::stack": norms.stack,
         "aten::native_dropout": random_draws.dropout,
@@ -45,6 +73,8 @@ def own_rules() -> dict[str, Rule]:
     }
     rules |= {op.name(): random_draws.draws_like for op in random_draws.LIKE}
     rules |= dict.fromkeys(("aten::view", "aten::_unsafe_view", "aten::reshape"), views)
+    rules |= {op.name(): elementwise.elementwise for op in elementwise.UNKNOWN_TO_DTENSOR}
+    rules["aten::view.dtype"] = by_dtensor  # which is no view in another shape
     return rules
 
 
@@ -55,7 +85,7 @@ class Rules:
         ranks: of the axis.
 
     Attributes:
-        unknown: ops that no rule knows, with how many calls of a step they are.
+        unknown: ops that no rule knows, with how many distinct calls they are.
     """
 
     def __init__(self, ranks: int) -> None:
@@ -100,14 +130,26 @@ def _rule_of(call: Call) -> Rule | None:
 def _told(call: Call) -> Iterator[Strategy]:
     if not compat.is_op(call.target) or not call.tensors:
         return
+    yield from (_with_share(call, strategy) for strategy in _ways(call) if _adds_up(call, strategy))
+
+
+def _ways(call: Call) -> Iterable[Strategy]:
     rule = _rule_of(call)
     if rule is not None:
-        yield from map(functools.partial(_with_share, call), rule(call))
-        return
+        return rule(call)
     if draws(call.target, call.args, call.kwargs):
-        return  # what each rank drew for its part would be other numbers than one device draws
-    for strategy in by_dtensor(call):
-        yield _with_share(call, strategy)
+        return ()  # what each rank drew for its part would be other numbers than one device draws
+    return by_dtensor(call)
+
+
+def _adds_up(call: Call, strategy: Strategy) -> bool:
+    """Whether what is to be reduced can be: no truth values, and no integers that were made of floating parts."""
+    taken = {tensor.dtype for tensor, p in zip(call.tensors, strategy.inputs, strict=True) if p.is_partial}
+    pairs = zip(call.outputs, strategy.outputs, strict=True)
+    yielded = {tensor.dtype for tensor, p in pairs if tensor is not None and p is not None and p.is_partial}
+    if torch.bool in taken | yielded:
+        return False
+    return not any(dtype.is_floating_point for dtype in taken) or all(dtype.is_floating_point for dtype in yielded)
 
 
 def _with_share(call: Call, strategy: Strategy) -> Strategy:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +32,11 @@ class Tensor:
     def of(cls, val: torch.Tensor) -> Tensor:
         """That of a fake tensor."""
         return cls(tuple(val.shape), tuple(val.stride()), val.dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole."""
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -106,9 +113,34 @@ class Local:
         """What all ranks' tensors come to."""
         return self.editor.all_reduce(value, self.axis, op=op, stem=f"{self.node.name}_{self.axis}")
 
+    def yielded(self, found: fx.Node) -> tuple[fx.Node | None, ...]:
+        """The nodes of what a call yields that yields as many values as this one."""
+        if isinstance(found.meta["val"], torch.Tensor):
+            return (found,)
+        return tuple(
+            None if tensor is None else self.editor.call(operator.getitem, found, index)
+            for index, tensor in enumerate(self.call.outputs)
+        )
+
 
 # makes of a local call the nodes that yield what it yields on this rank, one for each of its outputs
 Form = Callable[[Local], tuple[fx.Node | None, ...]]
+
+
+def called_with(changes: Mapping[str, Any]) -> Form:
+    """The form of an op that is told its part's sizes: the op itself, with other values for some arguments.
+
+    Args:
+        changes: name of an argument -> its value.
+    """
+
+    def form(local: Local) -> tuple[fx.Node | None, ...]:
+        names = [argument.name for argument in local.call.target._schema.arguments]
+        args = [changes.get(name, value) for name, value in zip(names, local.args, strict=False)]
+        kwargs = {name: changes.get(name, value) for name, value in local.kwargs.items()}
+        return local.yielded(local.editor.call(local.call.target, *args, **kwargs))
+
+    return form
 
 
 @dataclass(frozen=True)

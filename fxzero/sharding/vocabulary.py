@@ -20,7 +20,7 @@ from fxzero.sharding.strategy import Call, Local, Message, Strategy, fits, repli
 
 aten = torch.ops.aten
 
-_SUM = 2  # of losses, as `reduction` says it
+_NONE, _SUM = 0, 2  # of losses, as `reduction` says it
 
 
 def embedding(call: Call) -> Iterator[Strategy]:
@@ -41,9 +41,10 @@ def _looked_up(local: Local) -> tuple[fx.Node | None, ...]:
 
 def embedding_backward(call: Call) -> Iterator[Strategy]:
     """The ways of `embedding_dense_backward`."""
-    yield from by_dtensor(call)
-    if call.argument("scale_grad_by_freq"):
+    if call.argument("scale_grad_by_freq"):  # a rank that has some of the ids cannot count them
+        yield from (strategy for strategy in by_dtensor(call) if strategy.inputs[1] == REPLICATED)
         return
+    yield from by_dtensor(call)
     strategy = Strategy((REPLICATED, REPLICATED), (shard(0),), _added_to_own_words)
     if fits(call, strategy):
         yield strategy
@@ -107,16 +108,15 @@ def _log_softmax_backward(local: Local) -> tuple[fx.Node | None, ...]:
 def nll_loss(call: Call) -> Iterator[Strategy]:
     """The ways of `nll_loss_forward`, unweighted: rows, or words."""
     yield replicated(call)
-    if call.argument("weight") is not None or len(call.tensors[0].shape) != 2 or call.argument("reduction") == 0:
+    if call.argument("weight") is not None or len(call.tensors[0].shape) != 2:
         return
-    for inputs, form in (((shard(0), shard(0)), _loss_of_rows), ((shard(1), REPLICATED), _loss_of_words)):
-        strategy = Strategy(inputs, (partial(), REPLICATED), form, _count(inputs[0].dim), share=1 / call.ranks)
-        if fits(call, strategy):
-            yield strategy
-
-
-def _count(dim: int) -> tuple[Message, ...]:
-    return (Message("all_reduce", 8),) if dim == 0 else ()
+    rows, words, summed = (shard(0), shard(0)), (shard(1), REPLICATED), (partial(), REPLICATED)
+    count = (Message("all_reduce", 8),)
+    found = [Strategy(rows, summed, _loss_of_rows, count, share=1 / call.ranks)]
+    if call.argument("reduction") == _NONE:
+        found = [Strategy(rows, (shard(0), REPLICATED))]
+    found.append(Strategy(words, summed, _loss_of_words, share=1 / call.ranks))
+    yield from (strategy for strategy in found if fits(call, strategy))
 
 
 def _loss_of_rows(local: Local) -> tuple[fx.Node | None, ...]:
@@ -132,8 +132,11 @@ def _loss_of_words(local: Local) -> tuple[fx.Node | None, ...]:
     logs, target, weight, reduction, ignored = local.args
     editor = local.editor
     own = _own_targets(local, target, logs.meta["val"].shape[1], ignored)
-    both = editor.call(aten.nll_loss_forward.default, logs, own, weight, _SUM, ignored)
+    kind = _NONE if reduction == _NONE else _SUM
+    both = editor.call(aten.nll_loss_forward.default, logs, own, weight, kind, ignored)
     loss = editor.call(operator.getitem, both, 0)
+    if reduction == _NONE:
+        return loss, editor.call(operator.getitem, both, 1)
     counted = editor.call(aten.ne.Scalar, target, ignored)
     count = editor.call(aten.sum.dim_IntList, counted, [0], dtype=logs.meta["val"].dtype)
     return (loss if reduction == _SUM else editor.call(aten.div.Tensor, loss, count), count)
@@ -142,9 +145,10 @@ def _loss_of_words(local: Local) -> tuple[fx.Node | None, ...]:
 def nll_loss_backward(call: Call) -> Iterator[Strategy]:
     """The ways of `nll_loss_backward`, unweighted: rows, or words."""
     yield replicated(call)
-    if call.argument("weight") is not None or len(call.tensors[1].shape) != 2 or call.argument("reduction") == 0:
+    if call.argument("weight") is not None or len(call.tensors[1].shape) != 2:
         return
-    rows = (REPLICATED, shard(0), shard(0), REPLICATED)
+    slope = shard(0) if call.argument("reduction") == _NONE else REPLICATED
+    rows = (slope, shard(0), shard(0), REPLICATED)
     words = (REPLICATED, shard(1), REPLICATED, REPLICATED)
     for inputs, form in ((rows, None), (words, _backward_of_words)):
         strategy = Strategy(inputs, (inputs[1],), form, share=1 / call.ranks)
