@@ -249,8 +249,8 @@ def _before_recomputation(plan: Plan, backend: str, decided: Decided) -> list[Pa
     """What changes which calls there are to be had again."""
     split = []
     if plan.axes.get("tp", 1) > 1:
-        how = {"axis": "tp", "pinned": decided.lies, "hardware": plan.hardware, "backend": backend}
-        split.append(split_tensors.using(**how))
+        machine = {"hardware": plan.hardware, "backend": backend}
+        split.append(split_tensors.using(axis="tp", pinned=decided.lies, strict=plan.tp_strict, **machine))
     chunked = [] if plan.chunk_loss is None else [chunk_losses.using(rows=plan.chunk_loss)]
     return [*split, *_kernels(plan, fuse_norms, fuse_gates, fuse_rotary), *chunked]
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from fxzero.cost.hardware import hardware_of
-from fxzero.errors import RewriteError
+from fxzero.errors import PlanError, RewriteError
 from fxzero.graph import StepGraph
 from fxzero.graph.axis_placement import REPLICATED, Placement, local_shape
 from fxzero.graph.contract import graph_pass
@@ -40,6 +40,7 @@ def split_tensors(
     *,
     axis: str,
     pinned: Sequence[tuple[str, Placement]] = (),
+    strict: bool = False,
     hardware: str = "auto",
     backend: str = "",
 ) -> int:
@@ -49,14 +50,31 @@ def split_tensors(
         step: the graph as captured.
         axis: the mesh axis.
         pinned: names of parameters, with how these have to lie.
+        strict: an op that no rule knows is an error; else every rank does all of it.
         hardware: name or path of a machine's description; "auto": by the graph's device.
         backend: what carries collectives, for "auto".
+
+    Raises:
+        PlanError: if it is strict, and no rule knows an op.
     """
     machine = hardware_of(step, backend=backend, named=hardware)
     rules = Rules(step.mesh[axis])
     answer = solve(problem_of(step, axis, rules, machine, dict(pinned)))
+    if strict and rules.unknown:
+        _refuse(step, rules)
     step.remarks["split_tensors"] = told(step, axis, answer, rules)
     return rewrite(step, axis=axis, ways={node: answer.strategy(node) for node in answer.problem.of_node})
+
+
+def _refuse(step: StepGraph, rules: Rules) -> None:
+    first = next(node for node in step.calls() if str(node.target) in rules.unknown)
+    where = f"first in {first.meta['phase']} of {first.meta['module'] or 'the model'}"
+    raise PlanError.of(
+        "Plan.tp_strict",
+        expected="a rule for every op, of DTensor's or of fxzero's own",
+        got=f"none for {', '.join(rules.unknown)}, {where}",
+        fix="leave tp_strict out (every rank then does all of it), or write a rule in fxzero/sharding/rules.py",
+    )
 
 
 def rewrite(step: StepGraph, *, axis: str, ways: Mapping[fx.Node, Strategy]) -> int:
@@ -236,13 +254,17 @@ class _Rewrite:
     def _replace(self, node: fx.Node, parts: tuple[fx.Node | None, ...], strategy: Strategy) -> None:
         """Nodes that a form has made stand for what a call yielded."""
         self.edits += 1
-        for old, index in [(node, 0)] if yields_tensor(node) else [(u, u.args[1]) for u in list(node.users)]:
+        for old, index in [(node, 0)] if yields_tensor(node) else self._parts_of(node):
             part, placement = parts[index], strategy.outputs[index]  # type: ignore[index]
             assert part is not None and placement is not None
             self._check(old, self.shapes[old], part.meta["val"], placement)
             if "grad_of" in old.meta:
                 part.meta["grad_of"] = old.meta["grad_of"]
             self._holds(old, part, placement)
+
+    def _parts_of(self, node: fx.Node) -> list[tuple[fx.Node, Any]]:
+        """What picks the values of a call, with their numbers; not what its form has inserted."""
+        return [(user, user.args[1]) for user in node.users if user in self.shapes]
 
     def _settle_results(self, results: dict[tuple[str, str], fx.Node]) -> None:
         """State goes out as it came in; all else whole."""

@@ -1,7 +1,8 @@
 """Random numbers for a part of a tensor: those that one device would draw for it.
 
 Every rank draws for the whole tensor and keeps its part. So what is dropped is what one device drops, to the bit, and
-all ranks' generators stay in step; the price is the draw of the whole, a small part of what a block computes.
+all ranks' generators stay in step; the price is the draw of the whole, a small part of what a block computes. The call
+that draws stays in the graph under its name: the order of draws is part of what a step means.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def draws_like(call: Call) -> Iterator[Strategy]:
         def form(local: Local, dim: int = dim) -> tuple[fx.Node | None, ...]:
             editor, (like, *others) = local.editor, local.args
             whole = editor.call(aten.new_empty.default, like, list(call.tensors[0].shape))
-            drawn = editor.call(call.target, whole, *others, **local.kwargs)
-            return (editor.call(ops.local_part, drawn, dim, call.ranks, local.coordinate()),)
+            with local.made_of(whole, *others, **local.kwargs) as drawn:
+                return (editor.call(ops.local_part, drawn, dim, call.ranks, local.coordinate()),)
 
         strategy = Strategy((shard(dim),), (shard(dim),), form)
         if fits(call, strategy):
@@ -52,10 +53,11 @@ def dropout(call: Call) -> Iterator[Strategy]:
         def form(local: Local, dim: int = dim) -> tuple[fx.Node | None, ...]:
             editor, (x, p, train) = local.editor, local.args
             whole = editor.call(aten.new_ones.default, x, list(call.tensors[0].shape))
-            drawn = editor.call(aten.native_dropout.default, whole, p, train)
-            both = [editor.call(operator.getitem, drawn, index) for index in (0, 1)]
-            scaled, mask = (editor.call(ops.local_part, value, dim, call.ranks, local.coordinate()) for value in both)
-            return editor.call(aten.mul.Tensor, x, scaled), mask
+            with local.made_of(whole, p, train) as drawn:
+                both = [editor.call(operator.getitem, drawn, index) for index in (0, 1)]
+                index = local.coordinate()
+                scaled, mask = (editor.call(ops.local_part, value, dim, call.ranks, index) for value in both)
+                return editor.call(aten.mul.Tensor, x, scaled), mask
 
         strategy = Strategy((shard(dim),), (shard(dim), shard(dim)), form)
         if fits(call, strategy):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import fx
 
 from fxzero.graph.axis_placement import REPLICATED, Placement, divides
-from fxzero.graph.edit import Editor
+from fxzero.graph.edit import Editor, value_of
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,14 @@ class Local:
     call: Call
     axis: str
     coordinate: Callable[[], fx.Node]
+
+    @contextmanager
+    def made_of(self, *args: Any, **kwargs: Any) -> Iterator[fx.Node]:
+        """The call itself, on other arguments; what is inserted in the block stands behind it."""
+        self.node.args, self.node.kwargs = args, kwargs
+        self.node.meta["val"] = value_of(self.editor.step, self.node, self.editor.mode)
+        with self.editor.after(self.node):
+            yield self.node
 
     def all_reduce(self, value: fx.Node, op: str = "sum") -> fx.Node:
         """What all ranks' tensors come to."""
