@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from fxzero import Plan, StepGraph, compat_distributed
 from fxzero.capture import Inventory, capture_step
 from fxzero.capture.rehearsal import rehearse
+from fxzero.capture.signature import flatten_batch
 from fxzero.graph import collectives as c10d
 from fxzero.graph.axis_placement import SPLIT_AXES, Placement
 from fxzero.graph.ops import local_shard
@@ -101,12 +102,18 @@ def run_ranks(
 
 
 def train_ranks(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: list[list[Any]], plan: Plan, *, step: StepGraph
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[list[Any]],
+    plan: Plan,
+    *,
+    step: StepGraph,
+    constants: Mapping[str, torch.Tensor] | None = None,
 ) -> Outcome:
     """Steps of `step` on all ranks at once; the i-th of the data axes gets `batches[n][i]` at step n.
 
-    The losses are the last step's. State that is a Python number must not change between steps; model and optimizer are
-    not changed.
+    A batch is a tuple of arguments, or a dict of keyword arguments; `constants` are the capture's. The losses are the
+    last step's. State that is a Python number must not change between steps; model and optimizer are not changed.
     """
     mesh = Mesh.of(step)
     model, optimizer = copy.deepcopy((model, optimizer))
@@ -114,16 +121,19 @@ def train_ranks(
         model, optimizer, Topology(Plan(zero=plan.zero).resolve(1), None, "none"), device=torch.device("cpu")
     )
     state.bind()
+    if dist.is_initialized() and dist.get_world_size() != len(mesh.ranks):
+        dist.destroy_process_group()
     if not dist.is_initialized():
         compat_distributed.fake_process_group(len(mesh.ranks))
-    assert dist.get_world_size() == len(mesh.ranks)
     assert all(len(batch) == 1 + max(map(mesh.data_index, mesh.ranks)) for batch in batches)
     program = Program(step, groups=mesh.groups())
     values: dict[tuple[str, str], Any] = {}
     for batch in batches:
         for node in step.placeholders:
             entry = node.meta["entry"]
-            if entry.key not in values or entry.kind == "batch":
+            if entry.kind == "constant":
+                values[entry.key] = (constants or {})[entry.name]
+            elif entry.key not in values or entry.kind == "batch":
                 values[entry.key] = _value(node, state, batch, mesh)
         with compat_distributed.local_tensor_mode(len(mesh.ranks)):
             outputs = program.run(list(values.values()))
@@ -142,8 +152,8 @@ def _value(node: Any, state: StepState, batches: list[Any], mesh: Mesh) -> Any:
     if entry.kind == "coordinate":
         return compat_distributed.local_int({rank: mesh.coordinates(rank)[entry.name] for rank in ranks})
     if entry.kind == "batch":
-        index = int(entry.name.split(".")[1])
-        return compat_distributed.local_tensor({rank: batches[mesh.data_index(rank)][index] for rank in ranks})
+        leaves = [_leaves(batch) for batch in batches]
+        return compat_distributed.local_tensor({rank: leaves[mesh.data_index(rank)][entry.name] for rank in ranks})
     if entry.kind == "auxiliary":
         val = node.meta["val"]
         return compat_distributed.local_tensor({rank: torch.zeros(val.shape, dtype=val.dtype) for rank in ranks})
@@ -153,6 +163,11 @@ def _value(node: Any, state: StepState, batches: list[Any], mesh: Mesh) -> Any:
     parts = {rank: _part(node, value.detach(), mesh, rank) for rank in ranks}
     assert all(part.shape == node.meta["val"].shape for part in parts.values()), f"{node.name} has other parts"
     return compat_distributed.local_tensor(parts)
+
+
+def _leaves(batch: Any) -> dict[str, Any]:
+    args, kwargs = ((), batch) if isinstance(batch, dict) else (tuple(batch), {})
+    return dict(flatten_batch(args, kwargs)[0])
 
 
 def _part(node: Any, whole: torch.Tensor, mesh: Mesh, rank: int) -> torch.Tensor:
