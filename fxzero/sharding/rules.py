@@ -143,13 +143,10 @@ def _ways(call: Call) -> Iterable[Strategy]:
 
 
 def _adds_up(call: Call, strategy: Strategy) -> bool:
-    """Whether what is to be reduced can be: no truth values, and no integers that were made of floating parts."""
-    taken = {tensor.dtype for tensor, p in zip(call.tensors, strategy.inputs, strict=True) if p.is_partial}
-    pairs = zip(call.outputs, strategy.outputs, strict=True)
-    yielded = {tensor.dtype for tensor, p in pairs if tensor is not None and p is not None and p.is_partial}
-    if torch.bool in taken | yielded:
-        return False
-    return not any(dtype.is_floating_point for dtype in taken) or all(dtype.is_floating_point for dtype in yielded)
+    """Whether what is to be reduced can be: truth values cannot."""
+    placed = [*zip(call.tensors, strategy.inputs, strict=True), *zip(call.outputs, strategy.outputs, strict=True)]
+    reduced = {tensor.dtype for tensor, lies in placed if tensor is not None and lies is not None and lies.is_partial}
+    return torch.bool not in reduced
 
 
 def _with_share(call: Call, strategy: Strategy) -> Strategy:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._op_schema import OpStrategy
 
 from fxzero.graph.axis_placement import REPLICATED
 from fxzero.sharding import dtensor_rules
@@ -79,7 +79,7 @@ def test_what_a_rule_cannot_mean_is_left_out(plant: Plant, row: list[Any]) -> No
 
 
 def test_a_strategy_without_specs_is_left_out(plant: Plant) -> None:
-    plant("op_strategy_funcs", aten.relu.default, lambda schema: SimpleNamespace(strategies=[None]))
+    plant("op_strategy_funcs", aten.relu.default, lambda schema: OpStrategy([None]))
     assert ways_of_relu() == [ALL_OF_IT]
 
 
