@@ -8,7 +8,7 @@ import torch
 
 from fxzero.graph.axis_placement import REPLICATED, Placement, partial, shard
 from fxzero.sharding.dtensor_rules import by_dtensor
-from fxzero.sharding.strategy import Call, Strategy, Tensor, fits
+from fxzero.sharding.strategy import Call, OfStep, Strategy, Tensor, fits
 
 aten = torch.ops.aten
 
@@ -59,7 +59,8 @@ def where(call: Call) -> Iterator[Strategy]:
 def masked_fill(call: Call) -> Iterator[Strategy]:
     """The ways of `masked_fill` with a number: by DTensor, and with 0 of what is still to be added up."""
     yield from by_dtensor(call)
-    if call.argument("value") == 0:
+    value = call.argument("value")
+    if value == 0 and not isinstance(value, OfStep):
         yield Strategy((partial(), REPLICATED), (partial(),))
 
 

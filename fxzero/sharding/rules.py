@@ -15,6 +15,7 @@ from torch import fx
 from fxzero import compat, compat_sharding
 from fxzero.graph.call_signature import call_signature
 from fxzero.graph.randomness import draws
+from fxzero.graph.step_graph import yields_scalar
 from fxzero.sharding import (
     attention,
     convolutions,
@@ -100,7 +101,8 @@ class Rules:
 
     def of(self, node: fx.Node) -> tuple[Strategy, ...]:
         """The ways of a call whose inputs and value are whole; the first is that every rank does all of it."""
-        key = self.signature(node)
+        of_step = tuple(map(yields_scalar, node.all_input_nodes))
+        key = self.signature(node), of_step
         if key not in self._known:
             self._known[key] = tuple(self._asked(Call.of(node, self.ranks)))
         return self._known[key]

@@ -40,14 +40,26 @@ class Tensor:
         return self.dtype.itemsize * math.prod(self.shape)
 
 
+class OfStep:
+    """A number that another step may have otherwise, such as a learning rate: no rule may rest on its value."""
+
+
+class _FloatOfStep(float, OfStep):
+    pass
+
+
+class _IntOfStep(int, OfStep):
+    pass
+
+
 @dataclass(frozen=True)
 class Call:
     """A call as a rule sees it.
 
     Args:
         target: the op.
-        args, kwargs: as of the node, a `Tensor` where it has a node that yields one, and the number itself where it
-            yields that.
+        args, kwargs: as of the node, a `Tensor` where it has a node that yields one, and a number that is `OfStep`
+            where it yields that.
         outputs: what it yields, one for each tensor; None for what it yields beside tensors.
         ranks: of the axis.
     """
@@ -66,7 +78,9 @@ class Call:
             val = source.meta["val"]
             if isinstance(val, (list, tuple)):
                 return [Tensor.of(item) for item in val]
-            return Tensor.of(val) if isinstance(val, torch.Tensor) else val
+            if isinstance(val, torch.Tensor):
+                return Tensor.of(val)
+            return _FloatOfStep(val) if isinstance(val, float) else _IntOfStep(val)
 
         args = fx.map_arg(node.args, seen)
         kwargs = fx.map_arg(node.kwargs, seen)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import fx
 
 from fxzero.sharding.rules import Rules
 from tests.sharding.further_calls import made
@@ -91,3 +92,16 @@ def test_a_batch_norm_is_not_split_by_samples() -> None:
     x, parameters = torch.randn(4, 8, 6, 6), (torch.rand(8),) * 4
     ways = Rules(2).of(made(aten.native_batch_norm.default, x, *parameters, True, 0.1, 1e-5).node)
     assert not any(way.inputs[0].is_shard and way.inputs[0].dim == 0 for way in ways)
+
+
+def test_no_way_rests_on_a_number_that_another_step_has_otherwise() -> None:
+    """Zeros may be put into summands, but not what is zero at this step alone."""
+    graph = fx.Graph()
+    x, mask, number = (graph.placeholder(name) for name in ("x", "mask", "number"))
+    x.meta["val"], mask.meta["val"], number.meta["val"] = torch.empty(4, 8), torch.ones(4, 8, dtype=torch.bool), 0.0
+    rules, found = Rules(2), []
+    for value in (0.0, number, 0.0):
+        node = graph.call_function(aten.masked_fill.Scalar, (x, mask, value))
+        node.meta["val"] = torch.empty(4, 8)
+        found.append("(P(sum), R) -> (P(sum))" in map(str, rules.of(node)))
+    assert found == [True, False, True]
