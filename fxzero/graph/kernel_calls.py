@@ -16,6 +16,7 @@ from fxzero.graph.step_graph import StepGraph, tensor_val
 
 aten = torch.ops.aten
 
+_OF_ONE_VALUE = ("val", "grad_of", "placements", "because")  # what is said of a value, not of where it is made
 _MOST_TOLD = 2  # reasons, of those that differ
 
 
@@ -80,7 +81,7 @@ def put_forward(
         The nodes that yield the results.
     """
     editor = Editor(step, phase=old.meta["phase"])
-    editor.meta = {key: value for key, value in old.meta.items() if key not in ("val", "grad_of")}
+    editor.meta = {key: value for key, value in old.meta.items() if key not in _OF_ONE_VALUE}
     with editor.before(old):
         call = editor.call(op, *args)
         made = (call,) if results == 1 else tuple(editor.call(operator.getitem, call, i) for i in range(results))
@@ -162,7 +163,7 @@ def _join(editor: Editor, position: dict[fx.Node, float], parts: Sequence[fx.Nod
     """A gradient goes into the sum that its parts were added to."""
     total = sum_of(parts)
     beside, *others = total.rest
-    editor.meta = {key: value for key, value in total.root.meta.items() if key not in ("val", "grad_of")}
+    editor.meta = {key: value for key, value in total.root.meta.items() if key not in _OF_ONE_VALUE}
     with editor.before(total.root):
         for other in others:
             beside = editor.call(aten.add.Tensor, beside, other)

@@ -45,6 +45,15 @@ def _on_first_rank(local: Local) -> tuple[fx.Node | None, ...]:
     return (local.editor.call(ops.on_rank, norm, 0, local.coordinate()),)
 
 
+def nonfinite(call: Call) -> Iterator[Strategy]:
+    """The ways of `fxzero.nonfinite`: a tensor has overflowed where a part of it has."""
+    yield replicated(call)
+    for dim in range(len(call.tensors[0].shape)):
+        strategy = Strategy((shard(dim),), (partial("max"),))
+        if fits(call, strategy):
+            yield strategy
+
+
 def stack(call: Call) -> Iterator[Strategy]:
     """The ways of `stack`: by DTensor, and of norms that still have to be added up."""
     yield from by_dtensor(call)

@@ -67,6 +67,7 @@ def own_rules() -> dict[str, Rule]:
         "aten::native_group_norm_backward": group_norms.group_norm_backward,
         "aten::linalg_vector_norm": norms.vector_norm,
         "aten::stack": norms.stack,
+        "fxzero::nonfinite": norms.nonfinite,
         "aten::native_dropout": random_draws.dropout,
         "transformers::grouped_mm_fallback": experts.grouped_mm,
         "transformers::grouped_mm_fallback_backward": experts.grouped_mm_backward,

@@ -165,6 +165,7 @@ def _reductions() -> Iterator[RecordedCall]:
         yield made(aten.linalg_vector_norm.default, x, order)
     yield made(aten.linalg_vector_norm.default, x)
     yield made(aten.linalg_vector_norm.default, torch.rand(6), torch.inf)
+    yield made(torch.ops.fxzero.nonfinite.default, torch.tensor([[1.0, torch.inf], [2.0, 3.0]]))
 
 
 def _pointwise() -> Iterator[RecordedCall]:
