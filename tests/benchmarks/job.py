@@ -248,8 +248,8 @@ def tensor_parallel_step(*, sequence, compiled=False):
                 styles |= {"attn": PrepareModuleInput(**whole), "ffn": PrepareModuleInput(**one)}
                 styles |= {"attn_norm": SequenceParallel(), "ffn_norm": SequenceParallel()}
             parallelize_module(layer, mesh, styles)
-            if compiled:
-                layer.compile()
+        if compiled:  # as a whole: the gradient of a compiled layer is no DTensor, which torch 2.13 cannot go on from
+            model.compile()
         optimizer = adamw(model.parameters())
 
         def step(x_BT, y_BT):
