@@ -34,11 +34,11 @@ from fxzero.runtime.graphed_program import GraphedProgram
 from fxzero.runtime.microbatches import Batch
 from fxzero.runtime.program import Program
 from fxzero.runtime.state import StepState
-from fxzero.sharding.hints import pinned
+from fxzero.sharding.hints import pin, pinned
 
 log = logging.getLogger("fxzero")
 
-Lies = tuple[tuple[str, AxisPlacement], ...]
+Lies = Mapping[str, AxisPlacement]
 
 MOST_SHAPES = 64  # kinds of batches whose programs are kept
 
@@ -78,7 +78,7 @@ class Compiled:
     def lies(self) -> Lies:
         """How its parameters lie over the mesh axis that it is split over."""
         nodes = self.step.inputs("parameter")
-        return tuple((node.meta["entry"].name, placement_of(node, "tp")) for node in nodes)
+        return {node.meta["entry"].name: placement_of(node, "tp") for node in nodes}
 
     @property
     def placed(self) -> Placement:
@@ -204,13 +204,13 @@ class Programs:
         """How parameters have to lie: as the model's own do already, or as hints of the plan say."""
         ranks = self._plan.axes.get("tp", 1)
         if ranks == 1:
-            return ()
+            return {}
         given = self._state.laid_out
         if given is not None:
             keys = (("parameter", name) for name, _ in self._state.model.named_parameters())
-            return tuple((name, given.get((kind, name), {}).get("tp", REPLICATED)) for kind, name in keys)
+            return {name: given.get((kind, name), {}).get("tp", REPLICATED) for kind, name in keys}
         hints = {} if isinstance(self._plan.tp, str) else self._plan.tp
-        return tuple(pinned(hints, self._state.model, ranks=ranks).items())
+        return pinned(hints, self._state.model, ranks=ranks)
 
     def keep(self, inventory: Inventory, programs: list[Compiled], batch: Batch) -> None:
         """Programs made before model and optimizer were bound serve those that are."""
@@ -306,7 +306,8 @@ class Programs:
         seconds = {"capture": capture.seconds}
 
         def decided(step: StepGraph) -> tuple[Pipeline, Decision | None]:
-            how: Any = {"backend": self._backend, "beside": beside, "placed": placed, "costs": self.costs, "lies": lies}
+            how: Any = {"backend": self._backend, "beside": beside, "placed": placed, "costs": self.costs}
+            pin(step, lies)
             return decided_recipe(step, plan=plan, **how)
 
         capture.step.mesh = dict(plan.axes)

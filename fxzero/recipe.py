@@ -17,7 +17,6 @@ from fxzero.cost.recorded import RecordedCosts
 from fxzero.errors import PlanError
 from fxzero.graph import AuxiliaryState, StepGraph
 from fxzero.graph import collectives as c10d
-from fxzero.graph.axis_placement import Placement as AxisPlacement
 from fxzero.graph.contract import Pass
 from fxzero.graph.placement import NOTHING_PLACED, Placement
 from fxzero.pass_manager import Pipeline
@@ -155,14 +154,12 @@ class Decided:
         offloaded: names of those that wait off the device, with their tier.
         placed: where single tensors of the state rest.
         bytes_beside: on the device, at rest for the step's other microbatches.
-        lies: how parameters lie over a mesh axis, by name: as hints say, or as the step's other programs have it.
     """
 
     recomputed: tuple[str, ...] = ()
     offloaded: tuple[tuple[str, str], ...] = ()
     placed: Placement = NOTHING_PLACED
     bytes_beside: int = 0
-    lies: tuple[tuple[str, AxisPlacement], ...] = ()
 
 
 NOTHING_DECIDED = Decided()
@@ -191,7 +188,7 @@ def recipe(
     rows = {"axis": "dp", "persist_below": plan.persist_below}
 
     gathers = shards and plan.zero >= plan.parameter_stage
-    passes = _before_recomputation(plan, backend, decided)
+    passes = _before_recomputation(plan, backend)
     if plan.recompute == "auto":
         passes.append(recompute_chosen.using(names=decided.recomputed))
     elif plan.recompute != "none":
@@ -245,12 +242,12 @@ def recipe(
     return Pipeline([*passes, *_lowering(plan)], disable=plan.disable)
 
 
-def _before_recomputation(plan: Plan, backend: str, decided: Decided) -> list[Pass]:
+def _before_recomputation(plan: Plan, backend: str) -> list[Pass]:
     """What changes which calls there are to be had again."""
     split = []
     if plan.axes.get("tp", 1) > 1:
         machine = {"hardware": plan.hardware, "backend": backend}
-        split.append(split_tensors.using(axis="tp", pinned=decided.lies, strict=plan.tp_strict, **machine))
+        split.append(split_tensors.using(axis="tp", strict=plan.tp_strict, **machine))
     chunked = [] if plan.chunk_loss is None else [chunk_losses.using(rows=plan.chunk_loss)]
     return [*split, *_kernels(plan, fuse_norms, fuse_gates, fuse_rotary), *chunked]
 
@@ -264,15 +261,15 @@ def _kernels(plan: Plan, *passes: Pass) -> list[Pass]:
     return [fuse.using(names=names) for fuse, names in kept if names]
 
 
-def recomputed_from(step: StepGraph, plan: Plan, *, backend: str, decided: Decided = NOTHING_DECIDED) -> StepGraph:
+def recomputed_from(step: StepGraph, plan: Plan, *, backend: str) -> StepGraph:
     """The graph whose forward results may be named to be had again.
 
     Args:
         step: as captured; it is not changed.
         plan: resolved.
-        backend, decided: as for `recipe`; of what is decided, how parameters lie.
+        backend: what carries collectives.
     """
-    passes = _before_recomputation(plan, backend, decided)
+    passes = _before_recomputation(plan, backend)
     return Pipeline(passes, disable=plan.disable).run(step, check=False) if passes else step
 
 

@@ -9,7 +9,7 @@ Source: Alpa (Zheng et al., 2022); GSPMD (Xu et al., 2021); Megatron-LM (Shoeybi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,7 +39,6 @@ def split_tensors(
     step: StepGraph,
     *,
     axis: str,
-    pinned: Sequence[tuple[str, Placement]] = (),
     strict: bool = False,
     hardware: str = "auto",
     backend: str = "",
@@ -47,9 +46,8 @@ def split_tensors(
     """Let each rank of an axis hold and compute a part of what is cheaper in parts.
 
     Args:
-        step: the graph as captured.
+        step: the graph as captured; a parameter with `meta["pinned"]` for the axis has to lie so.
         axis: the mesh axis.
-        pinned: names of parameters, with how these have to lie.
         strict: an op that no rule knows is an error; else every rank does all of it.
         hardware: name or path of a machine's description; "auto": by the graph's device.
         backend: what carries collectives, for "auto".
@@ -59,7 +57,7 @@ def split_tensors(
     """
     machine = hardware_of(step, backend=backend, named=hardware)
     rules = Rules(step.mesh[axis])
-    answer = solve(problem_of(step, axis, rules, machine, dict(pinned)))
+    answer = solve(problem_of(step, axis, rules, machine))
     if strict and rules.unknown:
         _refuse(step, rules)
     step.remarks["split_tensors"] = told(step, axis, answer, rules)

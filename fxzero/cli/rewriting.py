@@ -19,6 +19,7 @@ from fxzero.pass_manager import Pipeline
 from fxzero.plan import Plan
 from fxzero.programs import carried
 from fxzero.recipe import captured_as, recipe
+from fxzero.sharding.hints import pin, pinned
 
 CAPTURE = "capture"
 
@@ -65,6 +66,8 @@ def _captures(text: str, plan: Plan, progress: Progress) -> Callable[..., StepGr
     count = sum(p.numel() for p in inventory.parameters.values())
     with progress.stage("rehearse", f"optimizer state of {count:,} parameters"):
         inventory, fresh = rehearse(inventory)
+    hints = {} if isinstance(plan.tp, str) else plan.tp
+    lies = pinned(hints, target.model, ranks=plan.axes.get("tp", 1))
     options = captured_as(plan)
     batch = target.args, target.kwargs
 
@@ -74,6 +77,7 @@ def _captures(text: str, plan: Plan, progress: Progress) -> Callable[..., StepGr
             how = replace(options, accumulation=place)
             step = capture_step(inventory, target.loss, *batch, fresh=fresh, options=how).step
         step.mesh = dict(plan.axes)
+        pin(step, lies)
         return step
 
     return capture

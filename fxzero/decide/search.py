@@ -23,7 +23,6 @@ from fxzero.decide.decision import Decision, in_order
 from fxzero.decide.state_answers import StateAnswers
 from fxzero.errors import PlanError
 from fxzero.graph import StepGraph
-from fxzero.graph.axis_placement import Placement as AxisPlacement
 from fxzero.graph.placement import NOTHING_PLACED, Placement
 from fxzero.graph.text import size_text
 from fxzero.pass_manager import Pipeline
@@ -51,7 +50,6 @@ def decided_recipe(
     beside: Sequence[StepGraph] = (),
     placed: Placement | None = None,
     costs: RecordedCosts | None = None,
-    lies: Sequence[tuple[str, AxisPlacement]] = (),
 ) -> tuple[Pipeline, Decision | None]:
     """The pipeline for a captured step, with what its plan leaves open decided.
 
@@ -63,16 +61,14 @@ def decided_recipe(
             for them is there too.
         placed: where state rests, if that is decided already.
         costs: recorded ones, for the schedule alone.
-        lies: how parameters have to lie over a mesh axis, by name.
 
     Raises:
         PlanError: if the budget cannot be met.
     """
     others = bytes_beside(step, beside)
     if not leaves_open(plan):
-        decided = Decided(bytes_beside=others, lies=tuple(lies))
-        return recipe(plan, backend=backend, decided=decided, costs=costs), None
-    decision = decide(step, plan=plan, backend=backend, beside=beside, placed=placed, lies=lies)
+        return recipe(plan, backend=backend, decided=Decided(bytes_beside=others), costs=costs), None
+    decision = decide(step, plan=plan, backend=backend, beside=beside, placed=placed)
     decided = replace(decision.decided, bytes_beside=others)
     return recipe(plan, backend=backend, decided=decided, costs=costs), decision
 
@@ -109,7 +105,6 @@ def decide(
     backend: str,
     beside: Sequence[StepGraph] = (),
     placed: Placement | None = None,
-    lies: Sequence[tuple[str, AxisPlacement]] = (),
 ) -> Decision:
     """Decide what a plan leaves open, for the least time with a predicted peak within the plan's budgets.
 
@@ -119,7 +114,6 @@ def decide(
         backend: what carries collectives.
         beside: the step's other microbatches, as for `decided_recipe`.
         placed: where state rests, if that is decided already.
-        lies: as for `decided_recipe`.
 
     Raises:
         PlanError: if no decision that was found meets the budgets, naming the smallest peak.
@@ -129,7 +123,7 @@ def decide(
     plan = plan.replace(schedule="fixed", costs=None, costs_of_any_machine=False)
     plan = plan.replace(bucket_bytes=bucket_bytes(plan), regather=regather)
     hardware = hardware_of(step, backend=backend)
-    base = Decided(placed=placed or NOTHING_PLACED, lies=tuple(lies))
+    base = Decided(placed=placed or NOTHING_PLACED)
     program = recipe(plan, backend=backend, decided=base).run(step, check=False)
     profile = memory_profile(program, beside=beside)
     nothing = Decision(
@@ -147,7 +141,7 @@ def decide(
     activations, state = None, None
     if plan.recompute == "auto":
         pointwise = "recompute_pointwise" not in plan.disable
-        whole = recomputed_from(step, plan, backend=backend, decided=base)
+        whole = recomputed_from(step, plan, backend=backend)
         found = Activations(whole, hardware, tiers=activation_tiers(plan), pointwise=pointwise)
         activations = ActivationAnswers(found, program, host_is_bounded=plan.host_budget is not None)
     if leaves_state_open(plan) and placed is None:
@@ -246,7 +240,7 @@ class _Search:
         count = len(self.activations.alternatives) if self.activations else 0
         decided, groups = nothing.decided, []
         if self.activations is not None:
-            decided = replace(self.activations.decided(chosen[:count]), placed=decided.placed, lies=decided.lies)
+            decided = replace(self.activations.decided(chosen[:count]), placed=decided.placed)
             groups += self.activations.groups(chosen[:count])
         if self.state is not None:
             decided = replace(decided, placed=self.state.placed(chosen[count:]))

@@ -10,6 +10,7 @@ Everything that a pass needs stands in `node.meta`:
     sharding   a Sharding, where the value is this rank's rows of a larger tensor
     placements mesh axis -> how the value lies over its ranks ([Note: placements] in axis_placement.py); an axis that is
                not there has it whole on each
+    pinned     parameters only: mesh axis -> how it has to lie over it, whatever is cheapest
     because    why a value is made to lie otherwise, in a few words
     grad_of    names of the parameters whose unreduced gradient this node is
     param      the parameter whose update (or gather, or reduction) this node belongs to

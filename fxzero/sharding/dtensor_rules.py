@@ -99,6 +99,8 @@ def _on_meta(call: Call, placements: tuple[Placement, ...]) -> tuple[tuple[Any, 
 def _mapped(arg: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(arg, Tensor):
         return change(arg)
+    if isinstance(arg, torch.device):
+        return torch.device("meta")
     if isinstance(arg, (list, tuple)):
         return type(arg)(_mapped(item, change) for item in arg)
     return arg

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fxzero.errors import PlanError
+from fxzero.graph import StepGraph
 from fxzero.graph.axis_placement import REPLICATED, Placement, divides, shard
 
 _WHERE = "Plan.tp"
@@ -24,6 +25,20 @@ class _Parameter:
     value: nn.Parameter
     module: nn.Module
     module_path: str
+
+
+def pin(step: StepGraph, placements: Mapping[str, Placement], *, axis: str = "tp") -> None:
+    """Say in a graph how parameters have to lie over an axis; what was said of it before is forgotten.
+
+    Args:
+        step: as captured.
+        placements: name of a parameter -> how it has to lie.
+        axis: of the mesh.
+    """
+    for node in step.inputs("parameter"):
+        others = {name: lies for name, lies in node.meta.get("pinned", {}).items() if name != axis}
+        own = placements.get(node.meta["entry"].name)
+        node.meta["pinned"] = others if own is None else {**others, axis: own}
 
 
 def pinned(hints: Mapping[str, str], model: nn.Module, *, ranks: int = 1) -> dict[str, Placement]:

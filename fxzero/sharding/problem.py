@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -124,9 +124,7 @@ def placements_of_state(shape: tuple[int, ...], ranks: int) -> list[Placement]:
     return [REPLICATED, *(placement for placement in dims if divides(shape, placement, ranks))]
 
 
-def problem_of(
-    step: StepGraph, axis: str, rules: Rules, hardware: Hardware, pinned: Mapping[str, Placement] | None = None
-) -> Problem:
+def problem_of(step: StepGraph, axis: str, rules: Rules, hardware: Hardware) -> Problem:
     """The problem of a step.
 
     Args:
@@ -134,16 +132,13 @@ def problem_of(
         axis: of its mesh.
         rules: for that many ranks.
         hardware: the machine.
-        pinned: name of a parameter -> how it has to lie.
     """
-    return _Builder(step, axis, rules, hardware, pinned or {}).build()
+    return _Builder(step, axis, rules, hardware).build()
 
 
 class _Builder:
-    def __init__(
-        self, step: StepGraph, axis: str, rules: Rules, hardware: Hardware, pinned: Mapping[str, Placement]
-    ) -> None:
-        self.step, self.rules, self.hardware, self.pinned = step, rules, hardware, pinned
+    def __init__(self, step: StepGraph, axis: str, rules: Rules, hardware: Hardware) -> None:
+        self.step, self.axis, self.rules, self.hardware = step, axis, rules, hardware
         layout = layout_of(axis, step.mesh, hardware.ranks_per_node)
         self.problem = Problem(rules.ranks, layout, hardware)
         self.known: dict[Hashable, int] = {}
@@ -186,9 +181,8 @@ class _Builder:
             return
         lies = [REPLICATED]
         if entry.kind == "parameter":
-            lies = placements_of_state(shape, self.rules.ranks)
-            if entry.name in self.pinned:
-                lies = [self.pinned[entry.name]]
+            pinned = node.meta.get("pinned", {}).get(self.axis)
+            lies = placements_of_state(shape, self.rules.ranks) if pinned is None else [pinned]
         name = _NUMBER.sub("*", entry.name) if entry.kind == "parameter" else ""
         key = ("input", entry.kind, name, shape, node.meta["val"].dtype, tuple(lies))
         strategies = tuple(Strategy((), (placement,)) for placement in lies)

@@ -9,6 +9,7 @@ from fxzero.cost.hardware import known_hardware
 from fxzero.graph import collectives as c10d
 from fxzero.graph.axis_placement import REPLICATED, Placement, placement_of, shard
 from fxzero.passes.split_tensors import split_tensors
+from fxzero.sharding.hints import pin
 from fxzero.sharding.problem import Problem, Value, problem_of
 from fxzero.sharding.rules import Rules
 from fxzero.sharding.solve import Answer, solve
@@ -24,7 +25,8 @@ Chosen = list[Strategy]
 def answer_for(layers: int, *, tp: int, pinned: dict[str, Placement] | None = None, **sizes: int) -> Answer:
     """The answer for a Llama on eight-way nodes of H100s."""
     step = step_on(layers, tp=tp, **sizes)
-    return solve(problem_of(step, "tp", Rules(tp), known_hardware("h100"), pinned))
+    pin(step, pinned or {})
+    return solve(problem_of(step, "tp", Rules(tp), known_hardware("h100")))
 
 
 def paid(problem: Problem, chosen: Chosen) -> float:

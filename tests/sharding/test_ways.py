@@ -27,6 +27,8 @@ def needed() -> Iterator[tuple[RecordedCall, list[str]]]:
     yield made(aten.floor_divide.default, x, row), ["(S(0), R) -> (S(0))", "(S(1), S(0)) -> (S(1))"]
     yield made(aten.clone.default, x), ["(P(sum)) -> (P(sum))", "(S(1)) -> (S(1))"]
     yield made(aten.mean.dim, x, [-1]), ["(S(1)) -> (P(sum))", "(S(0)) -> (S(0))", "(P(sum)) -> (P(sum))"]
+    to_half = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
+    yield made(aten._to_copy.default, x, **to_half), ["(S(0)) -> (S(0))", "(P(sum)) -> (P(sum))"]
     yield made(aten.mean.default, x), ["(S(0)) -> (P(sum))", "(S(1)) -> (P(sum))"]
     yield made(aten.sum.dim_IntList, x, [0]), ["(S(0)) -> (P(sum))", "(S(1)) -> (S(0))"]
     yield made(aten.amax.default, x, [1]), ["(S(1)) -> (R)", "(S(0)) -> (S(0))"]
