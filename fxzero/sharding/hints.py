@@ -38,6 +38,8 @@ def pin(step: StepGraph, placements: Mapping[str, Placement], *, axis: str = "tp
     for node in step.inputs("parameter"):
         others = {name: lies for name, lies in node.meta.get("pinned", {}).items() if name != axis}
         own = placements.get(node.meta["entry"].name)
+        if own is not None and own.is_shard:
+            own = shard(own.dim)  # state rests in plain parts, also of what is used in parts of blocks
         node.meta["pinned"] = others if own is None else {**others, axis: own}
 
 
