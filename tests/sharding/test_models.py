@@ -1,6 +1,7 @@
 """Whole models split over 2 and 4 ranks, in one process, beside one rank: the loss, and every parameter's gradient."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from fxzero.capture import Inventory, capture_step
 from fxzero.capture.rehearsal import rehearse
 from fxzero.capture.trace import Capture
 from fxzero.graph import collectives as c10d
-from fxzero.graph.axis_placement import placement_of
+from fxzero.graph.axis_placement import placement_of, shard
 from fxzero.graph.verify import verify
 from fxzero.recipe import captured_as, recipe
+from fxzero.sharding.hints import pin, pinned
 from tests.hf.models import CASES
 from tests.numerics.local_ranks import Outcome, train_ranks
 from tests.sharding.machines import free_network_file
@@ -98,3 +100,19 @@ def test_a_summand_that_is_left_out_is_seen(tmp_path: Path) -> None:
     for launch in step.calls(c10d.reduce_scatter):
         launch.args = (launch.args[0], "avg", *launch.args[2:])
     assert difference("llama", run("llama", step)) > 100 * TOLERANCE
+
+
+def test_the_plan_that_transformers_brings_is_kept_to(tmp_path: Path) -> None:
+    model, *_, capture = captured("llama")
+    hints = Plan(tp=model.config.base_model_tp_plan).tp
+    assert isinstance(hints, Mapping)
+    asked = Plan(mesh={"dp": 1, "tp": 2}, zero=0, tp=hints, hardware=free_network_file(tmp_path))
+    wanted = pinned(asked.tp, model, ranks=2)  # type: ignore[arg-type]
+    step = capture.step.copy()
+    step.mesh = dict(asked.axes)
+    pin(step, wanted)
+    step = recipe(asked, backend="fake").run(step)
+    lies = {node.meta["entry"].name: placement_of(node, "tp") for node in step.inputs("parameter")}
+    assert {name: lies[name] for name in wanted} == wanted
+    assert lies["model.layers.1.self_attn.q_proj.weight"] == shard(0)
+    assert difference("llama", run("llama", step)) <= TOLERANCE

@@ -1,0 +1,72 @@
+"""What the pass tells, and what it refuses: that what it makes computes the same is tested in tests/sharding."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from fxzero.errors import PlanError
+from fxzero.graph import StepGraph
+from fxzero.graph import collectives as c10d
+from fxzero.graph.axis_placement import placement_of
+from fxzero.passes.split_tensors import split_tensors
+from fxzero.sharding import rules
+from tests.sharding.steps import step_on
+
+pytest.importorskip("transformers")
+
+
+def step() -> StepGraph:
+    """A Llama's, large enough that it pays to split it."""
+    return step_on(1, tp=4, tokens=1024, width=2048)
+
+
+def without_rule_for_silu() -> Any:
+    """As if nobody knew how silu can be split."""
+    known = rules._has_rule
+    return mock.patch.object(
+        rules, "_has_rule", lambda call: call.target is not torch.ops.aten.silu.default and known(call)
+    )
+
+
+def test_it_tells_the_cost_beside_its_bound_and_how_parameters_lie() -> None:
+    graph = step()
+    assert split_tensors.run(graph, axis="tp", hardware="h100") > 100
+    first, *lines = graph.remarks["split_tensors"].splitlines()
+    assert first.startswith("tensors over tp=4 on H100: ")
+    assert "at least (gap 0.00%)" in first
+    assert "  S(1)  model.layers.*.mlp.down_proj.weight [2048, 7168]" in lines
+    assert not any("no rule" in line for line in lines)
+
+
+def test_every_conversion_says_why_it_is_there() -> None:
+    graph = step()
+    split_tensors.run(graph, axis="tp", hardware="h100")
+    told = [node.meta["because"] for node in graph.calls() if "because" in node.meta]
+    launched = [node for node in graph.calls() if c10d.is_collective(node) and node.target is not c10d.all_reduce]
+    assert len(told) >= len(launched) > 8
+    assert any(text.startswith("a gradient lies as its parameter") for text in told)
+
+
+def test_an_op_that_no_rule_knows_is_done_by_every_rank_and_told() -> None:
+    graph = step()
+    with without_rule_for_silu():
+        split_tensors.run(graph, axis="tp", hardware="h100")
+    (line,) = [line for line in graph.remarks["split_tensors"].splitlines() if "no rule" in line]
+    assert line.startswith("  no rule for aten.silu.default: every rank does all of it (1 calls, ")
+
+
+def test_it_is_an_error_where_the_plan_is_strict() -> None:
+    with (
+        without_rule_for_silu(),
+        pytest.raises(PlanError, match=r"Plan\.tp_strict: .* none for aten\.silu\.default, first in forward of"),
+    ):
+        split_tensors.run(step(), axis="tp", hardware="h100", strict=True)
+
+
+def test_one_rank_has_nothing_to_split() -> None:
+    graph = step_on(1, tp=1, tokens=1024, width=2048)
+    split_tensors.run(graph, axis="tp", hardware="h100")
+    assert not any(placement_of(node, "tp").is_shard for node in graph.inputs("parameter"))
+    assert not any(map(c10d.is_collective, graph.calls()))
