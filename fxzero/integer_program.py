@@ -10,15 +10,22 @@ from typing import Any
 
 
 def solve(
-    cost: Any, rows: Sequence[tuple[Any, Any, Any]], *, integral: Any, upper: Any, max_nodes: int, gap: float
+    cost: Any,
+    rows: Sequence[tuple[Any, Any, Any]],
+    *,
+    integral: Any,
+    upper: Any,
+    lower: Any = 0,
+    max_nodes: int,
+    gap: float,
 ) -> Any:
-    """The values that make cost @ x smallest, from 0 to `upper`; None where none were found.
+    """The values that make cost @ x smallest, from `lower` to `upper`; None where none were found.
 
     Args:
         cost: of each variable.
         rows: (matrix, lower bounds, upper bounds) of constraints.
         integral: 1 for each variable that must be an integer.
-        upper: bounds of the variables.
+        upper, lower: bounds of the variables.
         max_nodes: of the search.
         gap: by what fraction the answer may be worse than the best.
     """
@@ -30,7 +37,7 @@ def solve(
             cost,
             constraints=[LinearConstraint(*row) for row in rows],
             integrality=integral,
-            bounds=Bounds(0, upper),
+            bounds=Bounds(lower, upper),
             options={"mip_rel_gap": gap, "node_limit": max_nodes},
         )
     return solved.x
