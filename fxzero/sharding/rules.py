@@ -23,6 +23,7 @@ from fxzero.sharding import (
     group_norms,
     losses,
     norms,
+    other_axes,
     reductions,
     vocabulary,
 )
@@ -74,6 +75,7 @@ def own_rules() -> dict[str, Rule]:
     rules |= {op.name(): random_draws.draws_like for op in random_draws.LIKE}
     rules |= dict.fromkeys(("aten::view", "aten::_unsafe_view", "aten::reshape"), views)
     rules |= {op.name(): elementwise.elementwise for op in elementwise.UNKNOWN_TO_DTENSOR}
+    rules |= other_axes.rules()
     rules["aten::view.dtype"] = by_dtensor  # which is no view in another shape
     return rules
 
@@ -83,13 +85,14 @@ class Rules:
 
     Args:
         ranks: of the axis.
+        head_blocks: as of `Call`.
 
     Attributes:
         unknown: ops that no rule knows, with how many distinct calls they are.
     """
 
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: int, *, head_blocks: int = 1) -> None:
+        self.ranks, self.head_blocks = ranks, head_blocks
         self.unknown: dict[str, int] = {}
         self._known: dict[Hashable, tuple[Strategy, ...]] = {}
         self._signatures: dict[fx.Node, Hashable] = {}
@@ -102,7 +105,7 @@ class Rules:
         """The ways of a call whose inputs and value are whole; the first is that every rank does all of it."""
         key = self.signature(node)
         if key not in self._known:
-            self._known[key] = tuple(self._asked(Call.of(node, self.ranks)))
+            self._known[key] = tuple(self._asked(Call.of(node, self.ranks, head_blocks=self.head_blocks)))
         return self._known[key]
 
     def _asked(self, call: Call) -> Iterator[Strategy]:
