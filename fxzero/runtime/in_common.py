@@ -1,11 +1,12 @@
 """What ranks that share a batch must have in common when they call a step: it, and their random number generators.
 
 [Note: what a group has in common]
-The ranks that differ on tp or sp alone are a group: they compute parts of one forward and backward. Called with different batches, or drawing different
-random numbers, they would join parts that do not belong together, and nothing in a program could tell. So each rank
-says a digest of both where ranks agree, before anything is launched. At the first call of a program everything is
-looked at. Later on only what costs nothing beside a step is: the generators, numbers, and small tensors on the CPU; of
-others the shape. To read a batch on a GPU, the host would have to wait for it.
+The ranks that differ on tp or sp alone are a group: they compute parts of one forward and backward. Called with
+different batches, or drawing different random numbers, they would join parts that do not belong together, and nothing
+in a program could tell. So each rank says a digest of both where ranks agree, before anything is launched. At the
+first call of a program everything is looked at. Later on only what costs nothing beside a step is: the generators,
+numbers, and small tensors on the CPU; of others the shape. To read a batch on a GPU, the host would have to wait for
+it.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def difference_within(group: Sequence[int], found: Mapping[int, Mapping[str, str
             if ours != theirs:
                 fix = "call the step with the same batch on all ranks of a tp or sp group"
                 if name.startswith(GENERATOR):
-                    fix = "call torch.manual_seed(seed + dp index) on each rank, and draw the same numbers in a tp or sp group"
+                    fix = "call torch.manual_seed(seed + dp index) on each rank, and draw the same numbers in a group"
                 expected = f"the same on all ranks of a tp or sp group, {list(group)}; rank {first} has {ours}"
                 return str(RankMismatchError.of(name, expected=expected, got=f"rank {rank} has {theirs}", fix=fix))
     return ""

@@ -13,18 +13,15 @@ import transformers
 from torch import fx, nn
 
 from fxzero import Plan, StepGraph, compat, compat_distributed
-from fxzero.capture import Inventory, capture_step
-from fxzero.capture.rehearsal import rehearse
 from fxzero.graph import collectives as c10d
 from fxzero.graph import ops
 from fxzero.graph.axis_placement import REPLICATED, Placement, partial, placement_of, shard
 from fxzero.graph.step_graph import Result, StateEntry
-from fxzero.graph.verify import verify
-from fxzero.passes.split_tensors import rewrite, split_tensors
+from fxzero.passes.split_tensors import rewrite
 from fxzero.sharding.rules import Rules
 from fxzero.sharding.strategy import Strategy
 from tests.hf.models import CASES, Batch, HFCase
-from tests.numerics.local_ranks import train_ranks
+from tests.numerics.local_ranks import compile_for, train_ranks
 from tests.sharding.by_execution import compare, greatest, parts_of
 
 MESH = {"sp": 2, "tp": 2}
@@ -176,13 +173,7 @@ def split_llama(
     batch: Batch = model.case.batch(torch.Generator().manual_seed(0))
     values = tuple(batch[name][:rows] for name in model.names)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    step = capture_step(rehearse(Inventory.of(model, optimizer))[0], None, values, {}).step
-    step.mesh = dict(mesh)
-    heads = mesh.get("tp", 1)
-    split_tensors.run(step, axis="sp", whole_parameters=True, head_blocks=heads, hardware=FREE)
-    if "tp" in mesh:
-        split_tensors.run(step, axis="tp", hardware=FREE)
-    verify(step)
+    step = compile_for(model, optimizer, values, Plan(mesh={"dp": 1, **mesh}, hardware=FREE))
     return step, model, values
 
 
