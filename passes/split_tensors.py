@@ -209,8 +209,10 @@ class _Rewrite:
         if wanted not in held:
             before = self.lies[source]
             made = convert(editor, held[before], self.shapes[source], before, wanted, self.axis)
-            made.meta["because"] = f"{reader.name} takes {wanted}"
             held[wanted] = made
+            if made is held[before]:  # which is whole, whatever may be made of it
+                return made
+            made.meta["because"] = f"{reader.name} takes {wanted}"
             self._mark(made, wanted, like=held[before])
             self.edits += 1
         return held[wanted]

@@ -1,4 +1,4 @@
-"""Attention: each rank has some rows of the batch, or some heads.
+"""Attention: each rank has some rows of the batch, some heads, or some tokens (`ring_attention.py`).
 
 Heads may be blocks that another axis takes apart later: each rank then has a part of every block.
 Grouped queries keep their group: ranks that divide the heads of keys and values have whole groups. Where there are
@@ -15,6 +15,7 @@ from torch import fx
 
 from fxzero.graph import ops
 from fxzero.graph.axis_placement import REPLICATED, Placement, partial, shard
+from fxzero.sharding.ring_attention import ring_attention
 from fxzero.sharding.strategy import Call, Local, Strategy, Tensor, fits, replicated
 
 _BATCH, _HEADS = 0, 1
@@ -37,6 +38,7 @@ def attention(call: Call) -> Iterator[Strategy]:
     shared = _shared_heads(call)
     if shared is not None:
         yield shared
+    yield from ring_attention(call)
 
 
 def _named(call: Call) -> list[tuple[str, Tensor]]:

@@ -20,7 +20,7 @@ from fxzero.graph.step_graph import Result, StateEntry
 from fxzero.passes.split_tensors import rewrite
 from fxzero.sharding.rules import Rules
 from fxzero.sharding.strategy import Strategy
-from tests.hf.models import CASES, Batch, HFCase
+from tests.hf.models import CASES, TOKENS, Batch, HFCase
 from tests.numerics.local_ranks import compile_for, train_ranks
 from tests.sharding.by_execution import compare, greatest, parts_of
 
@@ -206,5 +206,14 @@ def test_ranks_of_sp_share_the_heads_of_a_rank_of_tp() -> None:
     for node in attention:
         lies = [source.meta["placements"] for source in node.all_input_nodes[:3]]
         assert lies == [{"sp": shard(1, TP), "tp": shard(1)}] * 3
+    found = far(step, model, values)
+    assert max(found.values()) < 1e-5, found
+
+
+def test_heads_that_ranks_do_not_divide_are_attended_by_tokens() -> None:
+    step, model, values = split_llama({"sp": 4}, rows=1, case=llama_of_heads(3))
+    attention = [node for node in step.calls() if "scaled_dot_product" in str(node.target)]
+    own = [node for node in attention if node.args[0].meta["val"].shape == (1, 3, TOKENS // 4, 16)]
+    assert len(own) == len(attention) == 2 * 2 * 4, "of two layers, forward and backward, one call for each part"
     found = far(step, model, values)
     assert max(found.values()) < 1e-5, found
