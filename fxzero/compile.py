@@ -26,6 +26,7 @@ from fxzero.capture.signature import flatten_batch
 from fxzero.capture.trace import LossFn
 from fxzero.cost.recorded import Machine, RecordedCosts
 from fxzero.errors import CaptureError, FxzeroError, PlanError
+from fxzero.graph.axis_placement import SPLIT_AXES
 from fxzero.graph.step_graph import CARRIED_KINDS, LAUNCHED
 from fxzero.lower.choose import with_lowering
 from fxzero.lower.inductor import check_compiler
@@ -135,7 +136,7 @@ class TrainStep(Readable, Profiled):
             graphs=graph_calls(self.plan, self._device, backend=self._topology.backend),
         )
         self._ahead = LaunchedAhead(self._topology.groups)
-        self._agreement = Agreement(timeout_s=self.plan.timeout_s, alike=self._topology.groups_along("tp"))
+        self._agreement = Agreement(timeout_s=self.plan.timeout_s, alike=self._topology.groups_along(*SPLIT_AXES))
         self._skipped = SkippedSteps(limit=self.plan.max_skipped_steps, dynamic=self._options.scaling.dynamic)
         self._last: list[Compiled] = []  # one a microbatch
 

@@ -60,14 +60,16 @@ def check_compression(plan: Any) -> None:
             "and hold an overflow for good",
         )
     _check_node_size(plan)
-    tp = 1 if plan.mesh is None else plan.mesh.get("tp", 1)
-    if plan.compress_reductions in WITH_FEEDBACK and tp > 1:
-        raise PlanError.of(
-            "Plan.compress_reductions",
-            expected=f"a mesh without tp with {plan.compress_reductions!r}: what it keeps is not split over tp yet",
-            got=f"tp={tp}",
-            fix="set compress_reductions='int8' or 'fp8', or leave it or tp out",
-        )
+    for axis in ("tp", "sp"):
+        size = 1 if plan.mesh is None else plan.mesh.get(axis, 1)
+        if plan.compress_reductions in WITH_FEEDBACK and size > 1:
+            kept = f"what it keeps is not split over {axis} yet"
+            raise PlanError.of(
+                "Plan.compress_reductions",
+                expected=f"a mesh without {axis} with {plan.compress_reductions!r}: {kept}",
+                got=f"{axis}={size}",
+                fix=f"set compress_reductions='int8' or 'fp8', or leave it or {axis} out",
+            )
     replicas = 1 if plan.mesh is None else plan.mesh.get("dp_replicate", 1)
     if plan.compress_reductions != "none" and replicas > 1:
         raise PlanError.of(

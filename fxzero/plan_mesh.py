@@ -8,8 +8,8 @@ from typing import Any
 from fxzero.errors import PlanError
 from fxzero.plan_values import integer, nearest, show
 
-AXES = ("dp", "dp_replicate", "tp")
-RESERVED_AXES = ("pp", "sp", "ep")
+AXES = ("dp", "dp_replicate", "tp", "sp")
+RESERVED_AXES = ("pp", "ep")
 
 
 def mesh_of(where: str, value: Any) -> Mesh | None:

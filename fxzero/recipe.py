@@ -243,10 +243,20 @@ def recipe(
 
 
 def _before_recomputation(plan: Plan, backend: str) -> list[Pass]:
-    """What changes which calls there are to be had again."""
+    """What changes which calls there are to be had again.
+
+    [Note: parameters over sp]
+    Ranks of sp have one batch, and split what is made of it: rows, tokens, heads. Parameters are whole on each. An axis
+    that splits them is tp, and what saves their memory at rest is ZeRO over dp: split over sp, too, they would be
+    gathered at each use or tokens at each product, which is tp under another name. So state, checkpoints and layouts
+    know nothing of sp; gradients are added up over it where they are born, and everything behind that is as without.
+    """
     split = []
-    if plan.axes.get("tp", 1) > 1:
-        machine = {"hardware": plan.hardware, "backend": backend}
+    machine = {"hardware": plan.hardware, "backend": backend}
+    tp = plan.axes.get("tp", 1)
+    if plan.axes.get("sp", 1) > 1:
+        split.append(split_tensors.using(axis="sp", whole_parameters=True, head_blocks=tp, **machine))
+    if tp > 1:
         split.append(split_tensors.using(axis="tp", strict=plan.tp_strict, **machine))
     chunked = [] if plan.chunk_loss is None else [chunk_losses.using(rows=plan.chunk_loss)]
     return [*split, *_kernels(plan, fuse_norms, fuse_gates, fuse_rotary), *chunked]

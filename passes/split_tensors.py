@@ -18,11 +18,13 @@ from torch import fx
 from fxzero.cost.hardware import hardware_of
 from fxzero.errors import PlanError, RewriteError
 from fxzero.graph import StepGraph
+from fxzero.graph import collectives as c10d
 from fxzero.graph.axis_placement import REPLICATED, Placement, local_shape
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor, coordinate, fake_mode, value_of
-from fxzero.graph.step_graph import is_getitem, yields_tensor
+from fxzero.graph.step_graph import PHASES, is_getitem, yields_tensor
 from fxzero.sharding.conversions import Axis, convert
+from fxzero.sharding.hints import pin
 from fxzero.sharding.local_arguments import with_local_sizes
 from fxzero.sharding.problem import problem_of
 from fxzero.sharding.rules import Rules
@@ -39,6 +41,8 @@ def split_tensors(
     step: StepGraph,
     *,
     axis: str,
+    whole_parameters: bool = False,
+    head_blocks: int = 1,
     strict: bool = False,
     hardware: str = "auto",
     backend: str = "",
@@ -48,6 +52,8 @@ def split_tensors(
     Args:
         step: the graph as captured; a parameter with `meta["pinned"]` for the axis has to lie so.
         axis: the mesh axis.
+        whole_parameters: every parameter is whole on every rank.
+        head_blocks: ranks of another axis that is split over later, where heads of attention are its ranks' first.
         strict: an op that no rule knows is an error; else every rank does all of it.
         hardware: name or path of a machine's description; "auto": by the graph's device.
         backend: what carries collectives, for "auto".
@@ -56,11 +62,14 @@ def split_tensors(
         PlanError: if it is strict, and no rule knows an op.
     """
     machine = hardware_of(step, backend=backend, named=hardware)
-    rules = Rules(step.mesh[axis])
+    if whole_parameters:
+        pin(step, {node.meta["entry"].name: REPLICATED for node in step.inputs("parameter")}, axis=axis)
+    rules = Rules(step.mesh[axis], head_blocks=head_blocks)
     answer = solve(problem_of(step, axis, rules, machine))
     if strict and rules.unknown:
         _refuse(step, rules)
-    step.remarks["split_tensors"] = told(step, axis, answer, rules)
+    before = [step.remarks["split_tensors"]] if "split_tensors" in step.remarks else []
+    step.remarks["split_tensors"] = "\n".join([*before, told(step, axis, answer, rules)])
     return rewrite(step, axis=axis, ways={node: answer.strategy(node) for node in answer.problem.of_node})
 
 
@@ -101,6 +110,8 @@ class _Rewrite:
         self.held: dict[fx.Node, dict[Placement, fx.Node]] = {}
         self.lies: dict[fx.Node, Placement] = {}
         self.changed: set[fx.Node] = set()  # whose value is not what one device has
+        # of a step that is split over another axis, what lies over that in no way that has a name has no placements
+        self.is_first = not any("placements" in node.meta for node in step.graph.nodes)
         self.edits = 0
 
     def run(self) -> int:
@@ -134,7 +145,7 @@ class _Rewrite:
         """This rank has a part of the value that a node yielded on one device."""
         self.held[node] = {placement: part}
         self.lies[node] = placement
-        self._mark(part, placement)
+        self._mark(part, placement, like=node)
         if "grad_of" in part.meta:
             self._settle_gradient(node, part)
 
@@ -151,9 +162,12 @@ class _Rewrite:
         made.meta["because"] = f"a gradient lies as its parameter: {wanted}"
         made.meta["grad_of"] = part.meta.pop("grad_of")
 
-    def _mark(self, part: fx.Node, placement: Placement) -> None:
-        """Say of a part how its value lies; an axis that is not named has it whole on each rank."""
-        others = {axis: lies for axis, lies in part.meta.get("placements", {}).items() if axis != self.axis.name}
+    def _mark(self, part: fx.Node, placement: Placement, *, like: fx.Node) -> None:
+        """Say of a part how its value lies; over other axes, as the value did that it is made of."""
+        if "placements" not in like.meta and not self.is_first:
+            part.meta.pop("placements", None)
+            return
+        others = {axis: lies for axis, lies in like.meta.get("placements", {}).items() if axis != self.axis.name}
         part.meta["placements"] = others if placement == REPLICATED else {**others, self.axis.name: placement}
 
     def _rewrite(self, node: fx.Node) -> None:
@@ -173,6 +187,8 @@ class _Rewrite:
                 local = Local(editor, node, args, kwargs, call, self.axis.name, lambda: self.axis.coordinate)
                 self._replace(node, strategy.form(local), strategy)
                 return
+            if c10d.is_collective(node):
+                args = (editor.contiguous(args[0]), *args[1:])  # type: ignore[arg-type]
         if args == node.args and kwargs == node.kwargs and self.changed.isdisjoint(node.all_input_nodes):
             self._yields(node, strategy)
             return
@@ -191,9 +207,11 @@ class _Rewrite:
         if wanted not in held:
             before = self.lies[source]
             made = convert(editor, held[before], self.shapes[source], before, wanted, self.axis)
-            made.meta["because"] = f"{reader.name} takes {wanted}"
             held[wanted] = made
-            self._mark(made, wanted)
+            if made is held[before]:  # which is whole, whatever may be made of it
+                return made
+            made.meta["because"] = f"{reader.name} takes {wanted}"
+            self._mark(made, wanted, like=held[before])
             self.edits += 1
         return held[wanted]
 
@@ -226,6 +244,8 @@ class _Rewrite:
             assert placement is not None
             self._check(node, self.shapes[node], node.meta["val"], placement)
             self._holds(node, node, placement)
+            for wait in filter(c10d.is_wait, list(node.users)):
+                self._waits(wait, node, placement)
             return
         values = node.meta["val"]
         if not isinstance(values, (list, tuple)):
@@ -238,6 +258,13 @@ class _Rewrite:
             user.meta["val"] = values[user.args[1]]  # type: ignore[index]
             self.changed.add(user)
             self._holds(user, user, placement)
+
+    def _waits(self, wait: fx.Node, launch: fx.Node, placement: Placement) -> None:
+        """What waits for a collective over another axis yields what that does."""
+        if launch in self.changed:
+            wait.meta["val"] = value_of(self.step, wait, self.mode)
+            self.changed.add(wait)
+        self._holds(wait, wait, placement)
 
     def _check(self, node: fx.Node, shape: tuple[int, ...], val: Any, placement: Placement) -> None:
         expected = local_shape(shape, placement, self.axis.ranks)
@@ -265,7 +292,8 @@ class _Rewrite:
         return [(user, user.args[1]) for user in node.users if user in self.shapes]
 
     def _settle_results(self, results: dict[tuple[str, str], fx.Node]) -> None:
-        """State goes out as it came in; all else whole."""
+        """State goes out as it came in; all else whole. What that takes stands last, and is of the last phase."""
+        last = max((node.meta["phase"] for node in self.step.calls()), key=PHASES.index)
         for key, node in results.items():
             if not yields_tensor(node) or node not in self.held:
                 continue
@@ -273,8 +301,7 @@ class _Rewrite:
             if entry is None and key[0] in ("accumulated", "unreduced"):
                 entry = self.step.input("parameter", key[1])
             wanted = self.lies.get(entry, REPLICATED) if entry is not None else REPLICATED
-            phase = node.meta["phase"]
-            editor = Editor(self.step, phase=phase, module=node.meta["module"], param=node.meta.get("param"))
+            editor = Editor(self.step, phase=last, module=node.meta["module"], param=node.meta.get("param"))
             with editor.before(self.step.output):
                 results[key] = self._in(node, wanted, editor, self.step.output)
         self.step.set_results(results)

@@ -11,6 +11,7 @@ from typing import Any
 
 from fxzero.backend.sharded import Sharded
 from fxzero.errors import PlanError
+from fxzero.graph.axis_placement import SPLIT_AXES
 from fxzero.plan import Plan
 
 _WHERE = "torch.compile(backend='fxzero', options=..)"
@@ -106,9 +107,11 @@ def check_shard_plan(plan: Plan) -> Plan:
         fix = "set zero=3 (with regather=False what forward has gathered stays for backward, which is ZeRO-2's memory)"
         fix += f"; the optimizer is your loop's; or {_STATE}"
         raise PlanError.of("Plan.zero", expected="3 with fxzero.shard", got=str(plan.zero), fix=fix)
-    if plan.mesh is not None and plan.mesh.get("tp", 1) > 1:
-        fix = f"put these ranks on dp, or {_STATE}"
-        raise PlanError.of("Plan.mesh['tp']", expected="1 with fxzero.shard", got=str(plan.mesh["tp"]), fix=fix)
+    for axis in SPLIT_AXES:
+        if plan.mesh is not None and plan.mesh.get(axis, 1) > 1:
+            fix = f"put these ranks on dp, or {_STATE}"
+            where = f"Plan.mesh[{axis!r}]"
+            raise PlanError.of(where, expected="1 with fxzero.shard", got=str(plan.mesh[axis]), fix=fix)
     if "auto" in (plan.bucket_bytes, plan.regather):
         key = "bucket_bytes" if plan.bucket_bytes == "auto" else "regather"
         fix = f"the cost of a whole step decides that: write a value, or {_STATE}"

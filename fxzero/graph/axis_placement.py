@@ -12,7 +12,8 @@ there has the whole value on each rank. Of a node that yields several values it 
     P(sum)      each rank has a tensor of the value's shape; the value is their sum (or max, or 2-norm: these two are
                 of norms, which are not negative)
 
-Where two axes split one dim, the one that comes first in the mesh splits it first; ZeRO's rows are split last of all.
+Where two axes split one dim, the one that comes first in the mesh splits it first; of what is no state, sp does
+([Note: one axis after another] in sharding/other_axes.py). ZeRO's rows are split last of all.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ for state.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -71,14 +72,23 @@ def _check_form(node: fx.Node, mesh: dict[str, int]) -> Iterator[Violation]:
             yield Violation(node, expected, str(found), fix)
             continue
         for value, placement in zip(val, found, strict=True) if is_several else [(val, found)]:
-            expected = _needed(value, placement, node.meta.get("sharding"))
+            others = _ranks_along(node, placement, mesh, axis) if not is_several else 1
+            expected = _needed(value, placement, node.meta.get("sharding"), others)
             if expected:
                 got = f"{placement} over {axis} of {_described(value)}"
                 yield Violation(node, expected, got, fix)
 
 
-def _needed(value: Any, placement: Any, sharding: Sharding | None) -> str:
-    """What a placement needs that the value is not; "" where it fits."""
+def _ranks_along(node: fx.Node, placement: Any, mesh: dict[str, int], axis: str) -> int:
+    """Over how many ranks other axes split the dim of a shard: what lies in blocks may be split by them, too."""
+    if not isinstance(placement, Placement) or not placement.is_shard:
+        return 1
+    others = {other: placement_of(node, other) for other in node.meta["placements"] if other != axis and other in mesh}
+    return math.prod(mesh[other] for other, lies in others.items() if lies.is_shard and lies.dim == placement.dim)
+
+
+def _needed(value: Any, placement: Any, sharding: Sharding | None, others: int) -> str:
+    """What a placement needs that the value is not, of whose dim other axes split so many parts; "" where it fits."""
     if not isinstance(placement, Placement) or placement.kind not in _WORDS:
         return "a placement: R, S or P"
     if placement.is_partial and placement.reduction not in _REDUCTIONS:
@@ -92,7 +102,7 @@ def _needed(value: Any, placement: Any, sharding: Sharding | None) -> str:
     if not 0 <= placement.dim < value.dim():
         return f"a dim from 0 to {value.dim() - 1}" if value.dim() else "a tensor that has dims"
     size = sharding.rows if sharding is not None and placement.dim == 0 else value.shape[placement.dim]
-    in_blocks = placement.blocks >= 1 and (not isinstance(size, int) or size % placement.blocks == 0)
+    in_blocks = placement.blocks >= 1 and (not isinstance(size, int) or size * others % placement.blocks == 0)
     return "" if in_blocks else f"equal parts of {placement.blocks} blocks"
 
 

@@ -11,7 +11,7 @@ vote: one all-reduce of four numbers on the CPU (0.1 ms over loopback), so that 
 both be known, and a rank that cannot compile ends the others at once. Only when a vote fails do texts go through the
 store, to say which line differs. A rank whose parameters were changed between two steps says so in its vote: gathers
 that are under way are then no rank's to use. Each call of a step votes exactly once, so that votes stay paired when one
-has failed. Where ranks of a tp group must have more in common ([Note: what a tp group has in common] in
+has failed. Where ranks of a group over tp and sp must have more in common ([Note: what a group has in common] in
 `runtime/in_common.py`), a vote has two numbers more for each group, and what differs goes through the store, too.
 """
 

@@ -1,11 +1,12 @@
-"""What ranks of a tp group must have in common when they call a step: the batch, and their random number generators.
+"""What ranks that share a batch must have in common when they call a step: it, and their random number generators.
 
-[Note: what a tp group has in common]
-The ranks of a tp group compute parts of one forward and backward. Called with different batches, or drawing different
-random numbers, they would join parts that do not belong together, and nothing in a program could tell. So each rank
-says a digest of both where ranks agree, before anything is launched. At the first call of a program everything is
-looked at. Later on only what costs nothing beside a step is: the generators, numbers, and small tensors on the CPU; of
-others the shape. To read a batch on a GPU, the host would have to wait for it.
+[Note: what a group has in common]
+The ranks that differ on tp or sp alone are a group: they compute parts of one forward and backward. Called with
+different batches, or drawing different random numbers, they would join parts that do not belong together, and nothing
+in a program could tell. So each rank says a digest of both where ranks agree, before anything is launched. At the
+first call of a program everything is looked at. Later on only what costs nothing beside a step is: the generators,
+numbers, and small tensors on the CPU; of others the shape. To read a batch on a GPU, the host would have to wait for
+it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 
 @dataclass(frozen=True)
 class InCommon:
-    """What must be equal on all ranks of a tp group.
+    """What must be equal on all ranks of a group.
 
     Args:
         batch: of this call.
@@ -70,7 +71,7 @@ def number_of(found: Mapping[str, str]) -> int:
 
 
 def difference_within(group: Sequence[int], found: Mapping[int, Mapping[str, str]]) -> str:
-    """What ranks are told of a tp group that has not all in common: the first thing that differs; "" if it has.
+    """What ranks are told of a group that has not all in common: the first thing that differs; "" if it has.
 
     Args:
         group: its ranks.
@@ -81,12 +82,10 @@ def difference_within(group: Sequence[int], found: Mapping[int, Mapping[str, str
         for name in dict.fromkeys([*found[first], *found[rank]]):
             ours, theirs = (found[r].get(name, "nothing") for r in (first, rank))
             if ours != theirs:
-                fix = "call the step with the same batch on all ranks of a tp group"
+                fix = "call the step with the same batch on all ranks of a tp or sp group"
                 if name.startswith(GENERATOR):
-                    fix = (
-                        "call torch.manual_seed(seed + dp index) on each rank, and draw the same numbers in a tp group"
-                    )
-                expected = f"the same on all ranks of a tp group, {list(group)}; rank {first} has {ours}"
+                    fix = "call torch.manual_seed(seed + dp index) on each rank, and draw the same numbers in a group"
+                expected = f"the same on all ranks of a tp or sp group, {list(group)}; rank {first} has {ours}"
                 return str(RankMismatchError.of(name, expected=expected, got=f"rank {rank} has {theirs}", fix=fix))
     return ""
 

@@ -10,6 +10,7 @@ and redistribution, which all read mesh and placements, need to know nothing els
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -108,11 +109,13 @@ class Topology:
         rows = sum(channel.rows.num_bytes // channel.size for channel in channels if channel.rows is not None)
         return SharedBytes(rows, sum(channel.room.num_bytes for channel in channels))
 
-    def groups_along(self, axis: str) -> list[list[int]]:
-        """The ranks of each group along an axis, in its order; none where the axis has one rank."""
-        if self.mesh is None or self.plan.axes.get(axis, 1) == 1:
+    def groups_along(self, *axes: str) -> list[list[int]]:
+        """The ranks of each group along some axes together, lowest first; none where these have one rank."""
+        axes = tuple(axis for axis in axes if self.plan.axes.get(axis, 1) > 1)
+        if self.mesh is None or not axes:
             return []
-        return ranks_along(self.mesh.mesh, tuple(self.plan.axes), axis).tolist()  # type: ignore[no-any-return]
+        groups = ranks_along(self.mesh.mesh, tuple(self.plan.axes), *axes)
+        return groups.sort(-1).values.tolist()  # type: ignore[no-any-return]
 
     def coordinate(self, axis: str) -> Any:
         """This rank's index on an axis, or on the part of dp within a node."""
@@ -132,16 +135,17 @@ def node_ranks(ranks: torch.Tensor, axes: Sequence[str], node_size: int) -> list
     return ranks_along(ranks, axes, "dp").reshape(-1, node_size).tolist()  # type: ignore[no-any-return]
 
 
-def ranks_along(ranks: torch.Tensor, axes: Sequence[str], axis: str) -> torch.Tensor:
-    """One row for each group of ranks that differ on an axis alone.
+def ranks_along(ranks: torch.Tensor, axes: Sequence[str], *along: str) -> torch.Tensor:
+    """One row for each group of ranks that differ on one axis alone, or on some.
 
     Args:
         ranks: global ranks by their place in the mesh.
         axes: names of its dims.
-        axis: one of them.
+        along: one or some of them.
     """
-    last = ranks.movedim(list(axes).index(axis), -1)
-    return last.reshape(-1, last.shape[-1])
+    dims = [list(axes).index(axis) for axis in along]
+    last = ranks.movedim(dims, list(range(-len(dims), 0)))
+    return last.reshape(-1, math.prod(ranks.shape[dim] for dim in dims))
 
 
 def _tp_first(mesh: DeviceMesh) -> DeviceMesh:

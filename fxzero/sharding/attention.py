@@ -1,5 +1,6 @@
-"""Attention: each rank has some rows of the batch, or some heads.
+"""Attention: each rank has some rows of the batch, some heads, or some tokens (`ring_attention.py`).
 
+Heads may be blocks that another axis takes apart later: each rank then has a part of every block.
 Grouped queries keep their group: ranks that divide the heads of keys and values have whole groups. Where there are
 fewer of those than ranks, each rank takes the one that its queries ask.
 Source: Megatron-LM (Shoeybi et al., 2019), section 3; GQA (Ainslie et al., 2023).
@@ -14,6 +15,7 @@ from torch import fx
 
 from fxzero.graph import ops
 from fxzero.graph.axis_placement import REPLICATED, Placement, partial, shard
+from fxzero.sharding.ring_attention import ring_attention
 from fxzero.sharding.strategy import Call, Local, Strategy, Tensor, fits, replicated
 
 _BATCH, _HEADS = 0, 1
@@ -26,13 +28,17 @@ def attention(call: Call) -> Iterator[Strategy]:
     yield replicated(call)
     if call.argument("dropout_p", 0.0):
         return
-    for dim in (_BATCH, _HEADS):
-        strategy = _split(call, dim)
-        if fits(call, strategy):
-            yield strategy
+    rows = _split(call, _BATCH)
+    if fits(call, rows):
+        yield rows
+    by_heads = (_split(call, _HEADS, blocks) for blocks in (call.head_blocks, 1))
+    heads = next((strategy for strategy in by_heads if fits(call, strategy)), None)
+    if heads is not None:
+        yield heads
     shared = _shared_heads(call)
     if shared is not None:
         yield shared
+    yield from ring_attention(call)
 
 
 def _named(call: Call) -> list[tuple[str, Tensor]]:
@@ -42,22 +48,22 @@ def _named(call: Call) -> list[tuple[str, Tensor]]:
     return [(name, value) for name, value in pairs if isinstance(value, Tensor)]
 
 
-def _lies(name: str, tensor: Tensor, dim: int, whole: tuple[int, ...]) -> Placement:
-    """How one of the tensors lies where queries are split on a dim."""
+def _lies(name: str, tensor: Tensor, dim: int, whole: tuple[int, ...], blocks: int) -> Placement:
+    """How one of the tensors lies where queries are split on a dim of so many blocks."""
     if len(tensor.shape) < 3:
         return REPLICATED  # state of a generator, lengths
     if name in _MASKS:
         at = len(tensor.shape) - 4 + dim
-        return shard(at) if at >= 0 and tensor.shape[at] == whole[dim] > 1 else REPLICATED
-    return shard(dim)
+        return shard(at, blocks) if at >= 0 and tensor.shape[at] == whole[dim] > 1 else REPLICATED
+    return shard(dim, blocks)
 
 
-def _split(call: Call, dim: int) -> Strategy:
+def _split(call: Call, dim: int, blocks: int = 1) -> Strategy:
     named = _named(call)
     whole = next(tensor.shape for name, tensor in named if name == "query")
-    inputs = tuple(_lies(name, tensor, dim, whole) for name, tensor in named)
+    inputs = tuple(_lies(name, tensor, dim, whole, blocks) for name, tensor in named)
     outputs = tuple(
-        None if tensor is None else _lies("", tensor, dim, whole) if len(tensor.shape) >= 3 else REPLICATED
+        None if tensor is None else _lies("", tensor, dim, whole, blocks) if len(tensor.shape) >= 3 else REPLICATED
         for tensor in call.outputs
     )
     return Strategy(inputs, outputs, share=1 / call.ranks)

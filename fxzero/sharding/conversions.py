@@ -6,6 +6,7 @@
     R -> P(max)     as it is                                    P(max) -> R     all-reduce of the greatest
     S(d) -> P(sum)  zeros but for the own part                  P(sum) -> S(d)  reduce-scatter
     S(d) -> S(e)    all-to-all                                  P(norm2) -> R   squares are added up
+S(d, k), parts of k blocks, is made of the same placements and becomes those, other than S(d) and P.
 Collectives work along dim 0 of contiguous tensors, so parts along another dim are brought to the front by a copy,
 unless the dims before it have one element.
 """
@@ -42,9 +43,9 @@ ALGORITHMS = {
 
 def conversion(before: Placement, after: Placement) -> str | None:
     """What makes a value lie in another way; None where nothing does."""
-    if "S" in (before.kind, after.kind) and before.blocks * after.blocks != 1:
-        return None
     kinds = before.kind + after.kind
+    if before.blocks * after.blocks != 1 and (kinds == "SP" or (kinds == "SS" and before.dim == after.dim)):
+        return None
     if kinds == "PR":
         return {"sum": "reduce", "max": "greatest", "norm2": "norm"}[before.reduction]
     if kinds == "RP":
@@ -70,8 +71,9 @@ def copied_bytes(shape: tuple[int, ...], itemsize: int, before: Placement, after
     if done == "exchange":
         return 2 * whole / ranks
     if done == "gather":
-        return whole if math.prod(shape[: before.dim]) > 1 else 0.0
-    return whole if done == "scatter" and math.prod(shape[: after.dim]) > 1 else 0.0
+        return whole if math.prod(shape[: before.dim]) > 1 or before.blocks > 1 else 0.0
+    is_moved = math.prod(shape[: after.dim]) > 1 or after.blocks > 1
+    return whole if done == "scatter" and is_moved else 0.0
 
 
 @dataclass(frozen=True)
@@ -106,13 +108,13 @@ def convert(
     if done == "as_is":
         return value
     if done == "keep":
-        return editor.call(ops.local_part, value, after.dim, axis.ranks, axis.coordinate, name=f"{stem}_part")
+        return _kept(editor, value, after, axis, f"{stem}_part")
     if done == "own":
         return editor.call(ops.on_rank, value, 0, axis.coordinate, name=f"{stem}_own")
     if done == "put":
         return editor.call(ops.put_part, value, before.dim, axis.ranks, axis.coordinate, name=f"{stem}_put")
     if done == "gather":
-        return _gathered(editor, value, shape, before.dim, axis, stem)
+        return _gathered(editor, value, shape, before, axis, stem)
     if done == "reduce":
         return editor.all_reduce(value, axis.name, op="sum", stem=stem)
     if done == "greatest":
@@ -121,39 +123,52 @@ def convert(
         squared = editor.call(aten.pow.Tensor_Scalar, value, 2)
         return editor.call(aten.sqrt.default, editor.all_reduce(squared, axis.name, op="sum", stem=stem))
     if done == "scatter":
-        return _scattered(editor, value, local_shape(shape, after, axis.ranks), after.dim, axis, stem)
+        return _scattered(editor, value, local_shape(shape, after, axis.ranks), after, axis, stem)
     assert done == "exchange", (before, after)
-    return _exchanged(editor, value, shape, before.dim, after.dim, axis, stem)
+    return _exchanged(editor, value, shape, before, after, axis, stem)
 
 
-def _gathered(editor: Editor, value: fx.Node, shape: tuple[int, ...], dim: int, axis: Axis, stem: str) -> fx.Node:
+def _kept(editor: Editor, value: fx.Node, lies: Placement, axis: Axis, name: str) -> fx.Node:
+    if lies.blocks == 1:
+        return editor.call(ops.local_part, value, lies.dim, axis.ranks, axis.coordinate, name=name)
+    sizes, dim = list(value.meta["val"].shape), lies.dim
+    blocks = _viewed(editor, value, [*sizes[:dim], lies.blocks, sizes[dim] // lies.blocks, *sizes[dim + 1 :]])
+    part = editor.call(ops.local_part, blocks, dim + 1, axis.ranks, axis.coordinate, name=name)
+    return _viewed(editor, part, [*sizes[:dim], sizes[dim] // axis.ranks, *sizes[dim + 1 :]])
+
+
+def _gathered(
+    editor: Editor, value: fx.Node, shape: tuple[int, ...], lies: Placement, axis: Axis, stem: str
+) -> fx.Node:
     value, dtype = _sendable(editor, value), value.meta["val"].dtype
     part = list(value.meta["val"].shape)
     launch = editor.call(c10d.all_gather, editor.contiguous(value), axis.ranks, axis.name, name=f"{stem}_gather")
     whole = editor.call(c10d.wait, launch, name=f"{stem}_whole")
-    return _of_dtype(editor, _from_front(editor, whole, part, list(shape), dim, axis.ranks), dtype)
+    return _of_dtype(editor, _from_front(editor, whole, part, list(shape), lies, axis.ranks), dtype)
 
 
-def _scattered(editor: Editor, value: fx.Node, part: tuple[int, ...], dim: int, axis: Axis, stem: str) -> fx.Node:
-    sent = _to_front(editor, value, dim, axis.ranks)
+def _scattered(
+    editor: Editor, value: fx.Node, part: tuple[int, ...], lies: Placement, axis: Axis, stem: str
+) -> fx.Node:
+    sent = _to_front(editor, value, lies, axis.ranks)
     launch = editor.call(c10d.reduce_scatter, sent, "sum", axis.ranks, axis.name, name=f"{stem}_scatter")
     return _viewed(editor, editor.call(c10d.wait, launch, name=f"{stem}_part"), list(part))
 
 
 def _exchanged(
-    editor: Editor, value: fx.Node, shape: tuple[int, ...], dim: int, to_dim: int, axis: Axis, stem: str
+    editor: Editor, value: fx.Node, shape: tuple[int, ...], lies: Placement, to: Placement, axis: Axis, stem: str
 ) -> fx.Node:
     value, dtype = _sendable(editor, value), value.meta["val"].dtype
     part = list(value.meta["val"].shape)
-    part[to_dim] //= axis.ranks
-    sent = _to_front(editor, value, to_dim, axis.ranks)
+    part[to.dim] //= axis.ranks
+    sent = _to_front(editor, value, to, axis.ranks)
     rows = sent.meta["val"].shape[0] // axis.ranks
     splits = [rows] * axis.ranks
     launch = editor.call(c10d.all_to_all, sent, splits, splits, axis.name, name=f"{stem}_exchange")
     received = editor.call(c10d.wait, launch, name=f"{stem}_received")
     after = list(shape)
-    after[to_dim] //= axis.ranks
-    return _of_dtype(editor, _from_front(editor, received, part, after, dim, axis.ranks), dtype)
+    after[to.dim] //= axis.ranks
+    return _of_dtype(editor, _from_front(editor, received, part, after, lies, axis.ranks), dtype)
 
 
 def _sendable(editor: Editor, value: fx.Node) -> fx.Node:
@@ -167,22 +182,32 @@ def _of_dtype(editor: Editor, value: fx.Node, dtype: torch.dtype) -> fx.Node:
     return value if same else editor.call(aten._to_copy.default, value, dtype=dtype)
 
 
-def _to_front(editor: Editor, value: fx.Node, dim: int, ranks: int) -> fx.Node:
+def _to_front(editor: Editor, value: fx.Node, lies: Placement, ranks: int) -> fx.Node:
     """The parts along a dim one after the other, each contiguous: dim 0 counts them times the rows of each."""
-    sizes = list(value.meta["val"].shape)
+    sizes, dim = list(value.meta["val"].shape), lies.dim
     part = [*sizes[:dim], sizes[dim] // ranks, *sizes[dim + 1 :]]
-    if math.prod(sizes[:dim]) > 1:
-        split = _viewed(editor, value, [*sizes[:dim], ranks, sizes[dim] // ranks, *sizes[dim + 1 :]])
-        order = [dim, *(other for other in range(len(sizes) + 1) if other != dim)]
+    if math.prod(sizes[:dim]) * lies.blocks > 1:
+        blocks = [] if lies.blocks == 1 else [lies.blocks]
+        each = sizes[dim] // (lies.blocks * ranks)
+        split = _viewed(editor, value, [*sizes[:dim], *blocks, ranks, each, *sizes[dim + 1 :]])
+        at = dim + len(blocks)
+        order = [at, *(other for other in range(split.meta["val"].dim()) if other != at)]
         value = editor.call(aten.permute.default, split, order)
     return _viewed(editor, value, [ranks * part[0], *part[1:]] if dim or len(part) else part)
 
 
-def _from_front(editor: Editor, value: fx.Node, part: list[int], shape: list[int], dim: int, ranks: int) -> fx.Node:
+def _from_front(
+    editor: Editor, value: fx.Node, part: list[int], shape: list[int], lies: Placement, ranks: int
+) -> fx.Node:
     """The opposite: parts that lie one after the other, joined along a dim."""
-    if math.prod(part[:dim]) > 1:
-        split = _viewed(editor, value, [ranks, *part])
-        value = editor.call(aten.permute.default, split, [*range(1, dim + 1), 0, *range(dim + 1, len(part) + 1)])
+    dim = lies.dim
+    if math.prod(part[:dim]) * lies.blocks > 1:
+        blocks = [] if lies.blocks == 1 else [lies.blocks]
+        split = _viewed(editor, value, [ranks, *part[:dim], *blocks, part[dim] // lies.blocks, *part[dim + 1 :]])
+        at = dim + len(blocks)
+        value = editor.call(
+            aten.permute.default, split, [*range(1, at + 1), 0, *range(at + 1, len(part) + 1 + len(blocks))]
+        )
     return _viewed(editor, value, shape)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fxzero.graph import collectives as c10d
+
 aten = torch.ops.aten
 
 
@@ -36,6 +38,9 @@ def with_local_sizes(target: Any, args: tuple[Any, ...], shape: tuple[int, ...])
         args: its positional arguments.
         shape: what this rank's part of the output has.
     """
+    if target is c10d.all_to_all:  # what each rank sends and receives is as much
+        each = [shape[0] // len(args[1])] * len(args[1])
+        return (args[0], each, each, args[3])
     index = _sizes().get(target)
     if index is None:
         return args

@@ -27,9 +27,10 @@ import torch
 from torch import fx
 
 from fxzero import compat
-from fxzero.cost.communication import Layout, layout_of, message_seconds
+from fxzero.cost.communication import Layout, collective_seconds, layout_of, message_seconds
 from fxzero.cost.compute import compute_seconds
 from fxzero.cost.hardware import Hardware
+from fxzero.graph import collectives as c10d
 from fxzero.graph.axis_placement import REPLICATED, Placement, divides, shard
 from fxzero.graph.step_graph import CARRIED_KINDS, StepGraph, is_getitem, num_bytes, yields_tensor
 from fxzero.sharding.conversions import ALGORITHMS, conversion, copied_bytes
@@ -151,7 +152,7 @@ class _Builder:
         for node in self.step.graph.nodes:
             if node.op == "placeholder" and yields_tensor(node):
                 self._add_input(node)
-            elif node.op == "call_function" and not is_getitem(node) and self._has_tensors(node):
+            elif node.op == "call_function" and not is_alias(node) and self._has_tensors(node):
                 self._add_call(node)
         self._add_values()
         self._add_results()
@@ -202,7 +203,7 @@ class _Builder:
         if key in self.known:
             self.problem.of_node[node] = self._unit(key, (), ())
             return
-        whole = compute_seconds(node, self.hardware)
+        whole = self._seconds(node)
         overhead = min(whole, self.hardware.op_overhead_s)
         seconds = tuple(
             overhead + (whole - overhead) * strategy.share + sum(map(self._message_s, strategy.messages))
@@ -210,11 +211,18 @@ class _Builder:
         )
         self.problem.of_node[node] = self._unit(key, strategies, seconds, leader)
 
+    def _seconds(self, node: fx.Node) -> float:
+        """Of a call as it is: of a collective over another axis, until what it moves is there."""
+        if c10d.is_collective(node):
+            return collective_seconds(node, self.step.mesh, self.hardware)
+        return compute_seconds(node, self.hardware)
+
     def _place(self, node: fx.Node) -> tuple[Hashable, Hashable]:
         """Where a call stands in its block: equal for calls at the same place of equal blocks."""
         name = node.meta.get("param") or node.meta["module"]
         if not name:  # where gradients of several readers are added up: told by what is added
-            placed = [source for source in node.all_input_nodes if source in self.problem.of_node]
+            sources = [value_taken(source)[0] for source in node.all_input_nodes]
+            placed = [source for source in sources if source in self.problem.of_node]
             return "", tuple(self.problem.of_node[source] if source.meta["module"] else -1 for source in placed)
         exact = (node.meta["phase"], name, node.target)
         self.ordinals[exact] += 1
@@ -233,7 +241,7 @@ class _Builder:
             return next((leader for leader in leaders if leader in parameters), -1) if shape else -1
         (source, *others) = taken
         read_alone = len(source.users) == 1 and not others and source not in self.going_out
-        if not read_alone or source.op == "placeholder" or is_getitem(source) or "grad_of" in source.meta:
+        if not read_alone or source.op == "placeholder" or is_alias(source) or "grad_of" in source.meta:
             return -1
         if num_bytes(node.meta["val"]) > num_bytes(source.meta["val"]):
             return -1
@@ -284,7 +292,7 @@ class _Builder:
         self.problem.values = list(found.values())
 
     def _add_results(self) -> None:
-        for node in self.problem.of_node:
+        for node in self.step.graph.nodes:
             for name in node.meta.get("grad_of", ()):
                 self._goes_out(node, self.parameters[name])
         for (kind, name), node in self.step.results.items():
@@ -323,10 +331,15 @@ def tensors_taken(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+def is_alias(node: fx.Node) -> bool:
+    """Whether a node stands for what another call yields: it picks one of several values, or waits for one."""
+    return is_getitem(node) or c10d.is_wait(node)
+
+
 def value_taken(node: fx.Node) -> tuple[fx.Node, int]:
     """(what yields a tensor, which of its outputs it is)."""
-    if is_getitem(node):
+    if is_alias(node):
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        return source, node.args[1]  # type: ignore[return-value]
+        return source, node.args[1] if is_getitem(node) else 0  # type: ignore[return-value]
     return node, 0

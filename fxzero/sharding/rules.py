@@ -24,6 +24,7 @@ from fxzero.sharding import (
     group_norms,
     losses,
     norms,
+    other_axes,
     reductions,
     vocabulary,
 )
@@ -76,6 +77,7 @@ def own_rules() -> dict[str, Rule]:
     rules |= {op.name(): random_draws.draws_like for op in random_draws.LIKE}
     rules |= dict.fromkeys(("aten::view", "aten::_unsafe_view", "aten::reshape"), views)
     rules |= {op.name(): elementwise.elementwise for op in elementwise.UNKNOWN_TO_DTENSOR}
+    rules |= other_axes.rules()
     rules["aten::view.dtype"] = by_dtensor  # which is no view in another shape
     return rules
 
@@ -85,13 +87,14 @@ class Rules:
 
     Args:
         ranks: of the axis.
+        head_blocks: as of `Call`.
 
     Attributes:
         unknown: ops that no rule knows, with how many distinct calls they are.
     """
 
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: int, *, head_blocks: int = 1) -> None:
+        self.ranks, self.head_blocks = ranks, head_blocks
         self.unknown: dict[str, int] = {}
         self._known: dict[Hashable, tuple[Strategy, ...]] = {}
         self._signatures: dict[fx.Node, Hashable] = {}
@@ -105,7 +108,7 @@ class Rules:
         of_step = tuple(map(yields_scalar, node.all_input_nodes))
         key = self.signature(node), of_step
         if key not in self._known:
-            self._known[key] = tuple(self._asked(Call.of(node, self.ranks)))
+            self._known[key] = tuple(self._asked(Call.of(node, self.ranks, head_blocks=self.head_blocks)))
         return self._known[key]
 
     def _asked(self, call: Call) -> Iterator[Strategy]:

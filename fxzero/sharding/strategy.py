@@ -62,6 +62,8 @@ class Call:
             where it yields that.
         outputs: what it yields, one for each tensor; None for what it yields beside tensors.
         ranks: of the axis.
+        head_blocks: attention's heads are so many blocks, of each of which a rank has a part: those that another axis
+            takes apart later.
     """
 
     target: Any
@@ -69,9 +71,10 @@ class Call:
     kwargs: dict[str, Any]
     outputs: tuple[Tensor | None, ...]
     ranks: int
+    head_blocks: int = 1
 
     @classmethod
-    def of(cls, node: fx.Node, ranks: int) -> Call:
+    def of(cls, node: fx.Node, ranks: int, *, head_blocks: int = 1) -> Call:
         """The call of a node whose inputs and value are whole."""
 
         def seen(source: fx.Node) -> Any:
@@ -87,7 +90,7 @@ class Call:
         val = node.meta["val"]
         values = val if isinstance(val, (list, tuple)) else [val]
         outputs = tuple(Tensor.of(item) if isinstance(item, torch.Tensor) else None for item in values)
-        return cls(node.target, tuple(args), dict(kwargs), outputs, ranks)
+        return cls(node.target, tuple(args), dict(kwargs), outputs, ranks, head_blocks)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -217,10 +217,10 @@ def launch(module: str, *args: str, ranks: int, timeout_s: float) -> str:
         return path.read_text(errors="replace")
 
 
-def launch_for_results(module: str, folder: Path, *, ranks: int, timeout_s: float) -> Any:
+def launch_for_results(module: str, folder: Path, *args: str, ranks: int, timeout_s: float) -> Any:
     """What a module that takes a path writes there as JSON, run as by `launch`."""
     path = folder / "found.json"
-    launch(module, str(path), ranks=ranks, timeout_s=timeout_s)
+    launch(module, str(path), *args, ranks=ranks, timeout_s=timeout_s)
     return json.loads(path.read_text())
 
 

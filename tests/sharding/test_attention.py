@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fxzero.graph.axis_placement import REPLICATED, shard
+from fxzero.graph.axis_placement import REPLICATED, Placement, shard
 from fxzero.sharding.rules import Rules
 from fxzero.sharding.strategy import Strategy
 from tests.sharding.by_execution import split
@@ -61,11 +61,16 @@ def parts(call: RecordedCall, ranks: int) -> list[Strategy]:
     return [way for way in Rules(ranks).of(call.node)[1:] if split(call, way, ranks) is not None]
 
 
+def by_tokens(call: RecordedCall) -> list[Placement]:
+    """Of flash attention, queries may be split on tokens."""
+    return [shard(2)] if "flash_attention" in str(call.node.target) else []
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_samples_and_heads_are_split(ranks: int) -> None:
+def test_samples_heads_and_tokens_are_split(ranks: int) -> None:
     for call in attention_calls(heads=8):
         queries = {way.inputs[1 if "backward" in str(call.node.target) else 0] for way in parts(call, ranks)}
-        assert queries == {shard(0), shard(1)}, call.node.target
+        assert queries == {shard(0), shard(1), *by_tokens(call)}, call.node.target
 
 
 def test_heads_that_ranks_share_are_whole_on_each() -> None:
@@ -74,7 +79,7 @@ def test_heads_that_ranks_share_are_whole_on_each() -> None:
         if "efficient_attention_backward" in str(call.node.target):  # which knows no groups of queries
             assert [way.inputs[first] for way in ways] == [shard(0)]
             continue
-        assert [way.inputs[first] for way in ways] == [shard(0), shard(1)], call.node.target
+        assert [way.inputs[first] for way in ways] == [shard(0), shard(1), *by_tokens(call)], call.node.target
         assert ways[1].inputs[first + 1] == REPLICATED
         assert ways[1].form is not None
 

@@ -59,7 +59,7 @@ def drawn(shape: list[int], dtype: torch.dtype, *, negative: bool) -> torch.Tens
 
 
 def placements(shape: list[int], dtype: torch.dtype) -> list[Placement]:
-    shards = [shard(dim) for dim, size in enumerate(shape) if size % RANKS == 0]
+    shards = [shard(dim, k) for dim, size in enumerate(shape) for k in (1, 2, 3) if size % (k * RANKS) == 0]
     summed = {torch.bool: (), torch.int64: (partial("sum"), partial("max"))}.get(dtype, REDUCED)
     return [REPLICATED, *shards, *summed]
 
@@ -97,7 +97,7 @@ def test_every_kind_of_conversion_is_among_them() -> None:
         (shard(0), partial("max")),  # zeros are greater than what is negative
         (partial("max"), shard(0)),
         (partial("sum"), partial("max")),
-        (shard(0, 2), REPLICATED),
+        (shard(0, 2), partial()),
         (shard(0, 2), shard(0)),
     ],
 )
@@ -108,7 +108,7 @@ def test_what_no_collective_does_is_not_offered(before: Placement, after: Placem
 def test_a_part_in_the_wrong_place_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from fxzero.sharding import conversions
 
-    monkeypatch.setattr(conversions, "_from_front", lambda editor, value, part, shape, dim, ranks: value)
+    monkeypatch.setattr(conversions, "_from_front", lambda editor, value, part, shape, lies, ranks: value)
     whole = drawn([3, 4], torch.float32, negative=True)
     with pytest.raises(AssertionError):
         assert converted(whole, shard(1), REPLICATED) is None
