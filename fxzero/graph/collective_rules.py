@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +11,7 @@ from torch import fx
 
 from fxzero.graph import collectives as c10d
 from fxzero.graph import ops
-from fxzero.graph.axis_placement import Placement, whole_shape
+from fxzero.graph.axis_placement import whole_shape
 from fxzero.graph.compression_ops import dequantize_blockwise, quantize_blockwise
 from fxzero.graph.compression_rules import packed_by
 from fxzero.graph.rules import Context, Violation, equation, schema_of
@@ -277,19 +276,11 @@ def _check_input(node: fx.Node, mesh: dict[str, int]) -> Iterator[Violation]:
     shape = (sharding.rows if sharding else val.shape[0], *val.shape[1:]) if val.dim() else ()
     placements = node.meta.get("placements", {})
     where, expected = f"input {entry.key}", f"shape {tuple(entry.shape)}, or a shard of it"
-    can_lie = functools.partial(_can_lie, dims=len(shape), mesh=mesh, rests=entry.kind in STATE_KINDS)
-    misplaced = [f"{p} over {axis}" for axis, p in placements.items() if not can_lie(p, axis)]
-    if misplaced:
-        fix = f"place it over the axes of {mesh}, by a dim that it has; state rests as R or S(dim)"
-        yield Violation(where, expected, f"{tuple(val.shape)}, {', '.join(misplaced)}", fix)
+    in_blocks = [f"{p} over {axis}" for axis, p in placements.items() if p.blocks != 1]
+    if in_blocks and entry.kind in STATE_KINDS:
+        got = f"{tuple(val.shape)}, {', '.join(in_blocks)}"
+        yield Violation(where, expected, got, "state rests as R or S(dim): convert it where it is used")
     elif whole_shape(shape, placements, mesh) != tuple(entry.shape):
         fix = "set meta['sharding'] where an input becomes a shard, meta['placements'] where another axis splits it"
         got = ", ".join([str(tuple(val.shape)), *(f"{p} over {axis}" for axis, p in placements.items())])
         yield Violation(where, expected, got, fix)
-
-
-def _can_lie(placement: Placement, axis: str, *, dims: int, mesh: dict[str, int], rests: bool) -> bool:
-    """Whether an input of so many dims can lie so over an axis; what rests from step to step is held in plain parts."""
-    if axis not in mesh or (placement.is_shard and placement.dim >= dims):
-        return False
-    return not rests or (not placement.is_partial and placement.blocks == 1)

@@ -709,29 +709,14 @@ def input_that_is_a_part_placed_as_whole(step: StepGraph) -> None:
     place(step, (20,), tp=axis_placement.REPLICATED)
 
 
-@fault("sharding", "expected shape (10, 6), or a shard of it, got (3, 6), S(0) over tp")
+@fault("placements", "%addcdiv: expected S(0) over tp, as %inner_weight, got R")
 def rows_of_the_whole_placed_as_rows_of_a_part(step: StepGraph) -> None:
     place(step, (10, 6), name="inner.weight", tp=axis_placement.shard(0))
-
-
-@fault("sharding", "got (10,), S(1) over tp; place it over the axes")
-def input_placed_by_a_dim_that_it_has_not(step: StepGraph) -> None:
-    place(step, (10,), tp=axis_placement.shard(1))
-
-
-@fault("sharding", "got (10,), P(sum) over tp; ")
-def parameter_that_is_partial(step: StepGraph) -> None:
-    place(step, (10,), tp=axis_placement.partial())
 
 
 @fault("sharding", "got (10,), S(0, 2) over tp; ")
 def parameter_in_parts_of_blocks(step: StepGraph) -> None:
     place(step, (20,), tp=axis_placement.shard(0, 2))
-
-
-@fault("sharding", "got (10,), S(0) over sp; ")
-def input_placed_over_no_axis(step: StepGraph) -> None:
-    place(step, (20,), sp=axis_placement.shard(0))
 
 
 @fault("sharding", "an axis of the mesh {'dp': 4}, got tp")

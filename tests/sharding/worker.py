@@ -81,10 +81,10 @@ def cases(machine: str, *, everything: bool) -> dict[str, tuple[str, dict[str, A
     world_size = dist.get_world_size()
     found = {}
     if world_size == 2:
-        chosen = [(name, {"dp": 1, "tp": 2}, 0) for name in (MODELS if everything else ("llama", "mixtral"))]
+        chosen = [(name, {"dp": 1, "tp": 2}, 0) for name in (MODELS if everything else ("llama",))]
     else:
         pairs = [(name, zero) for name in MODELS for zero in range(4)]
-        few = [("llama", 0), ("gpt2", 1), ("mixtral", 2), ("llama", 3), ("t5", 3)]
+        few = [("gpt2", 1), ("mixtral", 2), ("llama", 3)]
         chosen = [(name, {"dp": 2, "tp": 2}, zero) for name, zero in (pairs if everything else few)]
         chosen += [(name, {"dp": 1, "tp": 4}, 0) for name in (MODELS if everything else ("qwen3",))]
     for name, mesh, zero in chosen:
