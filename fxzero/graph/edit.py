@@ -193,11 +193,11 @@ class Editor:
 
 def _kept_placements(node: fx.Node) -> dict[str, Any] | None:
     """How a value lies over mesh axes that is another one's rows, copy, or sum over an axis of batches; else None."""
-    if node.target not in _KEEP_PLACEMENTS or (c10d.is_collective(node) and c10d.moves_parts(node)):
-        return None
-    source = node.args[0]
+    source = node.args[0] if node.target in _KEEP_PLACEMENTS else None
     found = source.meta.get("placements") if isinstance(source, fx.Node) else None
-    return dict(found) if found is not None else None
+    if found is None or (c10d.is_collective(node) and c10d.moves_parts(node)):
+        return None
+    return dict(found)
 
 
 def coordinate(step: StepGraph, axis: str) -> fx.Node:
