@@ -7,7 +7,6 @@ adding up. What the device's allocator makes of a request is in `cost/allocator.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from fxzero.cost.lifetimes import Storage, is_resting, storages
 from fxzero.cost.memory_kinds import KINDS, kinds_of
 from fxzero.errors import RewriteError
 from fxzero.graph import StepGraph
+from fxzero.graph.blocks import with_stars
 from fxzero.graph.step_graph import device_of, num_bytes
 from fxzero.graph.swap_ops import tier_of
 from fxzero.graph.text import op_name
@@ -78,7 +78,7 @@ class MemoryProfile:
         """
         groups: dict[tuple[str, str], list[Standing]] = defaultdict(list)
         for item in self.standing:
-            groups[item.kind, re.sub(r"(?<![^.])\d+(?![^.])", "*", item.module)].append(item)
+            groups[item.kind, with_stars(item.module)].append(item)
         return sorted((_joined(*key, items) for key, items in groups.items()), key=lambda item: -item.num_bytes)
 
 

@@ -9,6 +9,11 @@ from collections.abc import Iterable
 _NUMBERED = re.compile(r"(?:^|.*?\.)\d+(?=\.|$)")  # a path up to its first number: layers.3
 
 
+def with_stars(path: str) -> str:
+    """A path with a star for each number in it, the same for all blocks of a list: layers.*.mlp."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
+
+
 def repeated_blocks(paths: Iterable[str]) -> dict[str, str]:
     """Path of a module -> the module of a list that it lies in, where that list has more than one."""
     numbered = {path: match[0] for path in paths if (match := _NUMBERED.match(path))}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxzero.graph import StepGraph
+from fxzero.graph.blocks import with_stars
 from fxzero.graph.regions import Region, regions
 from fxzero.graph.storage import InPlace
 from fxzero.lower.lower_regions import Lowered
@@ -37,7 +37,7 @@ class SharedFunction:
         for region in self.regions:
             first = region.calls[0].meta
             path = first["module"] or first.get("param") or "the model"
-            places.setdefault(first["phase"], {})[re.sub(r"(?<![^.])\d+(?![^.])", "*", path)] = None
+            places.setdefault(first["phase"], {})[with_stars(path)] = None
         return ", ".join(f"{phase} of {_few([*paths])}" for phase, paths in places.items())
 
     @property

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 
 from fxzero.cost.compute import compute_seconds
 from fxzero.cost.hardware import Hardware
 from fxzero.graph import StepGraph
+from fxzero.graph.blocks import with_stars
 from fxzero.graph.step_graph import num_bytes
 from fxzero.graph.text import size_text
 from fxzero.sharding.rules import Rules
 from fxzero.sharding.solve import Answer
 
-_NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.)")
 _MOST_LINES = 40
 
 
@@ -39,7 +38,7 @@ def told(step: StepGraph, axis: str, answer: Answer, rules: Rules) -> str:
         assert placement is not None
         entry, size = node.meta["entry"], num_bytes(node.meta["val"])
         whole, here = whole + size, here + (size // answer.problem.ranks if placement.is_shard else size)
-        lies[(_NUMBER.sub("*", entry.name), str(list(entry.shape)), str(placement))] += 1
+        lies[(with_stars(entry.name), str(list(entry.shape)), str(placement))] += 1
     lines[0] += f"; parameters {size_text(whole)}, of which a rank has {size_text(here)}"
     for (name, shape, lie), count in [*lies.items()][:_MOST_LINES]:
         lines.append(f"  {lie:5} {name} {shape}{f' x{count}' if count > 1 else ''}")

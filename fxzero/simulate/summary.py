@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 
 from tabulate import tabulate
 
+from fxzero.graph.blocks import with_stars
 from fxzero.graph.lanes import Event, launch_of
 from fxzero.graph.step_graph import num_bytes
 from fxzero.graph.text import launch_name, size_text
@@ -45,7 +45,7 @@ def exposed_by_place(timeline: Timeline) -> list[Exposed]:
     groups: dict[tuple[str, str, str, str], list[Event]] = defaultdict(list)
     for event in timeline.exposed:
         launch = launch_of(event.node)
-        module = re.sub(r"(?<![^.])\d+(?![^.])", "*", event.node.meta.get("module", ""))
+        module = with_stars(event.node.meta.get("module", ""))
         key = (launch_name(launch), event.node.meta.get("phase", ""), module, timeline.lane_of(event))
         groups[key].append(event)
     found = []
