@@ -34,7 +34,7 @@ from fxzero.runtime.graphed_program import GraphedProgram
 from fxzero.runtime.microbatches import Batch
 from fxzero.runtime.program import Program
 from fxzero.runtime.state import StepState
-from fxzero.sharding.hints import pin, pinned
+from fxzero.sharding.hints import pin, pinned_by
 
 log = logging.getLogger("fxzero")
 
@@ -202,15 +202,13 @@ class Programs:
 
     def _lies(self) -> Lies:
         """How parameters have to lie: as the model's own do already, or as hints of the plan say."""
-        ranks = self._plan.axes.get("tp", 1)
-        if ranks == 1:
+        if self._plan.axes.get("tp", 1) == 1:
             return {}
         given = self._state.laid_out
         if given is not None:
             keys = (("parameter", name) for name, _ in self._state.model.named_parameters())
             return {name: given.get((kind, name), {}).get("tp", REPLICATED) for kind, name in keys}
-        hints = {} if isinstance(self._plan.tp, str) else self._plan.tp
-        return pinned(hints, self._state.model, ranks=ranks)
+        return pinned_by(self._plan, self._state.model)
 
     def keep(self, inventory: Inventory, programs: list[Compiled], batch: Batch) -> None:
         """Programs made before model and optimizer were bound serve those that are."""

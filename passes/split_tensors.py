@@ -26,7 +26,7 @@ from fxzero.graph.step_graph import PHASES, is_getitem, yields_tensor
 from fxzero.sharding.conversions import Axis, convert
 from fxzero.sharding.hints import pin
 from fxzero.sharding.local_arguments import with_local_sizes
-from fxzero.sharding.problem import problem_of
+from fxzero.sharding.problem import lies_as_input, problem_of
 from fxzero.sharding.rules import Rules
 from fxzero.sharding.solve import solve
 from fxzero.sharding.strategy import Call, Local, Strategy
@@ -105,6 +105,7 @@ class _Rewrite:
         self.step, self.ways = step, ways
         self.axis = Axis(axis, step.mesh[axis], coordinate(step, axis))
         self.mode = fake_mode(step)
+        self.inputs = {node.meta["entry"].key: node for node in step.placeholders}
         # node that yields a tensor -> the whole's shape, and placement -> what this rank has of it
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self.held: dict[fx.Node, dict[Placement, fx.Node]] = {}
@@ -151,9 +152,7 @@ class _Rewrite:
 
     def _settle_gradient(self, node: fx.Node, part: fx.Node) -> None:
         """A gradient lies as its parameter does, from where it is born: what is reduced over other axes is that."""
-        parameter = self.step.input("parameter", part.meta["grad_of"][0])
-        assert parameter is not None
-        wanted = self.lies[parameter]
+        wanted = self.lies[self.inputs[("parameter", part.meta["grad_of"][0])]]
         if wanted == self.lies[node]:
             return
         editor = Editor(self.step, phase="backward", module=part.meta["module"])
@@ -297,10 +296,8 @@ class _Rewrite:
         for key, node in results.items():
             if not yields_tensor(node) or node not in self.held:
                 continue
-            entry = self.step.input(*key)
-            if entry is None and key[0] in ("accumulated", "unreduced"):
-                entry = self.step.input("parameter", key[1])
-            wanted = self.lies.get(entry, REPLICATED) if entry is not None else REPLICATED
+            lies_as = lies_as_input(self.inputs, *key)
+            wanted = REPLICATED if lies_as is None else self.lies.get(lies_as, REPLICATED)
             editor = Editor(self.step, phase=last, module=node.meta["module"], param=node.meta.get("param"))
             with editor.before(self.step.output):
                 results[key] = self._in(node, wanted, editor, self.step.output)

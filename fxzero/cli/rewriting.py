@@ -19,7 +19,7 @@ from fxzero.pass_manager import Pipeline
 from fxzero.plan import Plan
 from fxzero.programs import carried
 from fxzero.recipe import captured_as, recipe
-from fxzero.sharding.hints import pin, pinned
+from fxzero.sharding.hints import pin, pinned_by
 
 CAPTURE = "capture"
 
@@ -66,8 +66,7 @@ def _captures(text: str, plan: Plan, progress: Progress) -> Callable[..., StepGr
     count = sum(p.numel() for p in inventory.parameters.values())
     with progress.stage("rehearse", f"optimizer state of {count:,} parameters"):
         inventory, fresh = rehearse(inventory)
-    hints = {} if isinstance(plan.tp, str) else plan.tp
-    lies = pinned(hints, target.model, ranks=plan.axes.get("tp", 1))
+    lies = pinned_by(plan, target.model)
     options = captured_as(plan)
     batch = target.args, target.kwargs
 

@@ -13,6 +13,7 @@ from torch import nn
 from fxzero.errors import PlanError
 from fxzero.graph import StepGraph
 from fxzero.graph.axis_placement import REPLICATED, Placement, divides, shard
+from fxzero.plan import Plan
 
 _WHERE = "Plan.tp"
 
@@ -41,6 +42,11 @@ def pin(step: StepGraph, placements: Mapping[str, Placement], *, axis: str = "tp
         if own is not None and own.is_shard:
             own = shard(own.dim)  # state rests in plain parts, also of what is used in parts of blocks
         node.meta["pinned"] = others if own is None else {**others, axis: own}
+
+
+def pinned_by(plan: Plan, model: nn.Module) -> dict[str, Placement]:
+    """How the parameters of a model lie that the hints of a resolved plan name; see `pinned`."""
+    return {} if isinstance(plan.tp, str) else pinned(plan.tp, model, ranks=plan.axes.get("tp", 1))
 
 
 def pinned(hints: Mapping[str, str], model: nn.Module, *, ranks: int = 1) -> dict[str, Placement]:

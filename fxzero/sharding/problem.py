@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -145,6 +145,7 @@ class _Builder:
         self.known: dict[Hashable, int] = {}
         self.ordinals: Counter[Hashable] = Counter()
         self.parameters: dict[str, int] = {}
+        self.of_parameters: set[int] = set()
         self.shapes = {n.meta["entry"].name: tuple(n.meta["entry"].shape) for n in step.inputs("parameter")}
         self.going_out = set(step.results.values())
 
@@ -193,6 +194,7 @@ class _Builder:
         self.problem.of_node[node] = number
         if entry.kind == "parameter":
             self.parameters[entry.name] = number
+            self.of_parameters.add(number)
 
     def _add_call(self, node: fx.Node) -> None:
         strategies = self.rules.of(node)
@@ -237,8 +239,7 @@ class _Builder:
             shape = node.meta["val"].shape
             alike = [source for source in taken if source.meta["val"].shape == shape]
             leaders = [self._head(self.problem.of_node[value_taken(source)[0]]) for source in alike]
-            parameters = set(self.parameters.values())
-            return next((leader for leader in leaders if leader in parameters), -1) if shape else -1
+            return next((leader for leader in leaders if leader in self.of_parameters), -1) if shape else -1
         (source, *others) = taken
         read_alone = len(source.users) == 1 and not others and source not in self.going_out
         if not read_alone or source.op == "placeholder" or is_alias(source) or "grad_of" in source.meta:
@@ -295,22 +296,28 @@ class _Builder:
         for node in self.step.graph.nodes:
             for name in node.meta.get("grad_of", ()):
                 self._goes_out(node, self.parameters[name])
-        for (kind, name), node in self.step.results.items():
-            if not yields_tensor(node):
-                continue
-            entry = self.step.input(kind, name)
-            lies_as = -1
-            if entry is not None and entry in self.problem.of_node:
-                lies_as = self.problem.of_node[entry]
-            elif kind in CARRIED_KINDS and name in self.parameters:
-                lies_as = self.parameters[name]
-            self._goes_out(node, lies_as)
+        inputs = {node.meta["entry"].key: node for node in self.step.placeholders}
+        for key, node in self.step.results.items():
+            if yields_tensor(node):
+                lies_as = lies_as_input(inputs, *key)
+                self._goes_out(node, -1 if lies_as is None else self.problem.of_node.get(lies_as, -1))
 
     def _goes_out(self, node: fx.Node, lies_as: int) -> None:
         source, output = value_taken(node)
         unit, val = self.problem.of_node[source], node.meta["val"]
         self.problem.results.add((unit, output, lies_as))
         self.problem.result_shapes[(unit, output)] = (tuple(val.shape), val.element_size())
+
+
+def lies_as_input(inputs: Mapping[tuple[str, str], fx.Node], kind: str, name: str) -> fx.Node | None:
+    """The input that a result has to lie as; None: it has to be whole.
+
+    Args:
+        inputs: of the step, by the keys of their entries.
+        kind, name: the key of the result, which is the next value of an input, or a parameter's gradient so far.
+    """
+    own = inputs.get((kind, name))
+    return inputs.get(("parameter", name)) if own is None and kind in CARRIED_KINDS else own
 
 
 def is_pointwise(node: fx.Node) -> bool:
