@@ -1,0 +1,32 @@
+"""What a call takes: its tensors, and which call yields each."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxzero.graph.step_graph import is_getitem, yields_tensor
+
+# what yields a tensor, and which of its outputs that is
+Yielded = tuple[fx.Node, int]
+
+
+def tensors_taken(node: fx.Node) -> list[fx.Node]:
+    """The nodes of all tensors that a call takes, in the order of its arguments, as often as it takes them."""
+    found: list[fx.Node] = []
+
+    def note(source: fx.Node) -> fx.Node:
+        if yields_tensor(source):
+            found.append(source)
+        return source
+
+    fx.map_arg((node.args, node.kwargs), note)
+    return found
+
+
+def value_taken(node: fx.Node) -> Yielded:
+    """(what yields a tensor, which of its outputs it is)."""
+    if is_getitem(node):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        return source, node.args[1]  # type: ignore[return-value]
+    return node, 0
