@@ -16,7 +16,7 @@ from fxzero.graph import collectives as c10d
 from fxzero.graph.axis_placement import Placement, shard
 from fxzero.passes.split_tensors import split_tensors
 from fxzero.sharding.blocks import Blocks
-from fxzero.sharding.problem import problem_of
+from fxzero.sharding.problem import Value, problem_of
 from fxzero.sharding.rules import Rules
 from fxzero.sharding.solve import Answer, solve
 from fxzero.sharding.strategy import Call, Strategy, with_blocks
@@ -55,6 +55,14 @@ def test_a_fused_product_is_split_by_heads() -> None:
     found = blocks_of(solve(problem_of(gpt2_step(2), "tp", Rules(8), known_hardware("h100"))))
     assert found["aten.addmm.default"] == {shard(0, 3), shard(1, 3)}, "bias and weight of three projections in one"
     assert found["aten.split.Tensor"] == {shard(2, 3)}
+
+
+def test_what_goes_by_another_dim_is_paid_for_twice() -> None:
+    problem = problem_of(gpt2_step(2), "tp", Rules(8), known_hardware("h100"))
+    weight = Value(0, 0, (2048, 6144), 2, 0, ())
+    both = problem.conversion_seconds(weight, shard(1), shard(1, 3))
+    first = problem.conversion_seconds(weight, shard(1), shard(0))
+    assert both == first + problem.conversion_seconds(weight, shard(0), shard(1, 3))
 
 
 def test_the_problem_of_blocks_does_not_grow_with_depth() -> None:

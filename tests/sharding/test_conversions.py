@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -17,7 +18,7 @@ from fxzero.graph import collectives as c10d
 from fxzero.graph.axis_placement import REPLICATED, Placement, divides, local_shape, partial, shard
 from fxzero.graph.edit import Editor, coordinate
 from fxzero.graph.step_graph import Result, StateEntry
-from fxzero.sharding.conversions import ALGORITHMS, Axis, conversion, convert, route
+from fxzero.sharding.conversions import ALGORITHMS, Axis, conversion, convert, copied_bytes, route
 from tests.sharding.by_execution import AXIS, compare, parts_of, run_ranks
 
 BLOCKS = (1, 2, 3)
@@ -128,6 +129,12 @@ def test_blocks_of_a_dim_are_made_by_way_of_another_dim(
     shape: tuple[int, ...], ranks: int, way: list[Placement]
 ) -> None:
     assert list(route(shape, shard(1), shard(1, 3), ranks)) == way
+
+
+def test_parts_of_blocks_are_copied_where_those_of_one_are_not() -> None:
+    copied = functools.partial(copied_bytes, (24, 5), 4, ranks=2)
+    assert [copied(shard(0), REPLICATED), copied(partial(), shard(0))] == [0, 0]
+    assert [copied(shard(0, 3), REPLICATED), copied(partial(), shard(0, 3))] == [480, 480]
 
 
 def test_where_parts_go_by_another_dim_nothing_is_gathered() -> None:
