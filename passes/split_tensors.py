@@ -23,7 +23,7 @@ from fxzero.graph.axis_placement import REPLICATED, Placement, local_shape
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor, coordinate, fake_mode, value_of
 from fxzero.graph.step_graph import PHASES, is_getitem, yields_tensor
-from fxzero.sharding.conversions import Axis, convert
+from fxzero.sharding.conversions import Axis, convert, route
 from fxzero.sharding.hints import pin
 from fxzero.sharding.local_arguments import with_local_sizes
 from fxzero.sharding.problem import lies_as_input, problem_of
@@ -202,16 +202,19 @@ class _Rewrite:
 
     def _in(self, source: fx.Node, wanted: Placement, editor: Editor, reader: fx.Node) -> fx.Node:
         """What this rank has of a value, lying as a reader wants it; made where it is not there yet."""
-        held = self.held[source]
-        if wanted not in held:
-            before = self.lies[source]
-            made = convert(editor, held[before], self.shapes[source], before, wanted, self.axis)
-            held[wanted] = made
-            if made is held[before]:  # which is whole, whatever may be made of it
-                return made
-            made.meta["because"] = f"{reader.name} takes {wanted}"
-            self._mark(made, wanted, like=held[before])
-            self.edits += 1
+        held, before, shape = self.held[source], self.lies[source], self.shapes[source]
+        if wanted in held:
+            return held[wanted]
+        for after in route(shape, before, wanted, self.axis.ranks):
+            if after not in held:
+                made = convert(editor, held[before], shape, before, after, self.axis)
+                held[after] = made
+                if made is held[before]:  # which is whole, whatever may be made of it
+                    return made
+                made.meta["because"] = f"{reader.name} takes {wanted}"
+                self._mark(made, after, like=held[before])
+                self.edits += 1
+            before = after
         return held[wanted]
 
     def _evaluate(self, node: fx.Node, editor: Editor) -> None:

@@ -6,22 +6,25 @@
     R -> P(max)     as it is                                    P(max) -> R     all-reduce of the greatest
     S(d) -> P(sum)  zeros but for the own part                  P(sum) -> S(d)  reduce-scatter
     S(d) -> S(e)    all-to-all                                  P(norm2) -> R   squares are added up
-S(d, k), parts of k blocks, is made of the same placements and becomes those, other than S(d) and P.
+Each of these holds for shards of several blocks. Between S(d) and S(d, k) there is none: which ranks send to which
+depends on the rank, and a graph is the same on all. So these go by way of a shard of another dim, two all-to-alls that
+move 2 / n of the value over n ranks; where there is no such dim, or two ranks only, by way of the whole.
 Collectives work along dim 0 of contiguous tensors, so parts along another dim are brought to the front by a copy,
-unless the dims before it have one element.
+unless they are of one block and the dims before it have one element.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from fxzero.graph import collectives as c10d
 from fxzero.graph import ops
-from fxzero.graph.axis_placement import Placement, local_shape
+from fxzero.graph.axis_placement import REPLICATED, Placement, divides, local_shape, shard
 from fxzero.graph.edit import Editor
 
 aten = torch.ops.aten
@@ -42,10 +45,8 @@ ALGORITHMS = {
 
 
 def conversion(before: Placement, after: Placement) -> str | None:
-    """What makes a value lie in another way; None where nothing does."""
+    """What makes a value lie in another way; None where nothing does at once (see `route`)."""
     kinds = before.kind + after.kind
-    if before.blocks * after.blocks != 1 and (kinds == "SP" or (kinds == "SS" and before.dim == after.dim)):
-        return None
     if kinds == "PR":
         return {"sum": "reduce", "max": "greatest", "norm2": "norm"}[before.reduction]
     if kinds == "RP":
@@ -53,7 +54,28 @@ def conversion(before: Placement, after: Placement) -> str | None:
     if kinds in ("PS", "SP"):
         sums = (before if before.is_partial else after).reduction == "sum"
         return ("scatter" if kinds == "PS" else "put") if sums else None
+    if kinds == "SS" and before.dim == after.dim:
+        return None
     return {"RS": "keep", "SR": "gather", "SS": "exchange"}.get(kinds)
+
+
+def route(shape: tuple[int, ...], before: Placement, after: Placement, ranks: int) -> tuple[Placement, ...]:
+    """How a value lies after each conversion on its way from one placement to another; () where there is no way.
+
+    Args:
+        shape: of the whole.
+        before, after: two placements.
+        ranks: of the axis.
+    """
+    if not divides(shape, after, ranks):
+        return ()
+    if conversion(before, after) is not None:
+        return (after,)
+    if not (before.is_shard and after.is_shard) or before == after:
+        return ()
+    others = (shard(dim) for dim in range(len(shape)) if dim != before.dim)
+    found = [other for other in others if divides(shape, other, ranks)]
+    return (found[0] if found and ranks > 2 else REPLICATED, after)
 
 
 def copied_bytes(shape: tuple[int, ...], itemsize: int, before: Placement, after: Placement, ranks: int) -> float:
@@ -71,9 +93,8 @@ def copied_bytes(shape: tuple[int, ...], itemsize: int, before: Placement, after
     if done == "exchange":
         return 2 * whole / ranks
     if done == "gather":
-        return whole if math.prod(shape[: before.dim]) > 1 or before.blocks > 1 else 0.0
-    is_moved = math.prod(shape[: after.dim]) > 1 or after.blocks > 1
-    return whole if done == "scatter" and is_moved else 0.0
+        return whole if math.prod(shape[: before.dim]) * before.blocks > 1 else 0.0
+    return whole if done == "scatter" and math.prod(shape[: after.dim]) * after.blocks > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +115,7 @@ class Axis:
 def convert(
     editor: Editor, value: fx.Node, shape: tuple[int, ...], before: Placement, after: Placement, axis: Axis
 ) -> fx.Node:
-    """Insert what makes this rank's part of a value lie in another way.
+    """Insert the one conversion that makes this rank's part of a value lie in another way.
 
     Args:
         editor: where to.
@@ -108,11 +129,11 @@ def convert(
     if done == "as_is":
         return value
     if done == "keep":
-        return _kept(editor, value, after, axis, f"{stem}_part")
+        return editor.call(ops.local_part, value, *_parts_of(after, axis), name=f"{stem}_part")
     if done == "own":
         return editor.call(ops.on_rank, value, 0, axis.coordinate, name=f"{stem}_own")
     if done == "put":
-        return editor.call(ops.put_part, value, before.dim, axis.ranks, axis.coordinate, name=f"{stem}_put")
+        return editor.call(ops.put_part, value, *_parts_of(before, axis), name=f"{stem}_put")
     if done == "gather":
         return _gathered(editor, value, shape, before, axis, stem)
     if done == "reduce":
@@ -128,13 +149,10 @@ def convert(
     return _exchanged(editor, value, shape, before, after, axis, stem)
 
 
-def _kept(editor: Editor, value: fx.Node, lies: Placement, axis: Axis, name: str) -> fx.Node:
-    if lies.blocks == 1:
-        return editor.call(ops.local_part, value, lies.dim, axis.ranks, axis.coordinate, name=name)
-    sizes, dim = list(value.meta["val"].shape), lies.dim
-    blocks = _viewed(editor, value, [*sizes[:dim], lies.blocks, sizes[dim] // lies.blocks, *sizes[dim + 1 :]])
-    part = editor.call(ops.local_part, blocks, dim + 1, axis.ranks, axis.coordinate, name=name)
-    return _viewed(editor, part, [*sizes[:dim], sizes[dim] // axis.ranks, *sizes[dim + 1 :]])
+def _parts_of(lies: Placement, axis: Axis) -> tuple[Any, ...]:
+    """The arguments of `local_part` and `put_part` behind the tensor."""
+    parts = (lies.dim, axis.ranks, axis.coordinate)
+    return parts if lies.blocks == 1 else (*parts, lies.blocks)
 
 
 def _gathered(
@@ -156,19 +174,17 @@ def _scattered(
 
 
 def _exchanged(
-    editor: Editor, value: fx.Node, shape: tuple[int, ...], lies: Placement, to: Placement, axis: Axis, stem: str
+    editor: Editor, value: fx.Node, shape: tuple[int, ...], before: Placement, after: Placement, axis: Axis, stem: str
 ) -> fx.Node:
     value, dtype = _sendable(editor, value), value.meta["val"].dtype
-    part = list(value.meta["val"].shape)
-    part[to.dim] //= axis.ranks
-    sent = _to_front(editor, value, to, axis.ranks)
+    part = list(local_shape(value.meta["val"].shape, after, axis.ranks))
+    sent = _to_front(editor, value, after, axis.ranks)
     rows = sent.meta["val"].shape[0] // axis.ranks
     splits = [rows] * axis.ranks
     launch = editor.call(c10d.all_to_all, sent, splits, splits, axis.name, name=f"{stem}_exchange")
     received = editor.call(c10d.wait, launch, name=f"{stem}_received")
-    after = list(shape)
-    after[to.dim] //= axis.ranks
-    return _of_dtype(editor, _from_front(editor, received, part, after, lies, axis.ranks), dtype)
+    made = list(local_shape(shape, after, axis.ranks))
+    return _of_dtype(editor, _from_front(editor, received, part, made, before, axis.ranks), dtype)
 
 
 def _sendable(editor: Editor, value: fx.Node) -> fx.Node:
@@ -183,31 +199,29 @@ def _of_dtype(editor: Editor, value: fx.Node, dtype: torch.dtype) -> fx.Node:
 
 
 def _to_front(editor: Editor, value: fx.Node, lies: Placement, ranks: int) -> fx.Node:
-    """The parts along a dim one after the other, each contiguous: dim 0 counts them times the rows of each."""
-    sizes, dim = list(value.meta["val"].shape), lies.dim
-    part = [*sizes[:dim], sizes[dim] // ranks, *sizes[dim + 1 :]]
+    """The parts of a shard one after the other, each contiguous: dim 0 counts them times the rows of each."""
+    sizes = list(value.meta["val"].shape)
+    dim, part = lies.dim, list(local_shape(sizes, lies, ranks))
     if math.prod(sizes[:dim]) * lies.blocks > 1:
-        blocks = [] if lies.blocks == 1 else [lies.blocks]
-        each = sizes[dim] // (lies.blocks * ranks)
-        split = _viewed(editor, value, [*sizes[:dim], *blocks, ranks, each, *sizes[dim + 1 :]])
+        blocks = [lies.blocks] if lies.blocks > 1 else []
+        split = _viewed(editor, value, [*sizes[:dim], *blocks, ranks, part[dim] // lies.blocks, *sizes[dim + 1 :]])
         at = dim + len(blocks)
-        order = [at, *(other for other in range(split.meta["val"].dim()) if other != at)]
+        order = [at, *(other for other in range(len(sizes) + 1 + len(blocks)) if other != at)]
         value = editor.call(aten.permute.default, split, order)
-    return _viewed(editor, value, [ranks * part[0], *part[1:]] if dim or len(part) else part)
+    return _viewed(editor, value, [ranks * part[0], *part[1:]])
 
 
 def _from_front(
     editor: Editor, value: fx.Node, part: list[int], shape: list[int], lies: Placement, ranks: int
 ) -> fx.Node:
-    """The opposite: parts that lie one after the other, joined along a dim."""
+    """The opposite: parts that lie one after the other, joined to what they are a shard's."""
     dim = lies.dim
     if math.prod(part[:dim]) * lies.blocks > 1:
-        blocks = [] if lies.blocks == 1 else [lies.blocks]
+        blocks = [lies.blocks] if lies.blocks > 1 else []
         split = _viewed(editor, value, [ranks, *part[:dim], *blocks, part[dim] // lies.blocks, *part[dim + 1 :]])
         at = dim + len(blocks)
-        value = editor.call(
-            aten.permute.default, split, [*range(1, at + 1), 0, *range(at + 1, len(part) + 1 + len(blocks))]
-        )
+        order = [*range(1, at + 1), 0, *range(at + 1, len(part) + 1 + len(blocks))]
+        value = editor.call(aten.permute.default, split, order)
     return _viewed(editor, value, shape)
 
 
