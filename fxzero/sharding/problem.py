@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
@@ -36,11 +35,11 @@ from fxzero.graph.axis_placement import REPLICATED, Placement, divides, shard
 from fxzero.graph.step_graph import CARRIED_KINDS, StepGraph, num_bytes, yields_tensor
 from fxzero.sharding.blocks import Blocks
 from fxzero.sharding.conversions import ALGORITHMS, conversion, copied_bytes, route
+from fxzero.sharding.places import Places
 from fxzero.sharding.rules import Rules
 from fxzero.sharding.strategy import Message, Strategy
 from fxzero.sharding.taken import is_alias, tensors_taken, value_taken
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # a module's place in its list
 _LIES_AS_PARAMETER = ("optimizer", *CARRIED_KINDS)
 
 
@@ -147,7 +146,7 @@ def problem_of(step: StepGraph, axis: str, rules: Rules, hardware: Hardware) -> 
 class _Builder:
     def __init__(self, step: StepGraph, axis: str, rules: Rules, hardware: Hardware) -> None:
         self.step, self.axis, self.rules, self.hardware = step, axis, rules, hardware
-        self.blocks = Blocks(step, rules)
+        self.blocks, self.places = Blocks(step, rules), Places(step)
         layout = layout_of(axis, step.mesh, hardware.ranks_per_node)
         self.problem = Problem(rules.ranks, layout, hardware)
         self.known: dict[Hashable, int] = {}
@@ -193,7 +192,7 @@ class _Builder:
         if entry.kind == "parameter":
             pinned = node.meta.get("pinned", {}).get(self.axis)
             lies = placements_of_state(shape, self.rules.ranks) if pinned is None else [pinned]
-        name = _NUMBER.sub("*", entry.name) if entry.kind == "parameter" else ""
+        name = self.places.starred(entry.name) if entry.kind == "parameter" else ""
         key = ("input", entry.kind, name, shape, node.meta["val"].dtype, tuple(lies))
         strategies = tuple(Strategy((), (placement,)) for placement in lies)
         per_byte = num_bytes(node.meta["val"]) / self.hardware.memory_bytes_s
@@ -237,7 +236,7 @@ class _Builder:
             return "", tuple(self.problem.of_node[source] if source.meta["module"] else -1 for source in placed)
         exact = (node.meta["phase"], name, node.target)
         self.ordinals[exact] += 1
-        return _NUMBER.sub("*", f".{name}."), self.ordinals[exact]
+        return self.places.starred(name), self.ordinals[exact]
 
     def _leader(self, node: fx.Node) -> int:
         """The unit that a call follows, if it can; see [Note: calls that follow]."""
