@@ -28,9 +28,10 @@ from fxzero.sharding.hints import pin
 from fxzero.sharding.local_arguments import with_local_sizes
 from fxzero.sharding.problem import lies_as_input, problem_of
 from fxzero.sharding.rules import Rules
-from fxzero.sharding.solve import solve
+from fxzero.sharding.solve import Answer, solve
 from fxzero.sharding.strategy import Call, Local, Strategy
 from fxzero.sharding.told import told
+from fxzero.sharding.whole import done_whole
 
 
 @graph_pass(
@@ -54,26 +55,30 @@ def split_tensors(
         axis: the mesh axis.
         whole_parameters: every parameter is whole on every rank.
         head_blocks: ranks of another axis that is split over later, where heads of attention are its ranks' first.
-        strict: an op that no rule knows is an error; else every rank does all of it.
+        strict: an op that no rule knows is an error, and so are sizes that ranks do not divide where every rank does
+            all of a call then; else it does.
         hardware: name or path of a machine's description; "auto": by the graph's device.
         backend: what carries collectives, for "auto".
 
     Raises:
-        PlanError: if it is strict, and no rule knows an op.
+        PlanError: if it is strict, and no rule knows an op or ranks do not divide its sizes.
     """
     machine = hardware_of(step, backend=backend, named=hardware)
     if whole_parameters:
         pin(step, {node.meta["entry"].name: REPLICATED for node in step.inputs("parameter")}, axis=axis)
     rules = Rules(step.mesh[axis], head_blocks=head_blocks)
     answer = solve(problem_of(step, axis, rules, machine))
-    if strict and rules.unknown:
-        _refuse(step, rules)
+    if strict:
+        _refuse_unknown(step, rules)
+        _refuse_undivided(step, answer, axis)
     before = [step.remarks["split_tensors"]] if "split_tensors" in step.remarks else []
     step.remarks["split_tensors"] = "\n".join([*before, told(step, axis, answer, rules)])
     return rewrite(step, axis=axis, ways={node: answer.strategy(node) for node in answer.problem.of_node})
 
 
-def _refuse(step: StepGraph, rules: Rules) -> None:
+def _refuse_unknown(step: StepGraph, rules: Rules) -> None:
+    if not rules.unknown:
+        return
     first = next(node for node in step.calls() if str(node.target) in rules.unknown)
     where = f"first in {first.meta['phase']} of {first.meta['module'] or 'the model'}"
     raise PlanError.of(
@@ -81,6 +86,18 @@ def _refuse(step: StepGraph, rules: Rules) -> None:
         expected="a rule for every op, of DTensor's or of fxzero's own",
         got=f"none for {', '.join(rules.unknown)}, {where}",
         fix="leave tp_strict out (every rank then does all of it), or write a rule in fxzero/sharding/rules.py",
+    )
+
+
+def _refuse_undivided(step: StepGraph, answer: Answer, axis: str) -> None:
+    found = next((whole for whole in done_whole(step, answer) if whole.sizes), None)
+    if found is None:
+        return
+    raise PlanError.of(
+        "Plan.tp_strict",
+        expected=f"sizes that {axis}={answer.problem.ranks} divides, of all that takes time",
+        got=str(found),
+        fix=f"change {axis} or the model's sizes to one of these, or leave tp_strict out",
     )
 
 

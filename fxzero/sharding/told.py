@@ -12,12 +12,13 @@ from fxzero.graph.step_graph import num_bytes
 from fxzero.graph.text import size_text
 from fxzero.sharding.rules import Rules
 from fxzero.sharding.solve import Answer
+from fxzero.sharding.whole import done_whole
 
 _MOST_LINES = 40
 
 
 def told(step: StepGraph, axis: str, answer: Answer, rules: Rules) -> str:
-    """The cost of an answer beside its bound, and how parameters lie, equal blocks as one line.
+    """The cost of an answer beside its bound, how parameters lie, equal blocks as one line, and what is not split.
 
     Args:
         step: as captured, before it is rewritten.
@@ -44,6 +45,7 @@ def told(step: StepGraph, axis: str, answer: Answer, rules: Rules) -> str:
         lines.append(f"  {lie:5} {name} {shape}{f' x{count}' if count > 1 else ''}")
     if len(lies) > _MOST_LINES:
         lines.append(f"  .. and {len(lies) - _MOST_LINES} more; the graph's text has all")
+    lines += [f"  {line}" for line in done_whole(step, answer)]
     unknown = _unknown(step, rules, hardware)
     lines += [f"  no rule for {op}: every rank does all of it ({text})" for op, text in unknown.items()]
     return "\n".join(lines)

@@ -13,9 +13,13 @@ from fxzero.graph import collectives as c10d
 from fxzero.graph.axis_placement import placement_of
 from fxzero.passes.split_tensors import split_tensors
 from fxzero.sharding import rules
-from tests.sharding.steps import step_on
+from fxzero.sharding.strategy import Call, Tensor
+from fxzero.sharding.whole import undivided
+from tests.sharding.steps import linears_step, step_on
 
 pytest.importorskip("transformers")
+
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention.default
 
 
 def step() -> StepGraph:
@@ -64,6 +68,30 @@ def test_it_is_an_error_where_the_plan_is_strict() -> None:
         pytest.raises(PlanError, match=r"Plan\.tp_strict: .* none for aten\.silu\.default, first in forward of"),
     ):
         split_tensors.run(step(), axis="tp", hardware="h100", strict=True)
+
+
+def test_sizes_that_ranks_do_not_divide_are_told() -> None:
+    graph = linears_step(width=8191, tokens=4095, tp=4)
+    split_tensors.run(graph, axis="tp", hardware="h100")
+    lines = [
+        line for line in graph.remarks["split_tensors"].splitlines() if "every rank does all of aten::mm in " in line
+    ]
+    assert len(lines) == 2
+    assert lines[0].endswith("(4095 is not divided by 4, 4096 is; 8191 is not divided by 4, 8192 is)")
+
+
+def test_they_are_an_error_where_the_plan_is_strict() -> None:
+    expected = (
+        r"Plan\.tp_strict: expected sizes that tp=4 divides, .* 8191 is not divided by 4, 8192 is\); change tp or"
+    )
+    with pytest.raises(PlanError, match=expected):
+        split_tensors.run(linears_step(width=8191, tokens=4095, tp=4), axis="tp", hardware="h100", strict=True)
+
+
+def test_heads_that_ranks_do_not_divide_are_told_with_ranks_that_would() -> None:
+    tensors = Tensor((1, 12, 63, 8), (6048, 504, 8, 1), torch.float32)
+    found = undivided(Call(ATTENTION, (tensors,) * 3, {}, (tensors,), 8))
+    assert found == ["12 heads: 6 or 12 ranks would divide them"]
 
 
 def test_one_rank_has_nothing_to_split() -> None:
