@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 
-def solve(
+@dataclass(frozen=True)
+class Solution:
+    """What a search has found.
+
+    Args:
+        values: of the variables; None where none were found.
+        bound: what any values cost at least.
+    """
+
+    values: Any
+    bound: float
+
+
+def solve(cost: Any, rows: Sequence[tuple[Any, Any, Any]], **options: Any) -> Any:
+    """The values that make cost @ x smallest; None where none were found.
+
+    Args:
+        cost, rows, options: as of `search`.
+    """
+    return search(cost, rows, **options).values
+
+
+def search(
     cost: Any,
     rows: Sequence[tuple[Any, Any, Any]],
     *,
@@ -18,8 +42,8 @@ def solve(
     lower: Any = 0,
     max_nodes: int,
     gap: float,
-) -> Any:
-    """The values that make cost @ x smallest, from `lower` to `upper`; None where none were found.
+) -> Solution:
+    """The values that make cost @ x smallest, from `lower` to `upper`, and a bound for it.
 
     Args:
         cost: of each variable.
@@ -40,7 +64,10 @@ def solve(
             bounds=Bounds(lower, upper),
             options={"mip_rel_gap": gap, "node_limit": max_nodes},
         )
-    return solved.x
+    bound = getattr(solved, "mip_dual_bound", None)
+    if bound is None:  # no integers: what was found is the least
+        bound = solved.fun
+    return Solution(solved.x, -math.inf if bound is None else float(bound))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import numpy as np
 from torch import fx
 
 from fxzero.graph.axis_placement import REPLICATED, Placement
-from fxzero.integer_program import solve as solve_program
+from fxzero.integer_program import Solution, search
 from fxzero.sharding.problem import Problem, Unit, Value
 from fxzero.sharding.strategy import Strategy
 
@@ -38,14 +38,21 @@ class Answer:
     Args:
         chosen: number of a unit -> its way.
         seconds: what it costs by the model.
-        bound_s: what any answer costs at least.
+        bound_s: what any answer costs at least: the relaxation's, or what the search has shown where it was made.
         problem: that was solved.
+        relaxed_s: what the relaxation costs, in which a call may be made partly in one way and partly in another.
     """
 
     chosen: tuple[Strategy, ...]
     seconds: float
     bound_s: float
     problem: Problem
+    relaxed_s: float
+
+    @property
+    def gap(self) -> float:
+        """By what part of its seconds another answer could be better, at most."""
+        return 0.0 if not self.seconds else (self.seconds - self.bound_s) / self.seconds
 
     def strategy(self, node: fx.Node) -> Strategy:
         """The way of a call or an input."""
@@ -178,23 +185,26 @@ class _Program:
         integral = np.zeros(len(cost))
         ask: dict[str, Any] = {"max_nodes": _MAX_NODES, "gap": _RELATIVE_GAP, "integral": integral}
 
-        def within(lower: Any, upper: Any) -> Any:
-            return solve_program(cost / scale, [(matrix, *bounds)], lower=lower, upper=upper, **ask)
+        def within(lower: Any, upper: Any) -> Solution:
+            return search(cost / scale, [(matrix, *bounds)], lower=lower, upper=upper, **ask)
 
         zeros, ones = np.zeros(len(cost)), np.ones(len(cost))
-        relaxed = within(zeros, ones)
+        relaxed = within(zeros, ones).values
         assert relaxed is not None, "every rank doing everything is always an answer"
-        bound_s = float(cost @ relaxed)
-        found = self._rounded(relaxed, within)
+        bound_s = relaxed_s = float(cost @ relaxed)
+        found = self._rounded(relaxed, lambda lower, upper: within(lower, upper).values)
         if found is None or cost @ found > bound_s * (1 + _CLOSE):
             integral[: self.num_ways] = 1
             exact = within(zeros, ones)
-            found = exact if found is None or (exact is not None and cost @ exact < cost @ found) else found
+            bound_s = max(bound_s, exact.bound * scale)
+            better = exact.values is not None and (found is None or cost @ exact.values < cost @ found)
+            found = exact.values if better else found
         chosen = tuple(
             unit.strategies[int(np.argmax(found[start : start + len(unit.strategies)]))]
             for unit, start in zip(self.problem.units, self.first, strict=True)
         )
-        return Answer(chosen, float(cost @ found), min(bound_s, float(cost @ found)), self.problem)
+        seconds = float(cost @ found)
+        return Answer(chosen, seconds, min(bound_s, seconds), self.problem, min(relaxed_s, seconds))
 
     def _rounded(self, relaxed: Any, within: Callable[[Any, Any], Any]) -> Any:
         """An answer from one of the relaxation: what is nearly whole is fixed, and the rest asked for again.

@@ -27,10 +27,9 @@ def told(step: StepGraph, axis: str, answer: Answer, rules: Rules) -> str:
         rules: that were asked.
     """
     hardware = answer.problem.hardware
-    gap = 0.0 if not answer.seconds else (answer.seconds - answer.bound_s) / answer.seconds
     lines = [
         f"tensors over {axis}={answer.problem.ranks} on {hardware.name}: {answer.seconds * 1e3:.3f} ms a step by the "
-        f"model of costs, {answer.bound_s * 1e3:.3f} ms at least (gap {gap:.2%})"
+        f"model of costs, {answer.bound_s * 1e3:.3f} ms at least (gap {answer.gap:.2%})"
     ]
     lies: Counter[tuple[str, str, str]] = Counter()
     whole = here = 0

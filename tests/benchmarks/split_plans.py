@@ -22,7 +22,7 @@ from fxzero.capture import Inventory, capture_step
 from fxzero.capture.rehearsal import rehearse
 from fxzero.cost.hardware import known_hardware
 from fxzero.graph import collectives as c10d
-from fxzero.passes.split_tensors import split_tensors
+from fxzero.passes.split_tensors import rewrite
 from fxzero.sharding.problem import problem_of
 from fxzero.sharding.rules import Rules
 from fxzero.sharding.solve import solve
@@ -111,17 +111,17 @@ def measured(name, layers, *, tp, dp):
     began = time.perf_counter()
     step = captured(name, layers)
     capture_s = time.perf_counter() - began
-    step.mesh = {"dp": dp, "tp": tp}
+    step.mesh, calls = {"dp": dp, "tp": tp}, len(step.calls())
     began = time.perf_counter()
     problem = problem_of(step, "tp", Rules(tp), known_hardware("h100"))
     build_s = time.perf_counter() - began
     began = time.perf_counter()
     answer = solve(problem)
     solve_s = time.perf_counter() - began
-    alone_s = sum(unit.count * unit.seconds[0] for unit in problem.units)
-    calls = len(step.calls())
     began = time.perf_counter()
-    split_tensors.run(step, axis="tp", hardware="h100")
+    rewrite(step, axis="tp", ways={node: answer.strategy(node) for node in problem.of_node})
+    rewrite_s = time.perf_counter() - began
+    alone_s = sum(unit.count * unit.seconds[0] for unit in problem.units)
     sent = sum(c10d.wire_bytes(node, step.mesh) for node in step.calls() if c10d.is_collective(node))
     by_hand = megatron_bytes(layers, tokens=TOKENS, width=LLAMA_70B["hidden_size"], tp=tp)
     return {
@@ -131,13 +131,15 @@ def measured(name, layers, *, tp, dp):
         "units": len(problem.units),
         "one_rank_ms": alone_s * 1e3,
         "answer_ms": answer.seconds * 1e3,
+        "relaxed_ms": answer.relaxed_s * 1e3,
         "bound_ms": answer.bound_s * 1e3,
+        "gap": answer.gap,
         "sent_mb": sent / 1e6,
         "megatron_mb": by_hand / 1e6 if name == "llama" else math.nan,
         "capture_s": capture_s,
         "build_s": build_s,
         "solve_s": solve_s,
-        "rewrite_s": time.perf_counter() - began - build_s - solve_s,
+        "rewrite_s": rewrite_s,
     }
 
 
@@ -145,13 +147,23 @@ def table(rows):
     """The figures as people read them."""
     shown = []
     for row in rows:
-        gap = (row["answer_ms"] - row["bound_ms"]) / row["answer_ms"]
         megatron = "" if math.isnan(row["megatron_mb"]) else f"{row['megatron_mb']:,.1f}"
-        milliseconds = (f"{row[key]:.2f}" for key in ("one_rank_ms", "answer_ms", "bound_ms"))
+        milliseconds = (f"{row[key]:.2f}" for key in ("one_rank_ms", "answer_ms", "relaxed_ms", "bound_ms"))
         seconds = (f"{row[key]:.2f}" for key in ("capture_s", "build_s", "solve_s", "rewrite_s"))
         sizes = (row["model"], row["layers"], f"{row['calls']:,}", row["units"])
-        shown.append([*sizes, *milliseconds, f"{gap:.2%}", f"{row['sent_mb']:,.1f}", megatron, *seconds])
-    headers = ["model", "blocks", "calls", "units", "one rank ms", "answer ms", "bound ms", "gap", "sent MB a rank"]
+        shown.append([*sizes, *milliseconds, f"{row['gap']:.2%}", f"{row['sent_mb']:,.1f}", megatron, *seconds])
+    headers = [
+        "model",
+        "blocks",
+        "calls",
+        "units",
+        "one rank ms",
+        "answer ms",
+        "LP bound ms",
+        "proven bound ms",
+        "gap",
+        "sent MB a rank",
+    ]
     headers += ["Megatron MB", "capture s", "build s", "solve s", "rewrite s"]
     return tabulate(shown, headers=headers, disable_numparse=True)
 
