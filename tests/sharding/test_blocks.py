@@ -52,7 +52,7 @@ def blocks_of(answer: Answer) -> dict[str, set[Placement]]:
 
 
 def test_a_fused_product_is_split_by_heads() -> None:
-    found = blocks_of(solve(problem_of(gpt2_step(2), "tp", Rules(8), known_hardware("h100"))))
+    found = blocks_of(solve(problem_of(gpt2_step(1), "tp", Rules(8), known_hardware("h100"))))
     assert found["aten.addmm.default"] == {shard(0, 3), shard(1, 3)}, "bias and weight of three projections in one"
     assert found["aten.split.Tensor"] == {shard(2, 3)}
 
@@ -79,9 +79,8 @@ def test_a_llama_of_one_row_has_no_ways_of_blocks() -> None:
     assert all(blocks.ways(node) == rules.of(node) for node in calls)
 
 
-@pytest.mark.parametrize("tp", [4, 8])
-def test_rows_that_ranks_do_not_divide_are_split_by_tokens(tp: int) -> None:
-    layers, rows, tokens, width = 2, 2, 2048, 4096
+def test_rows_that_ranks_do_not_divide_are_split_by_tokens() -> None:
+    tp, layers, rows, tokens, width = 4, 1, 2, 2048, 4096
     step = step_on(layers, tp=tp, rows=rows, tokens=tokens, width=width)
     split_tensors.run(step, axis="tp", hardware="h100")
     moved = sum(c10d.wire_bytes(node, step.mesh) for node in step.calls() if c10d.is_collective(node))
