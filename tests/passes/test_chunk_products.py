@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,18 @@ def test_a_gradient_of_a_weight_stays_whole_and_backward_keeps_pieces(machine: s
     assert len(kept) >= 8 and len(again) >= 8
     wholes = [n for n in step.phase("backward") if "reads it whole: rows of 2 pieces" in n.meta.get("because", "")]
     assert wholes and not any("reads it whole" in n.meta.get("because", "") for n in step.phase("forward"))
+
+
+def test_a_product_that_is_a_gradient_reads_what_was_gathered_whole(machine: str) -> None:
+    step = split(1, machine)
+    gathered = next(pair for pair in pairs_of(step) if len(pair.products) == 3)
+    gathered.products[1].meta["grad_of"] = ("layers.0.k.weight",)
+    found = next(pair for pair in pairs_of(step) if pair.launch is gathered.launch)
+    assert found.products == (gathered.products[0], gathered.products[2])
+    assert gathered.products[1] in itertools.chain(*found.others.values())
+    scattered = next(pair for pair in pairs_of(step) if pair.launch.target is c10d.reduce_scatter)
+    scattered.products[0].meta["grad_of"] = ("layers.0.out.weight",)
+    assert all(pair.launch is not scattered.launch for pair in pairs_of(step))
 
 
 # ---- what is asked for
