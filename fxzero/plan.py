@@ -24,7 +24,7 @@ from fxzero.plan_mesh import AXES, RESERVED_AXES, mesh_of
 from fxzero.plan_offload import WHERE, check_offload
 from fxzero.plan_precision import check_precision
 from fxzero.plan_schedule import check_schedule
-from fxzero.plan_tp import tp_hints
+from fxzero.plan_tp import MOST_CHUNKS, check_chunks, tp_hints
 from fxzero.plan_values import (
     Check,
     always_or_auto,
@@ -40,6 +40,7 @@ from fxzero.plan_values import (
     nearest,
     norm_order,
     number_of_bytes,
+    number_or_auto,
     one_of,
     part_or_auto,
     pass_names,
@@ -97,6 +98,8 @@ class Plan:
         tp: which parameters lie how over the axis tp: "auto" (solved for), or hints, which the solver keeps to:
             patterns of module paths with "colwise", "rowwise" or "replicate" each, or styles of torch and transformers.
         tp_strict: an op for which no rule says how it can be split over tp is an error; else it runs on whole values.
+        tp_chunks: pieces into which products beside gathers and reduce-scatters of values in parts over tp and sp are
+            cut, so that these overlap; "auto": for each, as many as are predicted to be fastest; 1: they stay whole.
         all_gather: "native", "send_recv" (a message to each peer), "shared_memory" (CPU ranks of one host), or "auto":
             over gloo shared_memory where ranks share a host, else send_recv; native elsewhere.
         reduce_scatter: as all_gather; also "all_to_all" (with a local mean that stands in the graph).
@@ -174,6 +177,7 @@ class Plan:
     cross_step: bool = _key(False, boolean)
     tp: str | Mapping[str, Any] = _key("auto", tp_hints)
     tp_strict: bool = _key(False, boolean)
+    tp_chunks: int | str = _key(1, number_or_auto(MOST_CHUNKS, fix="write a number of pieces, 1 for none, or 'auto'"))
     all_gather: str = _key("auto", one_of("auto", "native", "send_recv", "shared_memory"))
     reduce_scatter: str = _key("auto", one_of("auto", "native", "send_recv", "shared_memory", "all_to_all"))
     bucket_form: str = _key("auto", one_of("auto", "coalesced", "separate"))
@@ -230,6 +234,7 @@ class Plan:
         check_schedule(self)
         check_regather(self)
         check_cuda_graph(self)
+        check_chunks(self)
         if self.recompute == "auto" and self.memory_budget is None:
             fix = "say how much memory there is, such as '20 GiB', or set recompute='blocks'"
             raise PlanError.of("Plan.memory_budget", expected="one, with recompute='auto'", got="None", fix=fix)

@@ -45,6 +45,7 @@ _CLASSES = {
     "PrepareModuleOutput": "",
     "PrepareModuleInputOutput": "",
 }
+MOST_CHUNKS = 64  # pieces of a product: more than the ranks of a node are of no use
 _TORCH = "torch.distributed.tensor.parallel"
 
 
@@ -100,6 +101,19 @@ def tp_hints(where: str, value: Any) -> str | Hints:
         else:
             log.info("%s: %s says nothing about parameters, and is left out", at, _shown(given))
     return Hints(words) if words else "auto"
+
+
+def check_chunks(plan: Any) -> None:
+    """Check that a plan which cuts products into pieces has an axis over which values lie in parts, if of one rank.
+
+    Raises:
+        PlanError: if its mesh has neither tp nor sp.
+    """
+    if plan.tp_chunks == 1 or not {"tp", "sp"}.isdisjoint(plan.mesh or {}):
+        return
+    got = f"{plan.tp_chunks!r} with mesh {dict(plan.mesh or {})}"
+    fix = "give the mesh a tp, such as {'tp': 8}, or leave tp_chunks out"
+    raise PlanError.of("Plan.tp_chunks", expected="1, or a mesh with tp or sp", got=got, fix=fix)
 
 
 def _word(where: str, given: Any) -> str:

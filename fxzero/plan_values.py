@@ -220,6 +220,19 @@ def rows_or_auto(where: str, value: Any) -> str | int | None:
     return int(integer(1, fix="write a number of rows, 'auto', or leave the key out")(where, value))
 
 
+def number_or_auto(high: int, *, fix: str) -> Check:
+    """A check for integers from 1 to high, or "auto"."""
+
+    def check(where: str, value: Any) -> int | str:
+        if value == "auto":
+            return "auto"
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+            raise PlanError.of(where, expected=f"an integer from 1 to {high}, or 'auto'", got=show(value), fix=fix)
+        return int(value)
+
+    return check
+
+
 def kernel_names(where: str, value: Any) -> bool | tuple[str, ...]:
     """True, False, or names of kernels, sorted, once each."""
     if isinstance(value, bool):

@@ -26,6 +26,7 @@ from fxzero.passes.bucket_reduce_scatters import bucket_reduce_scatters
 from fxzero.passes.choose_buckets import choose_buckets
 from fxzero.passes.choose_collective_algorithms import choose_collective_algorithms
 from fxzero.passes.chunk_losses import chunk_losses
+from fxzero.passes.chunk_products import chunk_products
 from fxzero.passes.compress_with_powersgd import compress_with_powersgd, powersgd_states
 from fxzero.passes.compress_with_top_k import compress_with_top_k, top_k_states
 from fxzero.passes.cut_regions import cut_regions
@@ -66,6 +67,7 @@ from fxzero.plan_values import NORM_KERNELS, UPDATE_KERNELS
 
 ALL_PASSES: tuple[Pass, ...] = (
     split_tensors,
+    chunk_products,
     fuse_norms,
     fuse_gates,
     fuse_rotary,
@@ -258,6 +260,9 @@ def _before_recomputation(plan: Plan, backend: str) -> list[Pass]:
         split.append(split_tensors.using(axis="sp", whole_parameters=True, head_blocks=tp, **machine))
     if tp > 1:
         split.append(split_tensors.using(axis="tp", strict=plan.tp_strict, **machine))
+    if split and plan.tp_chunks != 1:
+        order = {"by_cost": plan.schedule == "cost", "memory_bytes": plan.memory_budget}
+        split.append(chunk_products.using(chunks=plan.tp_chunks, **order, **machine))
     chunked = [] if plan.chunk_loss is None else [chunk_losses.using(rows=plan.chunk_loss)]
     return [*split, *_kernels(plan, fuse_norms, fuse_gates, fuse_rotary), *chunked]
 

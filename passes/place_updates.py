@@ -14,6 +14,7 @@ from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import reorder
+from fxzero.graph.order_rules import reads_before_writes
 from fxzero.graph.randomness import is_random
 from fxzero.graph.step_graph import iter_views, num_bytes
 
@@ -35,7 +36,7 @@ def place_updates(step: StepGraph, *, distance: int = 1, bucket_bytes: int = 0) 
     group_of: dict[fx.Node, int] = {}
     for group, launches in enumerate(births):
         group_of.update(dict.fromkeys(launches, group))
-    tail = _tails(nodes, group_of)
+    tail = _tails(nodes, group_of, _read_before(step, births, distance))
     order: list[fx.Node] = []
     pending: dict[int, list[fx.Node]] = {}
     for node in nodes:
@@ -85,8 +86,25 @@ def _first_reductions(nodes: list[fx.Node]) -> list[fx.Node]:
     return first
 
 
-def _tails(nodes: list[fx.Node], group_of: dict[fx.Node, int]) -> dict[fx.Node, int]:
-    """Node -> the last group of reductions that it depends on, for all that is moved.
+def _read_before(step: StepGraph, births: list[list[fx.Node]], distance: int) -> dict[fx.Node, int]:
+    """What makes the next value of state -> the first group that comes to stand behind the old value's readers.
+
+    A product of the old value may stand behind the gradient's: the pieces of one that waits for a reduce-scatter do.
+    """
+    firsts = {launches[0] for launches in births}
+    begun, behind = 0, dict[fx.Node, int]()
+    for node in step.calls():
+        begun += node in firsts
+        behind[node] = begun - distance  # what stands before the next group's first launch
+    found: dict[fx.Node, int] = {}
+    for reader, made in reads_before_writes(step):
+        if reader in behind and reader.meta["phase"] != "update":
+            found[made] = max(found.get(made, 0), behind[reader])
+    return found
+
+
+def _tails(nodes: list[fx.Node], group_of: dict[fx.Node, int], least: dict[fx.Node, int]) -> dict[fx.Node, int]:
+    """Node -> the last group of reductions that it depends on, for all that is moved; `least` for some.
 
     Moved are waits of reductions, what follows from them, and update nodes that follow from no gradient (these go
     with their first reader).
@@ -102,6 +120,7 @@ def _tails(nodes: list[fx.Node], group_of: dict[fx.Node, int]) -> dict[fx.Node, 
         if before:
             depth[node] = max(before) + _travels(node)
             if reducing or node.meta["phase"] == "update":
+                depth[node] = max(depth[node], least.get(node, 0))
                 tail[node] = depth[node]
     for node in reversed(nodes):
         if node.meta["phase"] == "update" and node not in tail and not is_random(node):

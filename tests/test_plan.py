@@ -42,6 +42,7 @@ KEYS = {
     "cross_step": st.just(False),
     "tp": st.just("auto") | st.dictionaries(PATTERNS, st.sampled_from(["colwise", "rowwise_rep", "local"]), max_size=3),
     "tp_strict": st.booleans(),
+    "tp_chunks": st.integers(1, 64) | st.just("auto"),
     "all_gather": st.sampled_from(["auto", "native", "send_recv", "shared_memory"]),
     "reduce_scatter": st.sampled_from(["auto", "native", "send_recv", "shared_memory", "all_to_all"]),
     "bucket_form": st.sampled_from(["auto", "coalesced", "separate"]),
@@ -99,6 +100,8 @@ def _consistent(keys: dict[str, Any]) -> dict[str, Any]:
         keys = {key: value for key, value in keys.items() if key not in ("reduce_dtype", "keep_fp32")}
     elif keys.get("reduce_dtype") not in (None, "fp32", precision):
         keys = {**keys, "reduce_dtype": precision}
+    if {"tp", "sp"}.isdisjoint(keys.get("mesh") or {}):
+        keys = {key: value for key, value in keys.items() if key != "tp_chunks"}
     return _offloading_what_can_be(_compressing_what_can_be(keys))
 
 
@@ -174,6 +177,7 @@ def test_defaults() -> None:
         "cross_step": False,
         "tp": "auto",
         "tp_strict": False,
+        "tp_chunks": 1,
         "all_gather": "auto",
         "reduce_scatter": "auto",
         "bucket_form": "auto",
@@ -721,6 +725,7 @@ def test_to_toml_as_people_read_it() -> None:
         "cross_step = false\n"
         'tp = "auto"\n'
         "tp_strict = false\n"
+        "tp_chunks = 1\n"
         'all_gather = "auto"\n'
         'reduce_scatter = "auto"\n'
         'bucket_form = "auto"\n'

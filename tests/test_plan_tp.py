@@ -144,3 +144,18 @@ def test_strict_is_yes_or_no() -> None:
     assert Plan(tp_strict=True).tp_strict
     with pytest.raises(PlanError, match=r"Plan\.tp_strict: expected True or False, got 1"):
         Plan(tp_strict=1)  # type: ignore[arg-type]
+
+
+def test_pieces_are_a_number_or_auto_where_an_axis_is_split() -> None:
+    for chunks in (1, 2, 64, "auto"):
+        assert Plan(tp_chunks=chunks, mesh={"tp": 2}).tp_chunks == chunks
+        assert Plan(tp_chunks=chunks, mesh={"dp": 2, "sp": 1}).resolve(2).tp_chunks == chunks
+    assert Plan(tp_chunks=1).resolve(4).tp_chunks == 1
+    for bad, got in ((0, "0"), (65, "65"), (True, "True"), (2.0, "2.0"), ("2", "'2'"), (None, "None")):
+        with pytest.raises(
+            PlanError, match=rf"Plan\.tp_chunks: expected an integer from 1 to 64, or 'auto', got {got}; "
+        ):
+            Plan(tp_chunks=bad, mesh={"tp": 2})  # type: ignore[arg-type]
+    for mesh, got in ((None, r"\{\}"), ({"dp": 4}, r"\{'dp': 4\}")):
+        with pytest.raises(PlanError, match=rf"expected 1, or a mesh with tp or sp, got 'auto' with mesh {got}; give"):
+            Plan(tp_chunks="auto", mesh=mesh)

@@ -19,6 +19,7 @@ Everything that a pass needs stands in `node.meta`:
     bucket     a collective: the number of those that share its launch, where that was chosen by cost
     region     number of the region that a call is compiled in
     chunk      a call for some of a loss's rows: the number of these; ADDED_UP: it adds up what they give
+    piece      a collective for some of the rows that products beside it read or make: the number of these
     stays      a gather of backward: it is left out, because what forward gathered stays
     results    output node only: one Result for each returned value
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 from dataclasses import replace
 from typing import Any
@@ -125,6 +126,25 @@ def test_the_pass_keeps_memory_and_rules(name: str) -> None:
     verify(step, before=before)
     assert memory_timeline(step).total.max() <= peak
     assert sorted(n.name for n in step.calls()) == texts
+
+
+def test_the_pass_keeps_the_order_that_it_has_where_what_it_finds_does_not_fit_and_nothing_else_is_found() -> None:
+    """What is written in place is decided anew in each order, so an order may take more than was counted."""
+    step = rewritten(**next(iter(PLANS.values())))
+    old, peak = [node.name for node in step.calls()], int(memory_timeline(step).total.max())
+    wide = find_schedule(problem_of(step), bound_bytes=10 * peak)
+    assert wide.peak_bytes > peak
+    refused = PlanError.of("Plan.memory_budget", expected="more", got="less", fix="none")
+    module = importlib.import_module("fxzero.passes.schedule_step")
+    with mock.patch.object(module, "find_schedule", side_effect=[wide, refused]):
+        assert schedule_step.run(step, hardware="h100") == 0
+    assert [node.name for node in step.calls()] == old
+    assert step.remarks["schedule_step"].startswith("the order of the passes: any other that was found takes ")
+    with (
+        mock.patch.object(module, "find_schedule", side_effect=refused),
+        pytest.raises(PlanError, match=r"Plan\.memory_budget"),
+    ):
+        schedule_step.run(step, hardware="h100")
 
 
 # ---- bits
