@@ -58,7 +58,7 @@ def transport_bytes(node: fx.Node, *, device: str, by_messages: bool) -> int:
         device: type of the device that it runs on; gloo carries collectives of CPU tensors.
         by_messages: point-to-point messages, or shared memory, carry it instead.
     """
-    straight = (c10d.all_gather, c10d.all_gather_coalesced, c10d.all_reduce, c10d.all_to_all)
+    straight = (c10d.all_gather, c10d.all_gather_coalesced, c10d.all_reduce, c10d.all_to_all, c10d.shift)
     if device != "cpu" or by_messages or node.target in straight:
         return 0
     return num_bytes([source.meta["val"] for source in c10d.sent(node)])
