@@ -87,14 +87,14 @@ class Rules:
 
     Args:
         ranks: of the axis.
-        head_blocks: as of `Call`.
+        head_blocks, attention: as of `Call`.
 
     Attributes:
         unknown: ops that no rule knows, with how many distinct calls they are.
     """
 
-    def __init__(self, ranks: int, *, head_blocks: int = 1) -> None:
-        self.ranks, self.head_blocks = ranks, head_blocks
+    def __init__(self, ranks: int, *, head_blocks: int = 1, attention: str = "auto") -> None:
+        self.ranks, self.head_blocks, self.attention = ranks, head_blocks, attention
         self.unknown: dict[str, int] = {}
         self._known: dict[Hashable, tuple[Strategy, ...]] = {}
         self._signatures: dict[fx.Node, Hashable] = {}
@@ -104,16 +104,22 @@ class Rules:
         return call_signature(node, self._signatures)
 
     def of(self, node: fx.Node) -> tuple[Strategy, ...]:
-        """The ways of a call whose inputs and value are whole; the first is that every rank does all of it."""
+        """The ways of a call whose inputs and value are whole; the first is that every rank does all of it.
+
+        Attention that has to be made in a form has the ways of that form alone, if it has any.
+        """
         of_step = tuple(map(yields_scalar, node.all_input_nodes))
         key = self.signature(node), of_step
         if key not in self._known:
-            self._known[key] = tuple(self._asked(Call.of(node, self.ranks, head_blocks=self.head_blocks)))
+            call = Call.of(node, self.ranks, head_blocks=self.head_blocks, attention=self.attention)
+            self._known[key] = tuple(self._asked(call))
         return self._known[key]
 
     def _asked(self, call: Call) -> Iterator[Strategy]:
         found: dict[Hashable, Strategy] = {}
-        for strategy in (replicated(call), *_told(call)):
+        told = tuple(_told(call))
+        pinned = self.attention != "auto" and attention.is_attention(call.target)
+        for strategy in told if pinned and told else (replicated(call), *told):
             found.setdefault((strategy.inputs, strategy.outputs), strategy)
         if call.tensors and not _has_rule(call):
             name = str(call.target)
@@ -127,7 +133,7 @@ def _has_rule(call: Call) -> bool:
 
 def _rule_of(call: Call) -> Rule | None:
     name = call.target.name()
-    if "scaled_dot_product" in name:
+    if attention.is_attention(call.target):
         return attention.attention
     rules = own_rules()
     return rules.get(name) or rules.get(name.split(".")[0])

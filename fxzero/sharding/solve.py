@@ -112,10 +112,10 @@ class _Program:
 
     def _pay_for_keeping(self, value: Value, native: dict[Placement, list[int]]) -> None:
         """What waits for backward costs as if it were moved once: a smaller part is better, if all else is equal."""
-        seconds = value.kept * value.count / self.problem.hardware.memory_bytes_s
         for placement, columns in native.items():
+            seconds = self.problem.kept_bytes(value, placement) / self.problem.hardware.memory_bytes_s
             for column in columns:
-                self.cost[column] += seconds / (self.problem.ranks if placement.is_shard else 1)
+                self.cost[column] += seconds * value.count
 
     def _conversions(
         self, value: Value, native: dict[Placement, list[int]], wanted: set[Placement]

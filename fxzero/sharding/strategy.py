@@ -64,6 +64,7 @@ class Call:
         ranks: of the axis.
         head_blocks: attention's heads are so many blocks, of each of which a rank has a part: those that another axis
             takes apart later.
+        attention: how attention is made, one of `attention.FORMS`; "auto": in any way.
     """
 
     target: Any
@@ -72,9 +73,10 @@ class Call:
     outputs: tuple[Tensor | None, ...]
     ranks: int
     head_blocks: int = 1
+    attention: str = "auto"
 
     @classmethod
-    def of(cls, node: fx.Node, ranks: int, *, head_blocks: int = 1) -> Call:
+    def of(cls, node: fx.Node, ranks: int, *, head_blocks: int = 1, attention: str = "auto") -> Call:
         """The call of a node whose inputs and value are whole."""
 
         def seen(source: fx.Node) -> Any:
@@ -90,7 +92,7 @@ class Call:
         val = node.meta["val"]
         values = val if isinstance(val, (list, tuple)) else [val]
         outputs = tuple(Tensor.of(item) if isinstance(item, torch.Tensor) else None for item in values)
-        return cls(node.target, tuple(args), dict(kwargs), outputs, ranks, head_blocks)
+        return cls(node.target, tuple(args), dict(kwargs), outputs, ranks, head_blocks, attention)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -175,11 +177,13 @@ class Message:
 
     Args:
         algorithm: as `cost.communication` names it.
-        num_bytes: of the whole tensor.
+        num_bytes: of the whole tensor; of a shift, of what is passed on.
+        is_beside: it is under way while the call computes.
     """
 
     algorithm: str
     num_bytes: int
+    is_beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,8 @@ class Strategy:
         form: how a rank makes its part; None: by the op itself, on what it holds, with sizes that are of the part.
         messages: collectives in that form.
         share: of the work of one device, what each rank does.
+        calls: how many calls of the op that is. Messages that are under way beside them are so beside all but one.
+        traffic: bytes that a rank reads and writes beside these calls.
     """
 
     inputs: tuple[Placement, ...]
@@ -199,6 +205,8 @@ class Strategy:
     form: Form | None = field(default=None, compare=False)
     messages: tuple[Message, ...] = ()
     share: float = 1.0
+    calls: int = 1
+    traffic: float = 0.0
 
     def __str__(self) -> str:
         return f"({', '.join(map(str, self.inputs))}) -> ({', '.join(map(str, self.outputs))})"
