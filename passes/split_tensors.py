@@ -23,14 +23,17 @@ from fxzero.graph.axis_placement import REPLICATED, Placement, local_shape
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor, coordinate, fake_mode, value_of
 from fxzero.graph.step_graph import PHASES, is_getitem, yields_tensor
+from fxzero.sharding.attention import is_attention
 from fxzero.sharding.conversions import Axis, convert
 from fxzero.sharding.hints import pin
 from fxzero.sharding.local_arguments import with_local_sizes
-from fxzero.sharding.problem import lies_as_input, problem_of
+from fxzero.sharding.problem import lies_as_input, problem_of, tensors_taken
 from fxzero.sharding.rules import Rules
 from fxzero.sharding.solve import solve
 from fxzero.sharding.strategy import Call, Local, Strategy
 from fxzero.sharding.told import told
+
+_MOST_RANKS = 64  # of an axis, that an error names
 
 
 @graph_pass(
@@ -43,6 +46,7 @@ def split_tensors(
     axis: str,
     whole_parameters: bool = False,
     head_blocks: int = 1,
+    attention: str = "auto",
     strict: bool = False,
     hardware: str = "auto",
     backend: str = "",
@@ -54,23 +58,47 @@ def split_tensors(
         axis: the mesh axis.
         whole_parameters: every parameter is whole on every rank.
         head_blocks: ranks of another axis that is split over later, where heads of attention are its ranks' first.
+        attention: a form in which all attention is made, one of `fxzero.sharding.attention.FORMS`; "auto": in any way.
         strict: an op that no rule knows is an error; else every rank does all of it.
         hardware: name or path of a machine's description; "auto": by the graph's device.
         backend: what carries collectives, for "auto".
 
     Raises:
-        PlanError: if it is strict, and no rule knows an op.
+        PlanError: if it is strict, and no rule knows an op; if attention cannot be made in the form.
     """
     machine = hardware_of(step, backend=backend, named=hardware)
     if whole_parameters:
         pin(step, {node.meta["entry"].name: REPLICATED for node in step.inputs("parameter")}, axis=axis)
-    rules = Rules(step.mesh[axis], head_blocks=head_blocks)
+    rules = Rules(step.mesh[axis], head_blocks=head_blocks, attention=attention)
+    if attention != "auto" and rules.ranks > 1:
+        _check_attention(step, axis, rules)
     answer = solve(problem_of(step, axis, rules, machine))
     if strict and rules.unknown:
         _refuse(step, rules)
     before = [step.remarks["split_tensors"]] if "split_tensors" in step.remarks else []
     step.remarks["split_tensors"] = "\n".join([*before, told(step, axis, answer, rules)])
     return rewrite(step, axis=axis, ways={node: answer.strategy(node) for node in answer.problem.of_node})
+
+
+def _check_attention(step: StepGraph, axis: str, rules: Rules) -> None:
+    """All attention can be made in the form that is asked for; the error names sizes of the axis that allow it."""
+    for node in step.calls():
+        if not is_attention(node.target) or _is_made_so(node, rules):
+            continue
+        others = (Rules(n, head_blocks=rules.head_blocks, attention=rules.attention) for n in range(2, _MOST_RANKS + 1))
+        sizes = [str(other.ranks) for other in others if _is_made_so(node, other)]
+        shapes = " and ".join(str(list(source.meta["val"].shape)) for source in tensors_taken(node)[:2])
+        fix = f"sizes that do: {', '.join(sizes)}; or" if sizes else "no size does, by its mask, its dropout or its op:"
+        raise PlanError.of(
+            f"Plan.{axis}_attention",
+            expected=f"attention that {axis}={rules.ranks} allows to make by {rules.attention!r}",
+            got=f"{node.target} of {shapes} in {node.meta['module'] or 'the model'}",
+            fix=f"{fix} leave it at 'auto'",
+        )
+
+
+def _is_made_so(node: fx.Node, rules: Rules) -> bool:
+    return any(placement.is_shard for placement in rules.of(node)[0].inputs)
 
 
 def _refuse(step: StepGraph, rules: Rules) -> None:

@@ -42,6 +42,7 @@ KEYS = {
     "cross_step": st.just(False),
     "tp": st.just("auto") | st.dictionaries(PATTERNS, st.sampled_from(["colwise", "rowwise_rep", "local"]), max_size=3),
     "tp_strict": st.booleans(),
+    "sp_attention": st.sampled_from(["auto", "heads", "gather", "ring"]),
     "all_gather": st.sampled_from(["auto", "native", "send_recv", "shared_memory"]),
     "reduce_scatter": st.sampled_from(["auto", "native", "send_recv", "shared_memory", "all_to_all"]),
     "bucket_form": st.sampled_from(["auto", "coalesced", "separate"]),
@@ -174,6 +175,7 @@ def test_defaults() -> None:
         "cross_step": False,
         "tp": "auto",
         "tp_strict": False,
+        "sp_attention": "auto",
         "all_gather": "auto",
         "reduce_scatter": "auto",
         "bucket_form": "auto",
@@ -440,6 +442,13 @@ def test_axes_need_a_mesh() -> None:
         ),
         ({"reduce_scatter": "ring"}, ["got 'ring'; choose from: auto, native, send_recv, shared_memory, all_to_all"]),
         ({"reduce_scatter": ["auto"]}, ["got ['auto'];"]),
+        (
+            {"sp_attention": "rings"},
+            [
+                "Plan.sp_attention: expected 'auto' or 'heads' or 'gather' or 'ring', got 'rings'",
+                "did you mean 'ring'?",
+            ],
+        ),
         (
             {"bucket_form": "packed"},
             ["Plan.bucket_form: expected 'auto' or 'coalesced' or 'separate', got 'packed';"],
@@ -721,6 +730,7 @@ def test_to_toml_as_people_read_it() -> None:
         "cross_step = false\n"
         'tp = "auto"\n'
         "tp_strict = false\n"
+        'sp_attention = "auto"\n'
         'all_gather = "auto"\n'
         'reduce_scatter = "auto"\n'
         'bucket_form = "auto"\n'
