@@ -1,9 +1,11 @@
 """The answer is the cheapest by the model of costs, no larger for more blocks, and what people do by hand."""
 
 import dataclasses
+import math
 import random
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from fxzero.cost.hardware import known_hardware
@@ -116,6 +118,27 @@ def test_rows_for_readers_of_what_is_in_parts_leave_no_gap() -> None:
         for number in drawn.sample([n for n, unit in enumerate(problem.units) if unit.leader < 0], 3):
             chosen = with_way(problem, chosen, number, drawn.randrange(len(problem.units[number].strategies)))
         assert paid(problem, chosen) >= answer.bound_s * (1 - 1e-6)
+
+
+def test_rows_for_readers_are_true_of_every_whole_answer() -> None:
+    problem, drawn = of_tokens(), random.Random(0)
+    program = solver._Program(problem)
+    for number in range(len(problem.values)):
+        program._tighten(number)
+    within, chosen = program._solver(), list(solve(problem).chosen)
+    for _ in range(6):
+        expected = paid(problem, chosen)
+        lower, upper = np.zeros(len(program.cost)), np.ones(len(program.cost))
+        upper[: program.num_ways] = 0
+        for unit, start, way in zip(problem.units, program.first, chosen, strict=True):
+            if unit.leader < 0:
+                column = start + unit.strategies.index(way)
+                lower[column] = upper[column] = 1
+        found = within(lower, upper)
+        assert (found is None) == math.isinf(expected)
+        assert found is None or program._seconds(found) == pytest.approx(expected, rel=1e-6)
+        number = drawn.choice([n for n, unit in enumerate(problem.units) if unit.leader < 0])
+        chosen = with_way(problem, chosen, number, drawn.randrange(len(problem.units[number].strategies)))
 
 
 def test_the_problem_does_not_grow_with_depth() -> None:
