@@ -100,6 +100,8 @@ class Plan:
         tp_strict: an op for which no rule says how it can be split over tp is an error; else it runs on whole values.
         tp_chunks: pieces into which products beside gathers and reduce-scatters of values in parts over tp and sp are
             cut, so that these overlap; "auto": for each, as many as are predicted to be fastest; 1: they stay whole.
+        sp_attention: how rows that sp splits on tokens are attended: "heads" (they come to ranks and go back), "gather"
+            (all keys to all ranks), "ring" (keys travel), or "auto": what costs least, whole rows where that is less.
         all_gather: "native", "send_recv" (a message to each peer), "shared_memory" (CPU ranks of one host), or "auto":
             over gloo shared_memory where ranks share a host, else send_recv; native elsewhere.
         reduce_scatter: as all_gather; also "all_to_all" (with a local mean that stands in the graph).
@@ -178,6 +180,7 @@ class Plan:
     tp: str | Mapping[str, Any] = _key("auto", tp_hints)
     tp_strict: bool = _key(False, boolean)
     tp_chunks: int | str = _key(1, number_or_auto(MOST_CHUNKS, fix="write a number of pieces, 1 for none, or 'auto'"))
+    sp_attention: str = _key("auto", one_of("auto", "heads", "gather", "ring"))
     all_gather: str = _key("auto", one_of("auto", "native", "send_recv", "shared_memory"))
     reduce_scatter: str = _key("auto", one_of("auto", "native", "send_recv", "shared_memory", "all_to_all"))
     bucket_form: str = _key("auto", one_of("auto", "coalesced", "separate"))

@@ -257,7 +257,8 @@ def _before_recomputation(plan: Plan, backend: str) -> list[Pass]:
     machine = {"hardware": plan.hardware, "backend": backend}
     tp = plan.axes.get("tp", 1)
     if plan.axes.get("sp", 1) > 1:
-        split.append(split_tensors.using(axis="sp", whole_parameters=True, head_blocks=tp, **machine))
+        how = {"head_blocks": tp, "attention": plan.sp_attention}
+        split.append(split_tensors.using(axis="sp", whole_parameters=True, **how, **machine))
     if tp > 1:
         split.append(split_tensors.using(axis="tp", strict=plan.tp_strict, **machine))
     if split and plan.tp_chunks != 1:

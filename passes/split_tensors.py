@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from fxzero.cost.hardware import hardware_of
-from fxzero.errors import PlanError, RewriteError
+from fxzero.errors import RewriteError
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.axis_placement import REPLICATED, Placement, local_shape
@@ -27,11 +27,11 @@ from fxzero.sharding.conversions import Axis, convert, route
 from fxzero.sharding.hints import pin
 from fxzero.sharding.local_arguments import with_local_sizes
 from fxzero.sharding.problem import lies_as_input, problem_of
+from fxzero.sharding.refused import check_attention, refuse_undivided, refuse_unknown
 from fxzero.sharding.rules import Rules
-from fxzero.sharding.solve import Answer, solve
+from fxzero.sharding.solve import solve
 from fxzero.sharding.strategy import Call, Local, Strategy
 from fxzero.sharding.told import told
-from fxzero.sharding.whole import done_whole
 
 
 @graph_pass(
@@ -44,6 +44,7 @@ def split_tensors(
     axis: str,
     whole_parameters: bool = False,
     head_blocks: int = 1,
+    attention: str = "auto",
     strict: bool = False,
     hardware: str = "auto",
     backend: str = "",
@@ -55,50 +56,29 @@ def split_tensors(
         axis: the mesh axis.
         whole_parameters: every parameter is whole on every rank.
         head_blocks: ranks of another axis that is split over later, where heads of attention are its ranks' first.
+        attention: a form in which all attention is made, one of `fxzero.sharding.attention.FORMS`; "auto": in any way.
         strict: an op that no rule knows is an error, and so are sizes that ranks do not divide where every rank does
             all of a call then; else it does.
         hardware: name or path of a machine's description; "auto": by the graph's device.
         backend: what carries collectives, for "auto".
 
     Raises:
-        PlanError: if it is strict, and no rule knows an op or ranks do not divide its sizes.
+        PlanError: if it is strict, and no rule knows an op or ranks do not divide its sizes; if attention cannot be
+            made in the form.
     """
     machine = hardware_of(step, backend=backend, named=hardware)
     if whole_parameters:
         pin(step, {node.meta["entry"].name: REPLICATED for node in step.inputs("parameter")}, axis=axis)
-    rules = Rules(step.mesh[axis], head_blocks=head_blocks)
+    rules = Rules(step.mesh[axis], head_blocks=head_blocks, attention=attention)
+    if attention != "auto" and rules.ranks > 1:
+        check_attention(step, axis, rules)
     answer = solve(problem_of(step, axis, rules, machine))
     if strict:
-        _refuse_unknown(step, rules)
-        _refuse_undivided(step, answer, axis)
+        refuse_unknown(step, rules)
+        refuse_undivided(step, answer, axis)
     before = [step.remarks["split_tensors"]] if "split_tensors" in step.remarks else []
     step.remarks["split_tensors"] = "\n".join([*before, told(step, axis, answer, rules)])
     return rewrite(step, axis=axis, ways={node: answer.strategy(node) for node in answer.problem.of_node})
-
-
-def _refuse_unknown(step: StepGraph, rules: Rules) -> None:
-    if not rules.unknown:
-        return
-    first = next(node for node in step.calls() if str(node.target) in rules.unknown)
-    where = f"first in {first.meta['phase']} of {first.meta['module'] or 'the model'}"
-    raise PlanError.of(
-        "Plan.tp_strict",
-        expected="a rule for every op, of DTensor's or of fxzero's own",
-        got=f"none for {', '.join(rules.unknown)}, {where}",
-        fix="leave tp_strict out (every rank then does all of it), or write a rule in fxzero/sharding/rules.py",
-    )
-
-
-def _refuse_undivided(step: StepGraph, answer: Answer, axis: str) -> None:
-    found = next((whole for whole in done_whole(step, answer) if whole.sizes), None)
-    if found is None:
-        return
-    raise PlanError.of(
-        "Plan.tp_strict",
-        expected=f"sizes that {axis}={answer.problem.ranks} divides, of all that takes time",
-        got=str(found),
-        fix=f"change {axis} or the model's sizes to one of these, or leave tp_strict out",
-    )
 
 
 def rewrite(step: StepGraph, *, axis: str, ways: Mapping[fx.Node, Strategy]) -> int:

@@ -43,6 +43,7 @@ KEYS = {
     "tp": st.just("auto") | st.dictionaries(PATTERNS, st.sampled_from(["colwise", "rowwise_rep", "local"]), max_size=3),
     "tp_strict": st.booleans(),
     "tp_chunks": st.integers(1, 64) | st.just("auto"),
+    "sp_attention": st.sampled_from(["auto", "heads", "gather", "ring"]),
     "all_gather": st.sampled_from(["auto", "native", "send_recv", "shared_memory"]),
     "reduce_scatter": st.sampled_from(["auto", "native", "send_recv", "shared_memory", "all_to_all"]),
     "bucket_form": st.sampled_from(["auto", "coalesced", "separate"]),
@@ -178,6 +179,7 @@ def test_defaults() -> None:
         "tp": "auto",
         "tp_strict": False,
         "tp_chunks": 1,
+        "sp_attention": "auto",
         "all_gather": "auto",
         "reduce_scatter": "auto",
         "bucket_form": "auto",
@@ -444,6 +446,13 @@ def test_axes_need_a_mesh() -> None:
         ),
         ({"reduce_scatter": "ring"}, ["got 'ring'; choose from: auto, native, send_recv, shared_memory, all_to_all"]),
         ({"reduce_scatter": ["auto"]}, ["got ['auto'];"]),
+        (
+            {"sp_attention": "rings"},
+            [
+                "Plan.sp_attention: expected 'auto' or 'heads' or 'gather' or 'ring', got 'rings'",
+                "did you mean 'ring'?",
+            ],
+        ),
         (
             {"bucket_form": "packed"},
             ["Plan.bucket_form: expected 'auto' or 'coalesced' or 'separate', got 'packed';"],
@@ -726,6 +735,7 @@ def test_to_toml_as_people_read_it() -> None:
         'tp = "auto"\n'
         "tp_strict = false\n"
         "tp_chunks = 1\n"
+        'sp_attention = "auto"\n'
         'all_gather = "auto"\n'
         'reduce_scatter = "auto"\n'
         'bucket_form = "auto"\n'

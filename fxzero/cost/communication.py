@@ -10,6 +10,9 @@ S bytes of the whole tensor, n ranks on m nodes, w of them in each:
                 of a node each carry a part of what leaves it, by their own part of the network: S (m - 1) / m / w.
     tree        all-reduce only: 2 log2 n steps, 2 S bytes. Taken where it is faster: small messages.
     messages    all_to_all and send_recv: one message to each peer, all at once; no rank passes on what is another's.
+    shift       one message of S bytes to one peer, all ranks at once. Where the axis spans nodes, some rank's goes
+                between them, and those behind it wait; its overhead and rate are those of the all-to-all that
+                carries it ([Note: shifts] in graph/shift_op.py), with as much to send.
     memory      shared_memory: nothing travels. The launch writes what is sent to memory that all ranks of a host map,
                 and the wait reads what all have written; both hold the compute lane. shared_rows: what is gathered
                 rests in such memory, and nothing is copied.
@@ -73,7 +76,7 @@ def algorithm_of(node: fx.Node) -> str:
 
 
 def message_bytes(node: fx.Node) -> int:
-    """Bytes of the whole tensor of a collective: what is gathered, or what each rank has to reduce."""
+    """Bytes of the whole tensor of a collective: what is gathered, or each rank has to reduce, or passes on."""
     return max(num_bytes([source.meta["val"] for source in c10d.sent(node)]), num_bytes(node.meta["val"]))
 
 
@@ -103,6 +106,8 @@ def message_seconds(algorithm: str, size: float, layout: Layout, hardware: Hardw
     rate = hardware.collectives.get(algorithm, _EXACT)
     if layout.ranks == 1 or algorithm in c10d.IN_MEMORY:
         return rate.overhead_s
+    if algorithm == "shift":
+        return _shift_s(size, layout, hardware)
     efficiency = rate.part(size)
     if algorithm in ("all_to_all", "send_recv"):
         return rate.overhead_s + _messages_s(size, layout, hardware, efficiency)
@@ -170,6 +175,14 @@ def _messages_s(size: float, layout: Layout, hardware: Hardware, efficiency: flo
     between_s = size * (n - w) / n / network.bytes_s
     latency_s = network.latency_s if layout.nodes > 1 else hardware.node_link.latency_s
     return latency_s + max(within_s, between_s) / efficiency
+
+
+def _shift_s(size: float, layout: Layout, hardware: Hardware) -> float:
+    """One message to one peer; `size` is what a rank sends."""
+    rate = hardware.collectives.get("all_to_all", _EXACT)
+    as_exchange = size * layout.ranks / (layout.ranks - 1)
+    link = hardware.network_link if layout.nodes > 1 else hardware.node_link
+    return rate.overhead_s + link.latency_s + size / link.bytes_s / rate.part(as_exchange)
 
 
 def _copy_s(traffic: float, hardware: Hardware) -> float:

@@ -1,8 +1,9 @@
 """Memory that ops take beyond their outputs while they run: what is known of it and large.
 
 Only for the CPU, where the allocator was watched op by op (torch 2.13, one thread). Convolutions by oneDNN work on
-blocked copies of what they read and write; others unfold their input. Matrix products, attention, softmax, layer norm
-and cross entropy take next to none on contiguous inputs; a gradient with other strides is copied first by some.
+blocked copies of what they read and write; others unfold their input. Attention has a block of scores, two in backward.
+Matrix products, softmax, layer norm and cross entropy take next to none on contiguous inputs; a gradient with other
+strides is copied first by some.
 Not modelled: cuBLAS and cuDNN workspace, memory that oneDNN and gloo's transport get elsewhere.
 
 Shapes: N images, C channels, G groups; K elements of a kernel over space.
@@ -51,16 +52,19 @@ def workspace_bytes(node: fx.Node, *, device: str) -> int:
 def transport_bytes(node: fx.Node, *, device: str, by_messages: bool) -> int:
     """What a collective holds beside its input and output from its launch to its wait, by gloo's own algorithms.
 
-    gloo gathers straight into the output ([Note: gathers over gloo]), and reduces copies of what it is given.
+    gloo gathers into a flat buffer as large as the output, and scatters sums from copies of what it is given (seen with
+    the allocator of tests/benchmarks, torch 2.13); sums and exchanges are straight from and to the tensors.
 
     Args:
         node: the launch.
         device: type of the device that it runs on; gloo carries collectives of CPU tensors.
         by_messages: point-to-point messages, or shared memory, carry it instead.
     """
-    straight = (c10d.all_gather, c10d.all_gather_coalesced, c10d.all_reduce, c10d.all_to_all)
+    straight = (c10d.all_reduce, c10d.all_to_all, c10d.shift)
     if device != "cpu" or by_messages or node.target in straight:
         return 0
+    if node.target in (c10d.all_gather, c10d.all_gather_coalesced):
+        return num_bytes(node.meta["val"])
     return num_bytes([source.meta["val"] for source in c10d.sent(node)])
 
 
@@ -112,6 +116,25 @@ def _unfolded_bytes(x: Any, weight: Any, stride: Any, groups: Any) -> int:
     return num_bytes(x) // groups * math.prod(weight.shape[2:]) // math.prod(stride)
 
 
+def _attention(query: Any, key: Any, _value: Any, *_: Any) -> int:
+    """Scores of a block of queries and keys in float32, what these yield, and each query's greatest score and sum."""
+    queries, keys = _attention_block(query, key)
+    return 4 * queries * (keys + query.shape[-1] + 2)
+
+
+def _attention_backward(_gradient: Any, query: Any, key: Any, *_: Any) -> int:
+    """Scores of a block, and their gradient."""
+    queries, keys = _attention_block(query, key)
+    return 2 * 4 * queries * keys
+
+
+def _attention_block(query: Any, key: Any) -> tuple[int, int]:
+    """Queries and keys whose scores are there at a time."""
+    tokens, others = query.shape[-2], key.shape[-2]
+    block = 256 if tokens >= 768 else 64 if tokens >= 192 else 32
+    return min(block, tokens), min(512, others)
+
+
 def _batch_norm_backward(gradient: Any, x: Any, *_: Any) -> int:
     """One more tensor like its input, where the gradient has its strides."""
     return num_bytes(x) if gradient.stride() == x.stride() else 0
@@ -157,6 +180,8 @@ def _by_reference(of_fp32: int, of_others: int) -> Callable[..., int]:
 _RULES: dict[Any, Callable[..., int]] = {
     aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
     aten.native_batch_norm_backward.default: _batch_norm_backward,
     aten._safe_softmax.default: lambda x, *_: int(x.numel()),  # which rows are masked whole, as booleans
     aten._softmax.default: _copies_of(0),

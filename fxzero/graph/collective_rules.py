@@ -101,10 +101,22 @@ def _check_launch(node: fx.Node, mesh: dict[str, int]) -> Iterator[Violation]:
         if size != mesh[axis]:
             fix = "take the size from step.mesh"
             yield Violation(node, f"{name} for the {mesh[axis]} ranks of {axis}", str(size), fix)
+    if node.target is c10d.shift:
+        yield from _check_shift(node, axis, mesh[axis])
     for source in c10d.sent(node):
         if not source.meta["val"].is_contiguous():
             got = f"%{source.name} with strides {source.meta['val'].stride()}"
             yield Violation(node, "contiguous tensors", got, "pass it through Editor.contiguous")
+
+
+def _check_shift(node: fx.Node, axis: str, size: int) -> Iterator[Violation]:
+    """All ranks pass on by as many places, each from its own; else sends and receives do not match."""
+    by, index = node.args[1], node.args[3]
+    if not isinstance(by, int) or not 0 < by < size:
+        yield Violation(node, f"from 1 to {size - 1} places on {axis}", repr(by), "leave a shift to the same rank out")
+    entry = index.meta.get("entry") if isinstance(index, fx.Node) else None
+    if entry is None or entry.key != ("coordinate", axis):
+        yield Violation(node, f"this rank's index on {axis}", str(index), f"use coordinate(step, {axis!r})")
 
 
 def _group_sizes(node: fx.Node) -> Iterator[tuple[str, Any]]:

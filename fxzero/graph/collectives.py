@@ -1,7 +1,7 @@
 """The table of collectives that a step graph may hold, and how to recognise their parts.
 
-All are torch's functional collectives: they yield a tensor that must go through `wait_tensor` before anything else
-reads it. The group argument names a mesh axis.
+All but one (`shift_op.py`) are torch's functional collectives: they yield a tensor that must go through `wait_tensor`
+before anything else reads it. The group argument names a mesh axis.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxzero.graph import compression_ops, ops, swap_ops
+from fxzero.graph import compression_ops, ops, shift_op, swap_ops
 from fxzero.graph.axis_placement import SPLIT_AXES
 from fxzero.graph.step_graph import LAUNCHED, StepGraph, is_getitem, num_bytes
 
@@ -28,6 +28,7 @@ reduce_scatter_coalesced = _C10D.reduce_scatter_tensor_coalesced.default
 all_reduce = _C10D.all_reduce.default
 all_reduce_coalesced = _C10D.all_reduce_coalesced.default
 all_to_all = _C10D.all_to_all_single.default
+shift = shift_op.shift
 wait = _C10D.wait_tensor.default
 
 
@@ -40,12 +41,14 @@ class Collective:
         axis_arg: position of the group argument.
         coalesced: takes and yields a list of tensors.
         wire: bytes that one rank sends, as a factor (of n - 1 over n for n ranks) of the larger of input and output.
+        to_one: it sends what it takes to one peer; `wire` is then a factor of that.
     """
 
     name: str
     axis_arg: int
     coalesced: bool
     wire: float
+    to_one: bool = False
 
 
 TABLE: dict[Any, Collective] = {
@@ -56,6 +59,7 @@ TABLE: dict[Any, Collective] = {
     all_reduce: Collective("all_reduce", 2, False, 2.0),
     all_reduce_coalesced: Collective("all_reduce_coalesced", 2, True, 2.0),
     all_to_all: Collective("all_to_all", 3, False, 1.0),
+    shift: Collective("shift", 4, False, 1.0, to_one=True),
 }
 COALESCED = {
     all_gather: all_gather_coalesced,
@@ -207,4 +211,5 @@ def wire_bytes(node: fx.Node, mesh: dict[str, int]) -> int:
     """
     size = mesh[axis_of(node)]
     larger = max(num_bytes([n.meta["val"] for n in sent(node)]), num_bytes(node.meta["val"]))
-    return int(TABLE[node.target].wire * larger * (size - 1) / size)
+    row = TABLE[node.target]
+    return int(row.wire * larger * (1.0 if row.to_one else (size - 1) / size))

@@ -26,17 +26,20 @@ from fxzero.graph.step_graph import CARRIED_KINDS, SAVED, STATE_KINDS, TANGENT, 
 _REDUCTIONS = ("sum", "max", "norm2")
 _WORDS = {"R": "whole", "S": "a shard", "P": "partial"}
 # collective -> kinds of the values that it takes and yields, over its own axis. What an all-to-all moves may also be
-# summands that are added up behind it, so what it yields is not said.
+# summands that are added up behind it, so what it yields is not said. Parts that were passed on are another rank's,
+# which no placement says; summands are summands wherever they are.
 _TAKES: dict[Any, str] = {
     **dict.fromkeys((c10d.all_reduce, c10d.all_reduce_coalesced), "P"),
     **dict.fromkeys((c10d.reduce_scatter, c10d.reduce_scatter_coalesced), "P"),
     **dict.fromkeys((c10d.all_gather, c10d.all_gather_coalesced), "S"),
     c10d.all_to_all: "SP",
+    c10d.shift: "SP",
 }
 _YIELDS: dict[Any, str] = {
     **dict.fromkeys((c10d.all_reduce, c10d.all_reduce_coalesced), "R"),
     **dict.fromkeys((c10d.all_gather, c10d.all_gather_coalesced), "R"),
     **dict.fromkeys((c10d.reduce_scatter, c10d.reduce_scatter_coalesced), "S"),
+    c10d.shift: "P",
 }
 _ALL_REDUCES = (c10d.all_reduce, c10d.all_reduce_coalesced)
 _REDUCES = (*_ALL_REDUCES, c10d.reduce_scatter, c10d.reduce_scatter_coalesced)

@@ -154,7 +154,9 @@ def _is_one_input(sharing: set[fx.Node], region: int | None) -> bool:
 
 
 def done_with(user: fx.Node) -> fx.Node:
-    """The node at which a reader is done with what it reads: of a move, its wait."""
+    """The node at which a reader is done with what it reads: of a move, its wait; also where a part is passed on."""
+    if user.target is c10d.shift:
+        return next(filter(c10d.is_wait, user.users), user)
     return swap_ops.wait_of(user) if swap_ops.is_launch(user) else user
 
 

@@ -18,6 +18,7 @@ from fxzero import compat
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.blocked_runs import BlockedRun, block_elements, blocked_runs
+from fxzero.graph.shift_op import launch_shift
 from fxzero.graph.step_graph import CALL_RESULTS, STATE_KINDS, device_of, first_argument, yields_tensor
 from fxzero.graph.storage import InPlace
 from fxzero.lower.lower_regions import Lowered, LoweredRegion
@@ -200,6 +201,8 @@ class Emitter:
         group, carrier = self.groups[axis], c10d.carrier_of(node)
         if carrier is None:
             args[position] = repr(str(group.group_name))
+            if node.target is c10d.shift:
+                return launch_shift, args
             return gloo.launcher_of(node.target) if gloo.carries(group, self.device) else node.target, args
         self.messages += 1
         tag = self.messages + (FIRST_TAG_AHEAD if node in self.ahead else 0)

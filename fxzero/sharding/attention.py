@@ -1,4 +1,4 @@
-"""Attention: each rank has some rows of the batch, some heads, or some tokens (`ring_attention.py`).
+"""Attention: each rank has some rows of the batch, some heads, or some tokens (`token_attention.py`).
 
 Heads may be blocks that another axis takes apart later: each rank then has a part of every block.
 Grouped queries keep their group: ranks that divide the heads of keys and values have whole groups. Where there are
@@ -9,28 +9,45 @@ Source: Megatron-LM (Shoeybi et al., 2019), section 3; GQA (Ainslie et al., 2023
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import fx
 
+from fxzero import compat
 from fxzero.graph import ops
 from fxzero.graph.axis_placement import REPLICATED, Placement, partial, shard
 from fxzero.sharding.ring_attention import ring_attention
 from fxzero.sharding.strategy import Call, Local, Strategy, Tensor, fits, replicated
+from fxzero.sharding.token_attention import gathered_attention
 
 _BATCH, _HEADS = 0, 1
 _MASKS = ("attn_mask", "attn_bias")
 _KEYS = ("key", "value")
 
 
+def is_attention(target: Any) -> bool:
+    """Whether an op is attention, forward or backward."""
+    return compat.is_op(target) and "scaled_dot_product" in target.name()
+
+
 def attention(call: Call) -> Iterator[Strategy]:
     """The ways of `_scaled_dot_product_*_attention*`, forward and backward; with dropout all ranks do all."""
-    yield replicated(call)
+    if call.attention == "auto":
+        yield replicated(call)
     if call.argument("dropout_p", 0.0):
+        return
+    if call.attention != "auto":
+        yield from FORMS[call.attention](call)
         return
     rows = _split(call, _BATCH)
     if fits(call, rows):
         yield rows
+    for form in FORMS.values():
+        yield from form(call)
+
+
+def _by_heads(call: Call) -> Iterator[Strategy]:
     by_heads = (_split(call, _HEADS, blocks) for blocks in (call.head_blocks, 1))
     heads = next((strategy for strategy in by_heads if fits(call, strategy)), None)
     if heads is not None:
@@ -38,7 +55,14 @@ def attention(call: Call) -> Iterator[Strategy]:
     shared = _shared_heads(call)
     if shared is not None:
         yield shared
-    yield from ring_attention(call)
+
+
+# how a row that is split on tokens is attended, as a plan names it
+FORMS: dict[str, Callable[[Call], Iterator[Strategy]]] = {
+    "heads": _by_heads,
+    "gather": gathered_attention,
+    "ring": ring_attention,
+}
 
 
 def _named(call: Call) -> list[tuple[str, Tensor]]:

@@ -30,6 +30,7 @@ def rules() -> dict[str, Callable[[Call], Iterator[Strategy]]]:
         c10d.reduce_scatter.name(): _scatter,
         c10d.all_reduce.name(): _reduce,
         c10d.all_to_all.name(): _exchange,
+        c10d.shift.name(): _shift,
         ops.local_part.name(): _part,
         ops.put_part.name(): _put,
         ops.on_rank.name(): _on_rank,
@@ -54,6 +55,10 @@ def _exchange(call: Call) -> Iterator[Strategy]:
     yield from _through(call, reductions=("sum", "max", "norm2"), but=0)
     lies = shard(0, len(call.args[1]))
     yield from _fitting(call, Strategy((lies,), (lies,), share=1 / call.ranks))
+
+
+def _shift(call: Call) -> Iterator[Strategy]:
+    yield from _through(call, reductions=("sum", "max", "norm2"))
 
 
 def _part(call: Call) -> Iterator[Strategy]:

@@ -12,7 +12,9 @@ Such a unit has a leader, and as many ways as that has, in the same order.
 [Note: values and what is asked of them]
 A value is what a unit yields, together with who reads it: blocks may end in a value that the next block reads, and the
 last one's is read by another call. Each (value, reader, argument) that is different counts once. A value lies as its
-unit's way says; each other placement that a reader asks is made once by a conversion, however many ask for it.
+unit's way says; each other placement that a reader asks is made once by a conversion, however many ask for it. What is
+made for forward is there until backward, where that reads the value, too: it costs what keeping the value costs, as
+much of it as a rank has.
 """
 
 from __future__ import annotations
@@ -73,6 +75,7 @@ class Value:
         kept: bytes that wait for backward, of the whole.
         readers: (number of a unit, number of its tensor).
         count: how many they are.
+        is_kept_as_made: what is made of it waits for backward, too, since forward reads it.
     """
 
     unit: int
@@ -82,6 +85,7 @@ class Value:
     kept: int
     readers: tuple[tuple[int, int], ...]
     count: int = 0
+    is_kept_as_made: bool = False
 
 
 @dataclass
@@ -122,7 +126,12 @@ class Problem:
         algorithm, num = ALGORITHMS[done], value.itemsize * math.prod(value.shape)
         travels = 0.0 if algorithm is None else message_seconds(algorithm, num, self.layout, self.hardware)
         copied = copied_bytes(value.shape, value.itemsize, before, after, self.ranks)
-        return travels + 2 * copied / self.hardware.memory_bytes_s + self.hardware.op_overhead_s
+        kept = self.kept_bytes(value, after) if value.is_kept_as_made else 0.0
+        return travels + (2 * copied + kept) / self.hardware.memory_bytes_s + self.hardware.op_overhead_s
+
+    def kept_bytes(self, value: Value, lies: Placement) -> float:
+        """What a rank keeps of a value for backward, where it lies so."""
+        return value.kept / (self.ranks if lies.is_shard else 1)
 
 
 def placements_of_state(shape: tuple[int, ...], ranks: int) -> list[Placement]:
@@ -215,10 +224,7 @@ class _Builder:
             return
         whole = self._seconds(node)
         overhead = min(whole, self.hardware.op_overhead_s)
-        seconds = tuple(
-            overhead + (whole - overhead) * strategy.share + sum(map(self._message_s, strategy.messages))
-            for strategy in strategies
-        )
+        seconds = tuple(self._strategy_s(strategy, whole - overhead, overhead) for strategy in strategies)
         self.problem.of_node[node] = self._unit(key, strategies, seconds, leader)
 
     def _seconds(self, node: fx.Node) -> float:
@@ -275,16 +281,28 @@ class _Builder:
             found.append(by_inputs[wanted])  # type: ignore[index]
         return tuple(found)
 
+    def _strategy_s(self, strategy: Strategy, work_s: float, overhead_s: float) -> float:
+        """Of a call made in a way: work that one device takes so long for, and what each call costs beside."""
+        own_s = work_s * strategy.share
+        beside_s = sum(self._message_s(message) for message in strategy.messages if message.is_beside)
+        open_s = sum(self._message_s(message) for message in strategy.messages if not message.is_beside)
+        longer_s = max(0.0, beside_s - own_s * (1 - 1 / strategy.calls))
+        moved_s = strategy.traffic / self.hardware.memory_bytes_s
+        return overhead_s * strategy.calls + own_s + moved_s + open_s + longer_s
+
     def _message_s(self, message: Message) -> float:
         return message_seconds(message.algorithm, message.num_bytes, self.problem.layout, self.hardware)
 
     def _add_values(self) -> None:
         readers: dict[tuple[fx.Node, int], set[tuple[int, int]]] = {}
         kept: set[tuple[fx.Node, int]] = set()
+        in_forward: set[tuple[fx.Node, int]] = set()
         for node, unit in self.problem.of_node.items():
             for index, source in enumerate(tensors_taken(node)):
                 value = value_taken(source)
                 readers.setdefault(value, set()).add((unit, index))
+                if node.meta["phase"] == "forward":
+                    in_forward.add(value)
                 if value[0].op != "placeholder" and node.meta["phase"] == "backward":
                     if value[0].meta["phase"] == "forward":
                         kept.add(value)
@@ -297,6 +315,7 @@ class _Builder:
             if key not in found:
                 held = num_bytes(tensor) if (node, output) in kept else 0
                 found[key] = Value(unit, output, tuple(tensor.shape), tensor.element_size(), held, ordered)
+                found[key].is_kept_as_made = held > 0 and (node, output) in in_forward
             found[key].count += 1
         self.problem.values = list(found.values())
 

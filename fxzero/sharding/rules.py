@@ -93,14 +93,14 @@ class Rules:
 
     Args:
         ranks: of the axis.
-        head_blocks: as of `Call`.
+        head_blocks, attention: as of `Call`.
 
     Attributes:
         unknown: ops that no rule knows, with how many distinct calls they are.
     """
 
-    def __init__(self, ranks: int, *, head_blocks: int = 1) -> None:
-        self.ranks, self.head_blocks = ranks, head_blocks
+    def __init__(self, ranks: int, *, head_blocks: int = 1, attention: str = "auto") -> None:
+        self.ranks, self.head_blocks, self.attention = ranks, head_blocks, attention
         self.unknown: dict[str, int] = {}
         self._known: dict[Hashable, tuple[Strategy, ...]] = {}
         self._signatures: dict[fx.Node, Hashable] = {}
@@ -112,6 +112,8 @@ class Rules:
     def of(self, node: fx.Node, blocks: tuple[int, ...] = (1,)) -> tuple[Strategy, ...]:
         """The ways of a call whose inputs and value are whole; the first is that every rank does all of it.
 
+        Attention that has to be made in a form has the ways of that form alone, if it has any.
+
         Args:
             node: the call.
             blocks: numbers of blocks that shards may have; 1 first.
@@ -119,13 +121,15 @@ class Rules:
         of_step = tuple(map(yields_scalar, node.all_input_nodes))
         key = self.signature(node), of_step, blocks
         if key not in self._known:
-            call = Call.of(node, self.ranks, blocks=blocks, head_blocks=self.head_blocks)
+            call = Call.of(node, self.ranks, blocks=blocks, head_blocks=self.head_blocks, attention=self.attention)
             self._known[key] = tuple(self._asked(call))
         return self._known[key]
 
     def _asked(self, call: Call) -> Iterator[Strategy]:
         found: dict[Hashable, Strategy] = {}
-        for strategy in (replicated(call), *_told(call)):
+        told = tuple(_told(call))
+        pinned = self.attention != "auto" and attention.is_attention(call.target)
+        for strategy in told if pinned and told else (replicated(call), *told):
             found.setdefault((strategy.inputs, strategy.outputs), strategy)
         if call.tensors and call.blocks == (1,) and not _has_rule(call):
             name = str(call.target)
@@ -139,7 +143,7 @@ def _has_rule(call: Call) -> bool:
 
 def _rule_of(call: Call) -> Rule | None:
     name = call.target.name()
-    if "scaled_dot_product" in name:
+    if attention.is_attention(call.target):
         return attention.attention
     rules = own_rules()
     return rules.get(name) or rules.get(name.split(".")[0])

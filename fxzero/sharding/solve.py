@@ -7,14 +7,26 @@
     state       x of the ways of an input that lie as q  <=  what the value that goes out for it offers as q
 
 x says which way a unit takes, y that a value is converted from a to q. y needs no integrality: costs are positive.
+
+[Note: a value in parts]
+In the relaxation units take parts of several ways, and rows as above are loose there: a third of a value that is whole
+can serve, for nearly nothing, a third of each of three placements that one reader asks. So where an answer of the
+relaxation is in parts, further rows say for each reader r of such a value what of it comes from where:
+
+    from        sum over q of z[r, a, q]  =  x of the ways of v's unit that yield a
+    to          sum over a of z[r, a, q]  =  x of r's ways that ask q
+    made        z[r, a, q]  <=  y[v, a, q] for a other than q
+
+They are true of every whole answer, and too many to have for all values from the start.
 Source: Alpa (Zheng et al., 2022), section 4, where conversions are paid by edge; here by value, as they are made.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +41,7 @@ _MAX_NODES = 2000
 _RELATIVE_GAP = 1e-4
 _SURE = 0.999  # of a way, in an answer of the relaxation
 _CLOSE = 2e-3  # of the bound: an answer that is so near it is not made better
+_TIGHTENED = 4  # how often rows are added where the relaxation is in parts
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,7 @@ class Answer:
     Args:
         chosen: number of a unit -> its way.
         seconds: what it costs by the model.
-        bound_s: what any answer costs at least: the relaxation's, or what the search has shown where it was made.
+        bound_s: what any answer costs at least: the relaxation's, or what the search has proven where one was made.
         problem: that was solved.
         relaxed_s: what the relaxation costs, in which a call may be made partly in one way and partly in another.
     """
@@ -70,6 +83,9 @@ class _Program:
         self.cost: list[float] = []
         self.rows: list[tuple[dict[int, float], float, float]] = []
         self.first: list[int] = []  # column of a unit's first way: its leader's, where it follows one
+        self.asked: list[list[dict[Placement, list[int]]]] = []  # of each value: what each reader asks, by which ways
+        self.converted: list[dict[tuple[Placement, Placement], int]] = []  # of each value: from, to -> column
+        self.tightened: set[int] = set()  # values with rows for each reader
         for unit in problem.units:
             self._add_unit(unit)
         self.num_ways = len(self.cost)
@@ -113,22 +129,24 @@ class _Program:
         if value.kept:
             self._pay_for_keeping(value, native)
         made = self._conversions(value, native, {placement for by in asked for placement in by})
+        self.asked.append(asked)
+        self.converted.append(made)
         for by in asked:
             for placement, columns in by.items():
                 self._offer(dict.fromkeys(columns, -1.0), placement, native, made)
 
     def _pay_for_keeping(self, value: Value, native: dict[Placement, list[int]]) -> None:
         """What waits for backward costs as if it were moved once: a smaller part is better, if all else is equal."""
-        seconds = value.kept * value.count / self.problem.hardware.memory_bytes_s
         for placement, columns in native.items():
+            seconds = self.problem.kept_bytes(value, placement) / self.problem.hardware.memory_bytes_s
             for column in columns:
-                self.cost[column] += seconds / (self.problem.ranks if placement.is_shard else 1)
+                self.cost[column] += seconds * value.count
 
     def _conversions(
         self, value: Value, native: dict[Placement, list[int]], wanted: set[Placement]
-    ) -> dict[Placement, list[int]]:
-        """Placement -> the columns of the conversions that make it."""
-        made: dict[Placement, list[int]] = {}
+    ) -> dict[tuple[Placement, Placement], int]:
+        """(from, to) -> the column of that conversion."""
+        made: dict[tuple[Placement, Placement], int] = {}
         for after in sorted(wanted, key=str):
             for before, columns in native.items():
                 if before == after:
@@ -138,7 +156,7 @@ class _Program:
                     continue
                 column = len(self.cost)
                 self.cost.append(seconds * value.count)
-                made.setdefault(after, []).append(column)
+                made[(before, after)] = column
                 self.rows.append(({**dict.fromkeys(columns, 1.0), column: -1.0}, 0.0, math.inf))
         return made
 
@@ -147,12 +165,53 @@ class _Program:
         taken: dict[int, float],
         placement: Placement,
         native: dict[Placement, list[int]],
-        made: dict[Placement, list[int]],
+        made: dict[tuple[Placement, Placement], int],
     ) -> None:
         row = dict(taken)
-        for column in (*native.get(placement, ()), *made.get(placement, ())):
+        for column in self._offered(placement, native, made):
             row[column] = row.get(column, 0.0) + 1.0
         self.rows.append((row, 0.0, math.inf))
+
+    def _offered(
+        self,
+        placement: Placement,
+        native: dict[Placement, list[int]],
+        made: dict[tuple[Placement, Placement], int],
+    ) -> list[int]:
+        """The columns of which one has to be taken for a value to be there in a placement."""
+        return [*native.get(placement, ()), *(column for (_, after), column in made.items() if after == placement)]
+
+    def _tighten(self, number: int) -> None:
+        """Say for each reader of a value what of it comes from where; see [Note: a value in parts]."""
+        value = self.problem.values[number]
+        native, made = self._yields(value.unit, value.output), self.converted[number]
+        for by in self.asked[number]:
+            sent: dict[Placement, dict[int, float]] = {a: dict.fromkeys(columns, -1.0) for a, columns in native.items()}
+            received = {q: dict.fromkeys(columns, -1.0) for q, columns in by.items()}
+            for a, q in itertools.product(native, by):
+                if a != q and (a, q) not in made:
+                    continue
+                column = len(self.cost)
+                self.cost.append(0.0)
+                sent[a][column] = received[q][column] = 1.0
+                if a != q:
+                    self.rows.append(({made[(a, q)]: 1.0, column: -1.0}, 0.0, math.inf))
+            self.rows += [(row, 0.0, 0.0) for row in (*sent.values(), *received.values())]
+        self.tightened.add(number)
+
+    def _loose(self, found: Any) -> list[int]:
+        """Values without such rows of whose unit, or of a reader, an answer of the relaxation is in parts."""
+        in_parts = {
+            number
+            for number, (unit, start) in enumerate(zip(self.problem.units, self.first, strict=True))
+            if found[start : start + len(unit.strategies)].max() < _SURE
+        }
+        return [
+            number
+            for number, value in enumerate(self.problem.values)
+            if number not in self.tightened
+            and not in_parts.isdisjoint((value.unit, *(reader for reader, _ in value.readers)))
+        ]
 
     def _add_results(self) -> None:
         for unit, output, lies_as in sorted(self.problem.results):
@@ -166,7 +225,7 @@ class _Program:
                 if columns:
                     self._offer(dict.fromkeys(columns, -1.0), placement, native, made)
                     continue
-                row = dict.fromkeys((*native.get(placement, ()), *made.get(placement, ())), 1.0)
+                row = dict.fromkeys(self._offered(placement, native, made), 1.0)
                 self.rows.append((row, 1.0, math.inf))
 
     def _result_value(self, unit: int, output: int) -> Value:
@@ -174,6 +233,38 @@ class _Program:
         return Value(unit, output, shape, itemsize, 0, (), self.problem.units[unit].count)
 
     def solve(self) -> Answer:
+        """The answer; a search only where what the relaxation says is not near its bound, however tight its rows."""
+        best: tuple[float, Any] | None = None
+        bound_s = 0.0
+        for _ in range(1 + _TIGHTENED):
+            within = self._solver()
+            relaxed = within(None, None).values
+            assert relaxed is not None, "every rank doing everything is always an answer"
+            bound_s = self._seconds(relaxed)
+            best = self._better(best, self._rounded(relaxed, within))
+            loose = self._loose(relaxed)
+            if _is_close(best, bound_s) or not loose:
+                break
+            for number in loose:
+                self._tighten(number)
+        relaxed_s = bound_s
+        if not _is_close(best, bound_s):
+            exact = self._solver(whole=True)(None, None)
+            best, bound_s = self._better(best, exact.values), max(bound_s, exact.bound)
+        assert best is not None
+        seconds, found = best
+        chosen = tuple(
+            unit.strategies[int(np.argmax(found[start : start + len(unit.strategies)]))]
+            for unit, start in zip(self.problem.units, self.first, strict=True)
+        )
+        return Answer(chosen, seconds, min(bound_s, seconds), self.problem, min(relaxed_s, seconds))
+
+    def _solver(self, *, whole: bool = False) -> Callable[[Any, Any], Solution]:
+        """What finds the cheapest values of all columns between bounds, by the rows that there are.
+
+        Args:
+            whole: of each unit one way.
+        """
         from scipy.sparse import csr_array  # imported here: it takes half a second
 
         cost = np.array(self.cost)
@@ -183,30 +274,27 @@ class _Program:
         matrix = csr_array((entries, tuple(np.array(where).T)), shape=(len(self.rows), len(cost)))
         bounds = (np.array([low for _, low, _ in self.rows]), np.array([high for _, _, high in self.rows]))
         integral = np.zeros(len(cost))
+        integral[: self.num_ways if whole else 0] = 1
         ask: dict[str, Any] = {"max_nodes": _MAX_NODES, "gap": _RELATIVE_GAP, "integral": integral}
 
         def within(lower: Any, upper: Any) -> Solution:
-            return search(cost / scale, [(matrix, *bounds)], lower=lower, upper=upper, **ask)
+            lower = np.zeros(len(cost)) if lower is None else lower
+            upper = np.ones(len(cost)) if upper is None else upper
+            found = search(cost / scale, [(matrix, *bounds)], lower=lower, upper=upper, **ask)
+            return replace(found, bound=found.bound * scale)
 
-        zeros, ones = np.zeros(len(cost)), np.ones(len(cost))
-        relaxed = within(zeros, ones).values
-        assert relaxed is not None, "every rank doing everything is always an answer"
-        bound_s = relaxed_s = float(cost @ relaxed)
-        found = self._rounded(relaxed, lambda lower, upper: within(lower, upper).values)
-        if found is None or cost @ found > bound_s * (1 + _CLOSE):
-            integral[: self.num_ways] = 1
-            exact = within(zeros, ones)
-            bound_s = max(bound_s, exact.bound * scale)
-            better = exact.values is not None and (found is None or cost @ exact.values < cost @ found)
-            found = exact.values if better else found
-        chosen = tuple(
-            unit.strategies[int(np.argmax(found[start : start + len(unit.strategies)]))]
-            for unit, start in zip(self.problem.units, self.first, strict=True)
-        )
-        seconds = float(cost @ found)
-        return Answer(chosen, seconds, min(bound_s, seconds), self.problem, min(relaxed_s, seconds))
+        return within
 
-    def _rounded(self, relaxed: Any, within: Callable[[Any, Any], Any]) -> Any:
+    def _seconds(self, found: Any) -> float:
+        return float(np.array(self.cost) @ found)
+
+    def _better(self, best: tuple[float, Any] | None, found: Any) -> tuple[float, Any] | None:
+        """The cheaper of two answers, with what it costs."""
+        if found is None or (best is not None and best[0] <= self._seconds(found)):
+            return best
+        return self._seconds(found), found
+
+    def _rounded(self, relaxed: Any, within: Callable[[Any, Any], Solution]) -> Any:
         """An answer from one of the relaxation: what is nearly whole is fixed, and the rest asked for again.
 
         Costs a few relaxations; None where what was fixed does not fit together.
@@ -224,5 +312,9 @@ class _Program:
                 upper[start : start + count] = 0
                 lower[start + way] = upper[start + way] = 1
             open_units = sorted((start, count) for start, count, _ in ways[len(taken) :])
-            found = within(lower, upper)
+            found = within(lower, upper).values
         return found
+
+
+def _is_close(best: tuple[float, Any] | None, bound_s: float) -> bool:
+    return best is not None and best[0] <= bound_s * (1 + _CLOSE)

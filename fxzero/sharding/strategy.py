@@ -66,6 +66,7 @@ class Call:
         blocks: numbers of blocks that shards may have along a dim that the op joins or cuts, or sees in another shape.
         head_blocks: attention's heads are so many blocks, of each of which a rank has a part: those that another axis
             takes apart later.
+        attention: how attention is made, one of `attention.FORMS`; "auto": in any way.
     """
 
     target: Any
@@ -75,9 +76,18 @@ class Call:
     ranks: int
     blocks: tuple[int, ...] = (1,)
     head_blocks: int = 1
+    attention: str = "auto"
 
     @classmethod
-    def of(cls, node: fx.Node, ranks: int, *, blocks: tuple[int, ...] = (1,), head_blocks: int = 1) -> Call:
+    def of(
+        cls,
+        node: fx.Node,
+        ranks: int,
+        *,
+        blocks: tuple[int, ...] = (1,),
+        head_blocks: int = 1,
+        attention: str = "auto",
+    ) -> Call:
         """The call of a node whose inputs and value are whole."""
 
         def seen(source: fx.Node) -> Any:
@@ -93,7 +103,7 @@ class Call:
         val = node.meta["val"]
         values = val if isinstance(val, (list, tuple)) else [val]
         outputs = tuple(Tensor.of(item) if isinstance(item, torch.Tensor) else None for item in values)
-        return cls(node.target, tuple(args), dict(kwargs), outputs, ranks, blocks, head_blocks)
+        return cls(node.target, tuple(args), dict(kwargs), outputs, ranks, blocks, head_blocks, attention)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -178,11 +188,13 @@ class Message:
 
     Args:
         algorithm: as `cost.communication` names it.
-        num_bytes: of the whole tensor.
+        num_bytes: of the whole tensor; of a shift, of what is passed on.
+        is_beside: it is under way while the call computes.
     """
 
     algorithm: str
     num_bytes: int
+    is_beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,6 +208,8 @@ class Strategy:
         messages: collectives in that form.
         share: of the work of one device, what each rank does.
         in_blocks: whether the form is right for shards of several blocks, too; the op itself always is.
+        calls: how many calls of the op that is. Messages that are under way beside them are so beside all but one.
+        traffic: bytes that a rank reads and writes beside these calls.
     """
 
     inputs: tuple[Placement, ...]
@@ -204,6 +218,8 @@ class Strategy:
     messages: tuple[Message, ...] = ()
     share: float = 1.0
     in_blocks: bool = False
+    calls: int = 1
+    traffic: float = 0.0
 
     def __str__(self) -> str:
         return f"({', '.join(map(str, self.inputs))}) -> ({', '.join(map(str, self.outputs))})"

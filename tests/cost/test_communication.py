@@ -41,6 +41,8 @@ def launched(target: Any, elements: int, ranks: int, *, algorithm: str | None = 
         args = (source, "avg", ranks, "dp")
     elif target is c10d.all_to_all:
         args = (source, [1] * ranks, [1] * ranks, "dp")
+    elif target is c10d.shift:
+        args = (source, 1, ranks, 0, "dp")
     else:
         args = (source, "sum", "dp")
     node = graph.call_function(target, args)
@@ -95,6 +97,21 @@ def test_steps_of_a_ring_wait_for_each_other_and_messages_do_not() -> None:
     assert seconds(c10d.all_gather, 8, {"dp": 8}, LATENT) == pytest.approx(6 * 1 + 1 * 10)
     assert seconds(c10d.all_to_all, 8, {"dp": 8}, LATENT) == pytest.approx(10)
     assert seconds(c10d.all_to_all, 8, {"dp": 4}, LATENT) == pytest.approx(1)
+
+
+def test_a_shift_is_one_message_of_all_bytes() -> None:
+    assert seconds(c10d.shift, 100, {"dp": 4}, SLOW) == 400
+    assert seconds(c10d.shift, 100, {"dp": 8}, SLOW) == pytest.approx(400 / 0.1)  # one of four leaves its node
+    assert seconds(c10d.shift, 8, {"dp": 4}, LATENT) == pytest.approx(1)
+    assert seconds(c10d.shift, 8, {"dp": 8}, LATENT) == pytest.approx(10)
+    assert c10d.wire_bytes(launched(c10d.shift, 100, 4)[0], {"dp": 4}) == 400
+
+
+def test_a_shift_has_the_rate_of_an_exchange_that_sends_as_much() -> None:
+    rate = CollectiveRate(7.0, (400.0, 800.0), (0.25, 0.5))
+    hardware = replace(SLOW, collectives={"all_to_all": rate})
+    assert seconds(c10d.shift, 100, {"dp": 2}, hardware) == 7 + 400 / 0.5
+    assert seconds(c10d.all_to_all, 200, {"dp": 2}, hardware) == 7 + 400 / 0.5
 
 
 def test_a_small_all_reduce_goes_by_a_tree_and_a_large_one_by_a_ring() -> None:

@@ -11,7 +11,7 @@ from torch import fx
 from fxzero.graph import Sharding, StateEntry, StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.axis_placement import REPLICATED, Placement, partial, shard
-from fxzero.graph.edit import Editor
+from fxzero.graph.edit import Editor, coordinate
 from fxzero.graph.placement_rules import check_placements
 from fxzero.graph.rules import Context, Violation
 from tests.graph.split_by_hand import split_step
@@ -43,6 +43,8 @@ def conversions() -> StepGraph:
         found["gathered"] = call(c10d.wait, launch, tp=REPLICATED)
         launch = call(c10d.all_to_all, rows, [2, 2], [2, 2], "tp", tp=shard(1))
         found["turned"] = call(c10d.wait, launch, tp=shard(1))
+        launch = editor.call(c10d.shift, rows, 1, RANKS, coordinate(editor.step, "tp"), "tp")
+        found["shifted"] = editor.call(c10d.wait, launch)
         sums = call(aten.neg.default, x, tp=partial())
         launch = call(c10d.reduce_scatter, sums, "sum", RANKS, "tp", tp=shard(0))
         found["scattered"] = call(c10d.wait, launch, tp=shard(0))
@@ -160,6 +162,8 @@ FAULTS = {
     "an all-to-all of whole values": Fault(
         "conversions", "all_to_all_single_default", "a shard or partial", reads("x")
     ),
+    "whole values that are passed on": Fault("conversions", "shift_default", "a shard or partial", reads("x")),
+    "parts that stay where they are": Fault("conversions", "shifted", "partial over tp, as the", lies(shard(0))),
     "a gather that yields shards": Fault("conversions", "gathered", "whole over tp, as the coll", lies(shard(0))),
     "a sum that stays partial": Fault("split", "down_sum", "whole over tp, as the collective", lies(partial())),
     "one of a bucket that stays partial": Fault("conversions", "second", "whole over tp", lies(partial())),

@@ -435,6 +435,7 @@ def test_collectives_of_every_kind_read_back() -> None:
                 at.call(c10d.all_gather, x, 8, "dp"),
                 at.call(c10d.all_to_all, x, [4] * 4, [4] * 4, "dp"),
                 at.call(c10d.all_gather, x, group_size=4, group_name="dp"),
+                at.call(c10d.shift, x, 1, 4, coordinate(at.step, "dp"), "dp"),
             )
         ]
         pair = at.call(c10d.all_gather_coalesced, [y, z], 2, "tp")
@@ -450,6 +451,7 @@ def test_collectives_of_every_kind_read_back() -> None:
         " %x group_size=8 dp, 1.0 KiB\n",
         " %x [4, 4, 4, 4] [4, 4, 4, 4] dp, 128 B\n",
         " %x dp, 512 B\n",
+        " shift %x 1 %dp_index dp, 128 B\n",
         "(bf16[16] x2)",
         " [%y, %z] tp, 64 B\n",
         " [%y, %z] avg dp, 32 B  # shard 7/dp\n",
@@ -459,7 +461,7 @@ def test_collectives_of_every_kind_read_back() -> None:
         "# shard 15/tp:2\n",
         "  %tp_index  int  ",
         "mesh dp=4 tp=2",
-        "6 collectives forward",
+        "7 collectives forward",
     ):
         assert re.sub(" +", " ", part) in re.sub(" +", " ", text), part
     back = from_text(text)

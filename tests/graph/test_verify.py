@@ -17,7 +17,7 @@ from fxzero.graph import verify as verifier
 from fxzero.graph.axis_placement import REPLICATED, Placement
 from fxzero.graph.collective_rules import check_sharding
 from fxzero.graph.compression_ops import dequantize_blockwise, dequantize_reduce, quantize_blockwise
-from fxzero.graph.edit import Editor, replace_uses, retype
+from fxzero.graph.edit import Editor, coordinate, replace_uses, retype
 from fxzero.graph.error_feedback_ops import drop_top_k, sum_top_k
 from fxzero.graph.randomness import is_random
 from fxzero.graph.regions import regions
@@ -575,6 +575,23 @@ def wrong_splits(step: StepGraph) -> None:
     node = step.input("parameter", "shift")
     with Editor(step, phase="forward").after(node) as editor:
         editor.call(c10d.wait, editor.call(c10d.all_to_all, node, [5, 5], [5, 5], "dp"))
+
+
+def shifted(step: StepGraph, by: int, axis: str) -> None:
+    node = step.input("parameter", "shift")
+    index = coordinate(step, axis)
+    with Editor(step, phase="forward").after(node) as editor:
+        editor.call(c10d.wait, editor.call(c10d.shift, node, by, 4, index, "dp"))
+
+
+@fault("collectives", "from 1 to 3 places on dp, got 4")
+def all_the_way_round(step: StepGraph) -> None:
+    shifted(step, 4, "dp")
+
+
+@fault("collectives", "this rank's index on dp, got sp_index")
+def place_on_another_axis(step: StepGraph) -> None:
+    shifted(step, 1, "sp")
 
 
 @fault("collectives", "an axis of the mesh {'dp': 4}, got 'tp'")

@@ -19,6 +19,7 @@ from fxzero.graph.rules import Context
 from fxzero.passes.reduce_gradients import reduce_gradients
 from tests.graph import split_by_hand
 from tests.numerics.local_ranks import Mesh, compile_for, join, run_ranks, split, train_ranks
+from tests.sharding.by_execution import launched
 
 WORLD = 4
 
@@ -224,6 +225,8 @@ def expected_of(target: object, sources: list[torch.Tensor], index: int) -> torc
     """What a collective yields for the index-th rank of a group."""
     if target in (c10d.all_gather, c10d.all_gather_coalesced):
         return torch.cat(sources)
+    if target is c10d.shift:
+        return sources[index - 1]
     if target is c10d.all_to_all:
         return torch.cat([source.chunk(len(sources))[index] for source in sources])
     total = torch.stack(sources).sum(0)
@@ -241,12 +244,15 @@ def test_every_collective_runs_over_every_axis(axes: dict[str, int], target, eig
         sizes = {c10d.all_to_all: ([8 // size] * size,) * 2}.get(target, ())
         if target in (c10d.all_reduce, c10d.all_reduce_coalesced):
             sizes = ("sum",)
+        elif target is c10d.shift:
+            index = compat_distributed.local_int({rank: mesh.coordinates(rank)[axis] for rank in mesh.ranks})
+            sizes = (1, size, index)
         elif not sizes:
             sizes = ("sum", size) if "reduce" in c10d.TABLE[target].name else (size,)
         with compat_distributed.local_tensor_mode(8):
             x = compat_distributed.local_tensor(own)
             coalesced = c10d.TABLE[target].coalesced
-            found = target([x] if coalesced else x, *sizes, groups[axis].group_name)
+            found = launched(target)([x] if coalesced else x, *sizes, groups[axis].group_name)
             parts = compat_distributed.local_values(c10d.wait(found[0] if coalesced else found))
         for rank in mesh.ranks:
             index = mesh.coordinates(rank)

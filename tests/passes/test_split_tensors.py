@@ -10,7 +10,7 @@ import torch
 from fxzero.errors import PlanError
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
-from fxzero.graph.axis_placement import placement_of
+from fxzero.graph.axis_placement import placement_of, shard
 from fxzero.passes.split_tensors import split_tensors
 from fxzero.sharding import rules
 from fxzero.sharding.strategy import Call, Tensor
@@ -92,6 +92,33 @@ def test_heads_that_ranks_do_not_divide_are_told_with_ranks_that_would() -> None
     tensors = Tensor((1, 12, 63, 8), (6048, 504, 8, 1), torch.float32)
     found = undivided(Call(ATTENTION, (tensors,) * 3, {}, (tensors,), 8))
     assert found == ["12 heads: 6 or 12 ranks would divide them"]
+
+
+@pytest.mark.parametrize(("form", "dim"), [("heads", 1), ("gather", 2), ("ring", 2)])
+def test_attention_is_made_in_the_form_that_is_asked_for(form: str, dim: int) -> None:
+    graph = step_on(1, tp=4, tokens=64, width=1024)
+    split_tensors.run(graph, axis="tp", attention=form, hardware="h100")
+    asks = [node for node in graph.calls() if "scaled_dot_product" in str(node.target)]
+    assert len(asks) == (2 if form == "heads" else 8)
+    queries: list[Any] = [node.args[1 if "backward" in str(node.target) else 0] for node in asks]
+    assert {placement_of(query, "tp") for query in queries} == {shard(dim)}
+    assert bool(graph.calls(c10d.shift)) == (form == "ring")
+
+
+@pytest.mark.parametrize(
+    ("form", "tp", "got"),
+    [
+        ("heads", 3, "sizes that do: 2, 4, 8; or leave it at 'auto'"),
+        ("ring", 3, "sizes that do: 2, 4, 8, 16, 32, 64; or leave it at 'auto'"),
+    ],
+)
+def test_a_form_that_sizes_do_not_allow_names_those_that_do(form: str, tp: int, got: str) -> None:
+    graph = step_on(1, tp=tp, tokens=64, width=1024)
+    with pytest.raises(
+        PlanError, match=rf"Plan\.tp_attention: expected .* tp=3 .* '{form}', got .*flash.*\[1, 8, 64, 128\]"
+    ) as e:
+        split_tensors.run(graph, axis="tp", attention=form, hardware="h100")
+    assert got in str(e.value) and "\n" not in str(e.value)
 
 
 def test_one_rank_has_nothing_to_split() -> None:

@@ -15,6 +15,7 @@ from fxzero import compat_distributed
 from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.axis_placement import Placement
+from fxzero.graph.shift_op import launch_shift
 from fxzero.graph.step_graph import Result, StateEntry, yields_tensor
 from fxzero.passes.split_tensors import rewrite
 from fxzero.sharding.strategy import Strategy
@@ -135,10 +136,15 @@ def run_ranks(step: StepGraph, parts: Sequence[Sequence[torch.Tensor]], ranks: i
             elif node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 if c10d.is_collective(node):
-                    args = tuple(group if arg == AXIS else arg for arg in args)
-                values[node] = node.target(*args, **kwargs)
+                    args = tuple(group if isinstance(arg, str) and arg == AXIS else arg for arg in args)
+                values[node] = launched(node.target)(*args, **kwargs)
     found = {name: compat_distributed.local_values(values[node]) for (_, name), node in step.results.items()}
     return {name: [by_rank[rank] for rank in range(ranks)] for name, by_rank in found.items()}
+
+
+def launched(target: Any) -> Any:
+    """What a program calls for an op: of a shift, what works on several ranks' tensors at once, too."""
+    return launch_shift if target is c10d.shift else target
 
 
 def _input(node: fx.Node, given: Iterator[Sequence[torch.Tensor]], ranks: int) -> Any:

@@ -62,8 +62,8 @@ def parts(call: RecordedCall, ranks: int) -> list[Strategy]:
 
 
 def by_tokens(call: RecordedCall) -> list[Placement]:
-    """Of flash attention, queries may be split on tokens."""
-    return [shard(2)] if "flash_attention" in str(call.node.target) else []
+    """Of flash attention, queries may be split on tokens: keys are gathered, or travel."""
+    return [shard(2)] * 2 if "flash_attention" in str(call.node.target) else []
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -22,7 +22,7 @@ from fxzero.sharding.rules import Rules
 from fxzero.sharding.strategy import Strategy
 from tests.hf.models import CASES, TOKENS, Batch, HFCase
 from tests.numerics.local_ranks import compile_for, train_ranks
-from tests.sharding.by_execution import compare, greatest, parts_of
+from tests.sharding.by_execution import compare, greatest, launched, parts_of
 
 MESH = {"sp": 2, "tp": 2}
 SP, TP = MESH.values()
@@ -35,6 +35,7 @@ CALLS: dict[str, Callable[[fx.Graph, fx.Node, fx.Node], fx.Node]] = {
     "sum": lambda g, x, _: g.call_function(c10d.all_reduce, (x, "sum", "sp")),
     "greatest": lambda g, x, _: g.call_function(c10d.all_reduce, (x, "max", "sp")),
     "exchange": lambda g, x, _: g.call_function(c10d.all_to_all, (x, [4, 4], [4, 4], "sp")),
+    "shift": lambda g, x, index: g.call_function(c10d.shift, (x, 1, SP, index, "sp")),
     "part": lambda g, x, index: g.call_function(ops.local_part, (x, 1, SP, index)),
     "put": lambda g, x, index: g.call_function(ops.put_part, (x, 1, SP, index)),
     "part of blocks": lambda g, x, index: g.call_function(ops.local_part, (x, 1, SP, index, 2)),
@@ -94,8 +95,8 @@ def by_rank(step: StepGraph, parts: list[list[torch.Tensor]]) -> list[list[torch
             elif node.op == "call_function":
                 args = fx.map_arg(node.args, values.__getitem__)
                 if c10d.is_collective(node):
-                    args = tuple(group[arg].group_name if arg in MESH else arg for arg in args)
-                values[node] = node.target(*args)
+                    args = tuple(group[arg].group_name if isinstance(arg, str) and arg in MESH else arg for arg in args)
+                values[node] = launched(node.target)(*args)
     found = compat_distributed.local_values(values[step.results[("buffer", "found")]])
     return [[found[i * TP + j] for j in range(TP)] for i in range(SP)]
 
@@ -135,6 +136,7 @@ WRONG: list[tuple[str, Placement, Placement]] = [
     ("exchange", shard(0), shard(0)),
     ("greatest", partial(), partial()),
     ("sum", partial(), REPLICATED),
+    ("shift", partial(), REPLICATED),
     ("part", shard(1), shard(1)),
     ("put", shard(1), shard(1)),
     ("part of blocks", shard(1, 2), shard(1)),

@@ -1,14 +1,18 @@
 """The answer is the cheapest by the model of costs, no larger for more blocks, and what people do by hand."""
 
 import dataclasses
+import math
 import random
+from unittest import mock
 
+import numpy as np
 import pytest
 
 from fxzero.cost.hardware import known_hardware
 from fxzero.graph import collectives as c10d
 from fxzero.graph.axis_placement import REPLICATED, Placement, placement_of, shard
 from fxzero.passes.split_tensors import split_tensors
+from fxzero.sharding import solve as solver
 from fxzero.sharding.hints import pin
 from fxzero.sharding.problem import Problem, Value, problem_of
 from fxzero.sharding.rules import Rules
@@ -88,6 +92,54 @@ def test_no_choice_is_below_the_bound() -> None:
         for number in drawn.sample([n for n, unit in enumerate(problem.units) if unit.leader < 0], 20):
             chosen = with_way(problem, chosen, number, drawn.randrange(len(problem.units[number].strategies)))
         assert paid(problem, chosen) >= answer.bound_s * (1 - 1e-9)
+
+
+def of_tokens() -> Problem:
+    """That of a long row over sp, whose relaxation is in parts."""
+    step = step_on(2, tp=4, tokens=32768)
+    pin(step, {node.meta["entry"].name: REPLICATED for node in step.inputs("parameter")})
+    return problem_of(step, "tp", Rules(4), known_hardware("h100"))
+
+
+def test_rows_for_readers_of_what_is_in_parts_leave_no_gap() -> None:
+    problem = of_tokens()
+    with mock.patch.object(solver, "_TIGHTENED", 0):
+        loose = solve(problem)
+    with mock.patch.object(solver, "search", wraps=solver.search) as asked:
+        answer = solve(problem)
+    assert loose.relaxed_s < loose.seconds * (1 - 2e-3), "else there is nothing to be shown here"
+    assert loose.gap <= 1e-4, "which a search has proven"
+    assert loose.relaxed_s < answer.relaxed_s == answer.bound_s <= answer.seconds <= answer.bound_s * (1 + 2e-3)
+    assert answer.seconds == pytest.approx(loose.seconds, rel=1e-4), "which was searched for"
+    assert not any(call.kwargs["integral"].any() for call in asked.call_args_list)
+    assert paid(problem, list(answer.chosen)) == pytest.approx(answer.seconds)
+    drawn = random.Random(0)
+    for _ in range(20):
+        chosen = list(answer.chosen)
+        for number in drawn.sample([n for n, unit in enumerate(problem.units) if unit.leader < 0], 3):
+            chosen = with_way(problem, chosen, number, drawn.randrange(len(problem.units[number].strategies)))
+        assert paid(problem, chosen) >= answer.bound_s * (1 - 1e-6)
+
+
+def test_rows_for_readers_are_true_of_every_whole_answer() -> None:
+    problem, drawn = of_tokens(), random.Random(0)
+    program = solver._Program(problem)
+    for number in range(len(problem.values)):
+        program._tighten(number)
+    within, chosen = program._solver(), list(solve(problem).chosen)
+    for _ in range(6):
+        expected = paid(problem, chosen)
+        lower, upper = np.zeros(len(program.cost)), np.ones(len(program.cost))
+        upper[: program.num_ways] = 0
+        for unit, start, way in zip(problem.units, program.first, chosen, strict=True):
+            if unit.leader < 0:
+                column = start + unit.strategies.index(way)
+                lower[column] = upper[column] = 1
+        found = within(lower, upper).values
+        assert (found is None) == math.isinf(expected)
+        assert found is None or program._seconds(found) == pytest.approx(expected, rel=1e-6)
+        number = drawn.choice([n for n, unit in enumerate(problem.units) if unit.leader < 0])
+        chosen = with_way(problem, chosen, number, drawn.randrange(len(problem.units[number].strategies)))
 
 
 def test_the_problem_does_not_grow_with_depth() -> None:
