@@ -4,6 +4,7 @@ Run as a module, this file is what each rank does.
 """
 
 import json
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +22,8 @@ from tests.hf.models import CASES, VOCAB
 from tests.numerics.allocations import Counter, build_counter
 from tests.numerics.sparing import verifying_less
 from tests.numerics.worker import launch_for_results
+from tests.sharding.machines import without_latencies_file
 
-FREE = str(Path(__file__).parents[1] / "sharding" / "free_messages.toml")  # a machine where messages take no time
 TOKENS, STEPS = 512, 3
 TOLERANCE = 1e-5
 FORMS = ("heads", "gather", "ring")
@@ -51,26 +52,26 @@ def row(number: int) -> torch.Tensor:
     return torch.randint(VOCAB, (1, TOKENS), generator=torch.Generator().manual_seed(number))
 
 
-def compiled(ranks: int, form: str) -> fxzero.TrainStep:
+def compiled(ranks: int, form: str, hardware: str) -> fxzero.TrainStep:
     mesh = {"sp": ranks} if ranks > 1 else None
-    return fxzero.compile(*made(), fxzero.Plan(mesh=mesh, hardware=FREE, sp_attention=form))
+    return fxzero.compile(*made(), fxzero.Plan(mesh=mesh, hardware=hardware, sp_attention=form))
 
 
 # ---- what ranks do
 
 
-def trained(ranks: int, form: str, counter: Counter | None) -> dict[str, Any]:
+def trained(ranks: int, form: str, hardware: str, counter: Counter | None) -> dict[str, Any]:
     """Losses, parameters and shifts of some steps, and the last one's peak: as the graph says, and as it was seen."""
     if counter is None:
-        return run(ranks, form)
+        return run(ranks, form, hardware)
     with counter.account() as account:
-        found = run(ranks, form)
+        found = run(ranks, form, hardware)
     return found | {"measured": account.peaks[-1]}
 
 
-def run(ranks: int, form: str) -> dict[str, Any]:
+def run(ranks: int, form: str, hardware: str) -> dict[str, Any]:
     """What a rank finds in some steps."""
-    step = compiled(ranks, form)
+    step = compiled(ranks, form, hardware)
     losses = [float(step(row(number))) for number in range(STEPS)]
     parameters = [getattr(p, "full_tensor", p.detach)().flatten().tolist() for p in step.model.parameters()]
     shifts = len(step.graphs[0].calls(c10d.shift))
@@ -78,14 +79,14 @@ def run(ranks: int, form: str) -> dict[str, Any]:
     return {"losses": losses, "parameters": parameters, "shifts": shifts, "predicted": predicted}
 
 
-def main(path: Path, library: str) -> None:
+def main(path: Path, hardware: str, library: str) -> None:
     """One rank; rank 0 writes what all have found."""
-    ranks = int(sys.argv[3])
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     counter = Counter(library) if library else None
     with verifying_less({}, broken=False):
-        found = {form: trained(ranks, form, counter) for form in ASKED[ranks]}
+        found = {form: trained(ranks, form, hardware, counter) for form in ASKED[ranks]}
     everyone: list[Any] = [found]
     if ranks > 1:
         everyone = [None] * ranks
@@ -107,7 +108,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     library, _ = build_counter(folder)
     out = {}
     for ranks in (1, 2, 4):
-        args = (str(library or ""), str(ranks))
+        args = (without_latencies_file(folder), str(library or ""))
         out[ranks] = launch_for_results("tests.numerics.test_ring_attention", folder, *args, ranks=ranks, timeout_s=120)
     return out
 
@@ -157,4 +158,4 @@ def test_peaks_of_each_form_are_as_predicted_and_a_ring_has_less_than_gathered_k
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])

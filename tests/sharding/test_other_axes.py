@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,10 @@ from fxzero.sharding.strategy import Strategy
 from tests.hf.models import CASES, TOKENS, Batch, HFCase
 from tests.numerics.local_ranks import compile_for, train_ranks
 from tests.sharding.by_execution import compare, greatest, launched, parts_of
+from tests.sharding.machines import free_network_file
 
 MESH = {"sp": 2, "tp": 2}
 SP, TP = MESH.values()
-FREE = str(Path(__file__).parent / "free_messages.toml")  # a machine on which messages take no time
 
 # what a call of the first axis makes of what its ranks have, beside its name
 CALLS: dict[str, Callable[[fx.Graph, fx.Node, fx.Node], fx.Node]] = {
@@ -170,6 +172,12 @@ def llama_of_heads(heads: int) -> HFCase:
     return HFCase(lambda: transformers.LlamaForCausalLM(config).train(), CASES["llama"].batch)
 
 
+@functools.cache
+def machine() -> str:
+    """One on which messages take no time."""
+    return free_network_file(Path(tempfile.mkdtemp()))
+
+
 def split_llama(
     mesh: dict[str, int], *, rows: int, case: HFCase = CASES["llama"]
 ) -> tuple[StepGraph, Called, tuple[torch.Tensor, ...]]:
@@ -179,7 +187,7 @@ def split_llama(
     batch: Batch = model.case.batch(torch.Generator().manual_seed(0))
     values = tuple(batch[name][:rows] for name in model.names)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    step = compile_for(model, optimizer, values, Plan(mesh={"dp": 1, **mesh}, hardware=FREE))
+    step = compile_for(model, optimizer, values, Plan(mesh={"dp": 1, **mesh}, hardware=machine()))
     return step, model, values
 
 
