@@ -85,7 +85,8 @@ class Plan:
     Args:
         mesh: axes of ranks with their sizes, outermost first; None: all ranks on dp. Parameters are sharded
             over dp and replicated over dp_replicate (hybrid sharding); over tp single tensors are split, over sp what
-            is made of a batch: its rows, tokens and heads. Ranks that differ on tp or sp alone take the same batch.
+            is made of a batch: its rows, tokens and heads; over ep that, and experts: each rank has some. Ranks that
+            differ on tp, sp or ep alone take the same batch.
         zero: 0 replicates everything, 1 shards optimizer state, 2 gradients too, 3 parameters too.
         bucket_bytes: bytes of unsharded parameters or gradients in one coalesced collective; 0: each tensor alone;
             "auto": decided by cost. None: 4 MiB, or "auto" with schedule "cost". Files may write "4 MiB".

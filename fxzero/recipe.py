@@ -250,12 +250,16 @@ def _before_recomputation(plan: Plan, backend: str) -> list[Pass]:
     that splits them is tp, and what saves their memory at rest is ZeRO over dp: split over sp, too, they would be
     gathered at each use or tokens at each product, which is tp under another name. So state, checkpoints and layouts
     know nothing of sp; gradients are added up over it where they are born, and everything behind that is as without.
+    Over ep, experts' parameters are split, each rank has some experts, and all else is as over sp: ranks of ep have one
+    batch and split it.
     """
     split = []
     machine = {"hardware": plan.hardware, "backend": backend}
-    tp = plan.axes.get("tp", 1)
-    if plan.axes.get("sp", 1) > 1:
-        split.append(split_tensors.using(axis="sp", whole_parameters=True, head_blocks=tp, **machine))
+    tp, sp = plan.axes.get("tp", 1), plan.axes.get("sp", 1)
+    if plan.axes.get("ep", 1) > 1:
+        split.append(split_tensors.using(axis="ep", parameters="experts", head_blocks=tp * sp, **machine))
+    if sp > 1:
+        split.append(split_tensors.using(axis="sp", parameters="whole", head_blocks=tp, **machine))
     if tp > 1:
         split.append(split_tensors.using(axis="tp", strict=plan.tp_strict, **machine))
     chunked = [] if plan.chunk_loss is None else [chunk_losses.using(rows=plan.chunk_loss)]

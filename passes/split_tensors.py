@@ -24,6 +24,7 @@ from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor, coordinate, fake_mode, value_of
 from fxzero.graph.step_graph import PHASES, is_getitem, yields_tensor
 from fxzero.sharding.conversions import Axis, convert
+from fxzero.sharding.expert_parameters import experts_over
 from fxzero.sharding.hints import pin
 from fxzero.sharding.local_arguments import with_local_sizes
 from fxzero.sharding.problem import lies_as_input, problem_of
@@ -41,7 +42,7 @@ def split_tensors(
     step: StepGraph,
     *,
     axis: str,
-    whole_parameters: bool = False,
+    parameters: str = "any",
     head_blocks: int = 1,
     strict: bool = False,
     hardware: str = "auto",
@@ -52,18 +53,20 @@ def split_tensors(
     Args:
         step: the graph as captured; a parameter with `meta["pinned"]` for the axis has to lie so.
         axis: the mesh axis.
-        whole_parameters: every parameter is whole on every rank.
+        parameters: which of them may lie in parts: "any"; "whole", none; "experts", those of experts, which then do:
+            each rank has some experts.
         head_blocks: ranks of another axis that is split over later, where heads of attention are its ranks' first.
         strict: an op that no rule knows is an error; else every rank does all of it.
         hardware: name or path of a machine's description; "auto": by the graph's device.
         backend: what carries collectives, for "auto".
 
     Raises:
-        PlanError: if it is strict, and no rule knows an op.
+        PlanError: if it is strict, and no rule knows an op; or if experts are to be split, and cannot be.
     """
     machine = hardware_of(step, backend=backend, named=hardware)
-    if whole_parameters:
-        pin(step, {node.meta["entry"].name: REPLICATED for node in step.inputs("parameter")}, axis=axis)
+    if parameters != "any":
+        whole = {node.meta["entry"].name: REPLICATED for node in step.inputs("parameter")}
+        pin(step, whole | (experts_over(step, axis) if parameters == "experts" else {}), axis=axis)
     rules = Rules(step.mesh[axis], head_blocks=head_blocks)
     answer = solve(problem_of(step, axis, rules, machine))
     if strict and rules.unknown:

@@ -129,7 +129,7 @@ def _compressing_what_can_be(keys: dict[str, Any]) -> dict[str, Any]:
         keys.pop("regather", None)
     gathers, reductions = keys.get("compress_gathers", "none"), keys.get("compress_reductions", "none")
     scaled = keys.get("loss_scale") is not None and reductions in ("powersgd", "topk")
-    kept_split = max(mesh.get("tp", 1), mesh.get("sp", 1)) > 1 and reductions in ("powersgd", "topk")
+    kept_split = max(mesh.get(axis, 1) for axis in ("tp", "sp", "ep")) > 1 and reductions in ("powersgd", "topk")
     refused = scaled or kept_split or mesh.get("dp_replicate", 1) > 1
     if (stage < 2 and reductions in ("int8", "fp8")) or refused:
         keys.pop("compress_reductions", None)

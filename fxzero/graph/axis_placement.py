@@ -27,6 +27,8 @@ from torch import fx
 
 # the axes over which a pass splits values; over others, ranks have values of their own, or rows by ZeRO
 SPLIT_AXES = ("tp", "sp", "ep")
+# those of them that split state, in the order in which they do
+STATE_AXES = ("ep", "tp")
 
 
 @dataclass(frozen=True)
