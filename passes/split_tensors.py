@@ -9,6 +9,7 @@ Source: Alpa (Zheng et al., 2022); GSPMD (Xu et al., 2021); Megatron-LM (Shoeybi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,11 +24,12 @@ from fxzero.graph.axis_placement import REPLICATED, Placement, local_shape
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor, coordinate, fake_mode, value_of
 from fxzero.graph.step_graph import PHASES, is_getitem, yields_tensor
-from fxzero.sharding.conversions import Axis, convert
+from fxzero.sharding.conversions import Axis, OfRows, convert
 from fxzero.sharding.expert_parameters import experts_over
 from fxzero.sharding.hints import pin
 from fxzero.sharding.local_arguments import with_local_sizes
 from fxzero.sharding.problem import lies_as_input, problem_of
+from fxzero.sharding.routing import NOTHING_ROUTED, Routing
 from fxzero.sharding.rules import Rules
 from fxzero.sharding.solve import solve
 from fxzero.sharding.strategy import Call, Local, Strategy
@@ -68,12 +70,15 @@ def split_tensors(
         whole = {node.meta["entry"].name: REPLICATED for node in step.inputs("parameter")}
         pin(step, whole | (experts_over(step, axis) if parameters == "experts" else {}), axis=axis)
     rules = Rules(step.mesh[axis], head_blocks=head_blocks)
+    if parameters == "experts":
+        rules.routing = Routing.of(step, rules.of, ranks=rules.ranks)
     answer = solve(problem_of(step, axis, rules, machine))
     if strict and rules.unknown:
         _refuse(step, rules)
     before = [step.remarks["split_tensors"]] if "split_tensors" in step.remarks else []
     step.remarks["split_tensors"] = "\n".join([*before, told(step, axis, answer, rules)])
-    return rewrite(step, axis=axis, ways={node: answer.strategy(node) for node in answer.problem.of_node})
+    ways = {node: answer.strategy(node) for node in answer.problem.of_node}
+    return rewrite(step, axis=axis, ways=ways, routing=rules.routing)
 
 
 def _refuse(step: StepGraph, rules: Rules) -> None:
@@ -87,25 +92,26 @@ def _refuse(step: StepGraph, rules: Rules) -> None:
     )
 
 
-def rewrite(step: StepGraph, *, axis: str, ways: Mapping[fx.Node, Strategy]) -> int:
+def rewrite(step: StepGraph, *, axis: str, ways: Mapping[fx.Node, Strategy], routing: Routing = NOTHING_ROUTED) -> int:
     """Let each rank of an axis do its part of calls that are made in these ways.
 
     Args:
         step: the graph as captured; it is changed.
         axis: the mesh axis.
         ways: of every call that takes or yields tensors, and of every input that is one.
+        routing: of the rows that lie by expert in these ways.
 
     Returns:
         How many places were changed.
     """
-    return _Rewrite(step, axis, ways).run()
+    return _Rewrite(step, axis, ways, routing).run()
 
 
 class _Rewrite:
     """Goes through a graph and lets each node do what one rank does."""
 
-    def __init__(self, step: StepGraph, axis: str, ways: Mapping[fx.Node, Strategy]) -> None:
-        self.step, self.ways = step, ways
+    def __init__(self, step: StepGraph, axis: str, ways: Mapping[fx.Node, Strategy], routing: Routing) -> None:
+        self.step, self.ways, self.routing = step, ways, routing
         self.axis = Axis(axis, step.mesh[axis], coordinate(step, axis))
         self.mode = fake_mode(step)
         self.inputs = {node.meta["entry"].key: node for node in step.placeholders}
@@ -186,7 +192,8 @@ class _Rewrite:
             args, kwargs = fx.map_arg((node.args, node.kwargs), part)
             if strategy.form is not None:
                 assert call is not None
-                local = Local(editor, node, args, kwargs, call, self.axis.name, lambda: self.axis.coordinate)
+                ends = functools.partial(self._ends, editor=editor, reader=node)
+                local = Local(editor, node, args, kwargs, call, self.axis.name, lambda: self.axis.coordinate, ends)
                 self._replace(node, strategy.form(local), strategy)
                 return
             if c10d.is_collective(node):
@@ -208,7 +215,13 @@ class _Rewrite:
         held = self.held[source]
         if wanted not in held:
             before = self.lies[source]
-            made = convert(editor, held[before], self.shapes[source], before, wanted, self.axis)
+            ends = self.routing.ends_of(source, before, wanted)
+            of_rows = None
+            if ends is not None:
+                whole_ends = self._in(ends, REPLICATED, editor, reader) if ends is not source else held[before]
+                of_rows = OfRows(whole_ends, self.routing.room(self.routing.number[ends]))
+            shape = self.shapes[source]
+            made = convert(editor, held[before], shape, before, wanted, self.axis, of_rows=of_rows)
             held[wanted] = made
             if made is held[before]:  # which is whole, whatever may be made of it
                 return made
@@ -216,6 +229,10 @@ class _Rewrite:
             self._mark(made, wanted, like=held[before])
             self.edits += 1
         return held[wanted]
+
+    def _ends(self, source: fx.Node, *, editor: Editor, reader: fx.Node) -> fx.Node:
+        """Where the rows of experts end that are dim 0 of a value, whole."""
+        return self._in(self.routing.ends[(source, 0)], REPLICATED, editor, reader)
 
     def _evaluate(self, node: fx.Node, editor: Editor) -> None:
         try:

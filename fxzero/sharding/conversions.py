@@ -6,6 +6,7 @@
     R -> P(max)     as it is                                    P(max) -> R     all-reduce of the greatest
     S(d) -> P(sum)  zeros but for the own part                  P(sum) -> S(d)  reduce-scatter
     S(d) -> S(e)    all-to-all                                  P(norm2) -> R   squares are added up
+Rows of experts, E(d, m of n), are taken from R and put into P(sum); from others and to others it goes through these.
 S(d, k), parts of k blocks, is made of the same placements and becomes those, other than S(d) and P.
 Collectives work along dim 0 of contiguous tensors, so parts along another dim are brought to the front by a copy,
 unless the dims before it have one element.
@@ -20,8 +21,8 @@ import torch
 from torch import fx
 
 from fxzero.graph import collectives as c10d
-from fxzero.graph import ops
-from fxzero.graph.axis_placement import Placement, local_shape
+from fxzero.graph import ops, routing_ops
+from fxzero.graph.axis_placement import REPLICATED, Placement, local_shape, partial
 from fxzero.graph.edit import Editor
 
 aten = torch.ops.aten
@@ -38,12 +39,24 @@ ALGORITHMS = {
     "norm": "all_reduce",
     "scatter": "reduce_scatter",
     "exchange": "all_to_all",
+    "take": None,
+    "gather_take": "all_gather",
+    "reduce_take": "all_reduce",
+    "lay": None,
+    "lay_reduce": "all_reduce",
+    "lay_scatter": "reduce_scatter",
 }
+# kinds of two placements -> what is done, of rows of experts
+OF_ROWS = {"RE": "take", "SE": "gather_take", "PE": "reduce_take"}
+OF_ROWS |= {"EP": "lay", "ER": "lay_reduce", "ES": "lay_scatter"}
 
 
 def conversion(before: Placement, after: Placement) -> str | None:
     """What makes a value lie in another way; None where nothing does."""
     kinds = before.kind + after.kind
+    if "E" in kinds:
+        sums = {lies.reduction for lies in (before, after) if lies.is_partial} <= {"sum"}
+        return OF_ROWS.get(kinds) if sums else None
     if before.blocks * after.blocks != 1 and (kinds == "SP" or (kinds == "SS" and before.dim == after.dim)):
         return None
     if kinds == "PR":
@@ -66,6 +79,11 @@ def copied_bytes(shape: tuple[int, ...], itemsize: int, before: Placement, after
         ranks: of the axis.
     """
     done, whole = conversion(before, after), itemsize * math.prod(shape)
+    if before.is_routed:
+        return whole + (copied_bytes(shape, itemsize, partial(), after, ranks) if after.kind != "P" else 0.0)
+    if after.is_routed:
+        own = whole * after.share(ranks)
+        return own + (copied_bytes(shape, itemsize, before, REPLICATED, ranks) if before.kind != "R" else 0.0)
     if done in ("keep", "own", "put"):
         return whole / ranks if done == "keep" else whole
     if done == "exchange":
@@ -91,8 +109,28 @@ class Axis:
     coordinate: fx.Node
 
 
+@dataclass(frozen=True)
+class OfRows:
+    """Whose rows of experts they are that are converted.
+
+    Args:
+        ends: yields where each expert's rows end, whole.
+        room: for how many rows a rank has room.
+    """
+
+    ends: fx.Node
+    room: int
+
+
 def convert(
-    editor: Editor, value: fx.Node, shape: tuple[int, ...], before: Placement, after: Placement, axis: Axis
+    editor: Editor,
+    value: fx.Node,
+    shape: tuple[int, ...],
+    before: Placement,
+    after: Placement,
+    axis: Axis,
+    *,
+    of_rows: OfRows | None = None,
 ) -> fx.Node:
     """Insert what makes this rank's part of a value lie in another way.
 
@@ -102,7 +140,18 @@ def convert(
         shape: of the whole value.
         before, after: how it lies, and how it shall.
         axis: over which.
+        of_rows: of rows of experts, whose they are.
     """
+    if before.is_routed:
+        assert of_rows is not None
+        dtype = value.meta["val"].dtype
+        summand = _laid(editor, _sendable(editor, value), before, axis, of_rows)
+        return _of_dtype(editor, convert(editor, summand, shape, partial(), after, axis), dtype)
+    if after.is_routed:
+        assert of_rows is not None
+        return _taken(editor, convert(editor, value, shape, before, REPLICATED, axis), after, axis, of_rows)
+    if before == after:
+        return value
     done = conversion(before, after)
     stem = f"{value.name}_{axis.name}"
     if done == "as_is":
@@ -126,6 +175,18 @@ def convert(
         return _scattered(editor, value, local_shape(shape, after, axis.ranks), after, axis, stem)
     assert done == "exchange", (before, after)
     return _exchanged(editor, value, shape, before, after, axis, stem)
+
+
+def _taken(editor: Editor, whole: fx.Node, lies: Placement, axis: Axis, of_rows: OfRows) -> fx.Node:
+    ends, place, stem = of_rows.ends, (axis.ranks, axis.coordinate), f"{whole.name}_{axis.name}"
+    if whole is ends:
+        return editor.call(routing_ops.own_ends, ends, *place, of_rows.room, name=f"{stem}_own")
+    return editor.call(routing_ops.take_rows, whole, ends, lies.dim, *place, lies.room, name=f"{stem}_taken")
+
+
+def _laid(editor: Editor, value: fx.Node, lies: Placement, axis: Axis, of_rows: OfRows) -> fx.Node:
+    place = (lies.dim, axis.ranks, axis.coordinate, lies.rows)
+    return editor.call(routing_ops.put_rows, value, of_rows.ends, *place, name=f"{value.name}_{axis.name}_put")
 
 
 def _kept(editor: Editor, value: fx.Node, lies: Placement, axis: Axis, name: str) -> fx.Node:

@@ -1,5 +1,6 @@
 """Products of groups of rows with a matrix each, one for each expert: split along the columns, or along what is summed.
 
+Where ranks have experts of their own, calls are made on the rows of these: `routing.py`.
 Source: Megatron-LM (Shoeybi et al., 2019), section 3, for each expert by itself.
 """
 
@@ -27,3 +28,17 @@ def grouped_mm_backward(call: Call) -> Iterator[Strategy]:
     columns = Strategy((REPLICATED, shard(2), REPLICATED, shard(1)), (partial(), shard(2)), share=1 / call.ranks)
     summed = Strategy((shard(1), shard(1), REPLICATED, REPLICATED), (shard(1), shard(1)), share=1 / call.ranks)
     yield from (strategy for strategy in (columns, summed) if fits(call, strategy))
+
+
+def rows_of_experts(call: Call) -> Iterator[Strategy]:
+    """The ways of `own_ends`, `take_rows`, `keep_rows` and `put_rows` over another axis than that of the experts.
+
+    Ends are whole. The value lies afterwards as before, along each dim but that of the rows; summands stay summands.
+    """
+    yield replicated(call)
+    if len(call.tensors) == 1:
+        return
+    yield Strategy((partial(), REPLICATED), (partial(),))
+    dims = (shard(dim) for dim in range(len(call.tensors[0].shape)) if dim != call.args[2])
+    ways = (Strategy((lies, REPLICATED), (lies,), share=1 / call.ranks) for lies in dims)
+    yield from (strategy for strategy in ways if fits(call, strategy))

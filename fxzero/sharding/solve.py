@@ -115,7 +115,7 @@ class _Program:
         seconds = value.kept * value.count / self.problem.hardware.memory_bytes_s
         for placement, columns in native.items():
             for column in columns:
-                self.cost[column] += seconds / (self.problem.ranks if placement.is_shard else 1)
+                self.cost[column] += seconds * placement.share(self.problem.ranks)
 
     def _conversions(
         self, value: Value, native: dict[Placement, list[int]], wanted: set[Placement]

@@ -1,6 +1,7 @@
 """Mixtures of experts split over ep, in one process, beside one rank: the loss, and every parameter's gradient."""
 
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tests.sharding.machines import free_network_file
 
 TOLERANCE = 1e-5
 SEED = 7
+EXPERTS = [f"model.layers.{layer}.mlp.experts.{name}_proj" for layer in range(2) for name in ("gate_up", "down")]
 
 Training = tuple[nn.Module, torch.optim.Optimizer, list[dict[str, Any]], Capture]
 
@@ -56,7 +58,8 @@ def captured(name: str) -> Training:
 
 def split(name: str, mesh: Mapping[str, int], folder: Path, *, zero: int = 0, **plan: Any) -> StepGraph:
     """The program of one rank of a mesh."""
-    asked = Plan(mesh={"dp": 1, **mesh}, zero=zero, hardware=free_network_file(folder), **plan)
+    machine = {"hardware": free_network_file(folder)} | plan
+    asked = Plan(mesh={"dp": 1, **mesh}, zero=zero, **machine)
     step = captured(name)[-1].step.copy()
     step.mesh = dict(asked.axes)
     return recipe(asked, backend="fake").run(step)
@@ -120,3 +123,41 @@ def test_a_number_of_experts_that_ranks_do_not_divide_is_refused(tmp_path: Path)
     )
     with pytest.raises(PlanError, match=rf"{expected}\(4, 16, 32\); set ep to 2 or 4 in the mesh"):
         split("capacity", {"ep": 3}, tmp_path)
+
+
+@pytest.mark.parametrize("mesh", [{"ep": 2}, {"ep": 4}, {"ep": 2, "tp": 2}], ids=str)
+def test_experts_of_mixtral_are_split(mesh: dict[str, int], tmp_path: Path) -> None:
+    step = split("mixtral", mesh, tmp_path)
+    verify(step)
+    assert lies(step) == dict.fromkeys(EXPERTS, "S(0)")
+    assert difference("mixtral", run("mixtral", step)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("ep", [2, 4])
+def test_losses_of_the_load_are_those_of_the_whole_batch(ep: int, tmp_path: Path) -> None:
+    assert alone("auxiliary", 1).losses[0] > alone("mixtral", 1).losses[0] + 0.4
+    step = split("auxiliary", {"ep": ep}, tmp_path)
+    assert difference("auxiliary", run("auxiliary", step)) <= TOLERANCE
+
+
+def test_tp_splits_rows_of_experts_along_their_columns(tmp_path: Path) -> None:
+    step = split("mixtral", {"ep": 2, "tp": 2}, tmp_path, hardware="cpu")
+    assert "no rule" not in step.remarks["split_tensors"]
+    text = str(split("mixtral", {"ep": 2, "tp": 2}, tmp_path))
+    assert re.search(r"f32\[48/48~ep, \d+/tp\] +(take_rows|transformers::grouped_mm_fallback)", text)
+
+
+@pytest.mark.parametrize("ep", [2, 4])
+def test_rows_stay_with_their_experts_where_messages_cost(ep: int, tmp_path: Path) -> None:
+    step = split("mixtral", {"ep": ep}, tmp_path, hardware="cpu")
+    verify(step)
+    inside = [node for node in step.calls() if node.meta["module"].endswith("act_fn")]
+    assert len(inside) >= 4 and {str(placement_of(node, "ep")) for node in inside} == {"E(0, 48 of 48)"}
+    assert "f32[48/48~ep, 96]" in str(step)
+    assert difference("mixtral", run("mixtral", step)) <= TOLERANCE
+
+
+def test_what_ep_splits_of_mixtral_zero_shards(tmp_path: Path) -> None:
+    step = split("mixtral", {"dp": 2, "ep": 2}, tmp_path, zero=3)
+    assert lies(step) == dict.fromkeys(EXPERTS, "S(0)")
+    assert difference("mixtral", run("mixtral", step, zero=3), dp=2) <= TOLERANCE
