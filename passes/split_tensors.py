@@ -9,7 +9,6 @@ Source: Alpa (Zheng et al., 2022); GSPMD (Xu et al., 2021); Megatron-LM (Shoeybi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +23,7 @@ from fxzero.graph.axis_placement import REPLICATED, Placement, local_shape
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor, coordinate, fake_mode, value_of
 from fxzero.graph.step_graph import PHASES, is_getitem, yields_tensor
-from fxzero.sharding.conversions import Axis, OfRows, convert
+from fxzero.sharding.conversions import Axis, OfRows, convert, route
 from fxzero.sharding.expert_parameters import experts_over
 from fxzero.sharding.hints import pin
 from fxzero.sharding.local_arguments import with_local_sizes
@@ -192,7 +191,10 @@ class _Rewrite:
             args, kwargs = fx.map_arg((node.args, node.kwargs), part)
             if strategy.form is not None:
                 assert call is not None
-                ends = functools.partial(self._ends, editor=editor, reader=node)
+
+                def ends(source: fx.Node) -> fx.Node:
+                    return self._in(self.routing.ends[(source, 0)], REPLICATED, editor, node)
+
                 local = Local(editor, node, args, kwargs, call, self.axis.name, lambda: self.axis.coordinate, ends)
                 self._replace(node, strategy.form(local), strategy)
                 return
@@ -212,27 +214,31 @@ class _Rewrite:
 
     def _in(self, source: fx.Node, wanted: Placement, editor: Editor, reader: fx.Node) -> fx.Node:
         """What this rank has of a value, lying as a reader wants it; made where it is not there yet."""
-        held = self.held[source]
-        if wanted not in held:
-            before = self.lies[source]
-            ends = self.routing.ends_of(source, before, wanted)
-            of_rows = None
-            if ends is not None:
-                whole_ends = self._in(ends, REPLICATED, editor, reader) if ends is not source else held[before]
-                of_rows = OfRows(whole_ends, self.routing.room(self.routing.number[ends]))
-            shape = self.shapes[source]
-            made = convert(editor, held[before], shape, before, wanted, self.axis, of_rows=of_rows)
-            held[wanted] = made
-            if made is held[before]:  # which is whole, whatever may be made of it
-                return made
-            made.meta["because"] = f"{reader.name} takes {wanted}"
-            self._mark(made, wanted, like=held[before])
-            self.edits += 1
+        held, before, shape = self.held[source], self.lies[source], self.shapes[source]
+        if wanted in held:
+            return held[wanted]
+        for after in route(shape, before, wanted, self.axis.ranks):
+            if after not in held:
+                ends = self._ends(source, before, after, editor, reader)
+                made = convert(editor, held[before], shape, before, after, self.axis, of_rows=ends)
+                held[after] = made
+                if made is held[before]:  # which is whole, whatever may be made of it
+                    return made
+                made.meta["because"] = f"{reader.name} takes {wanted}"
+                self._mark(made, after, like=held[before])
+                self.edits += 1
+            before = after
         return held[wanted]
 
-    def _ends(self, source: fx.Node, *, editor: Editor, reader: fx.Node) -> fx.Node:
-        """Where the rows of experts end that are dim 0 of a value, whole."""
-        return self._in(self.routing.ends[(source, 0)], REPLICATED, editor, reader)
+    def _ends(
+        self, source: fx.Node, before: Placement, after: Placement, editor: Editor, reader: fx.Node
+    ) -> OfRows | None:
+        """What a conversion from or to rows of experts has to know; None of another one."""
+        ends = self.routing.ends_of(source, before, after)
+        if ends is None:
+            return None
+        whole = self.held[source][before] if ends is source else self._in(ends, REPLICATED, editor, reader)
+        return OfRows(whole, self.routing.room(self.routing.number[ends]))
 
     def _evaluate(self, node: fx.Node, editor: Editor) -> None:
         try:

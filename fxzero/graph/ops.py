@@ -3,10 +3,11 @@
 release(tensors)                            the end of an unsharded parameter's life; returns nothing
 local_shard(x, num_shards, index) -> shard  rows of `x` (dim 0) that rank `index` of an axis owns, padded with
                                             zeros to ceil(rows / num_shards) so that all ranks agree on shapes
-local_part(x, dim, num_parts, index) -> part
+local_part(x, dim, num_parts, index, blocks=1) -> part
                                             the part of dim `dim` that rank `index` of an axis has, contiguous; the
-                                            parts are equal
-put_part(x, dim, num_parts, index) -> whole zeros, but for that part, which is `x`
+                                            parts are equal, and a part has its share of each of the dim's blocks
+put_part(x, dim, num_parts, index, blocks=1) -> whole
+                                            zeros, but for that part, which is `x`
 on_rank(x, rank, index) -> part             `x` where `index` is `rank`, zeros elsewhere: summed over ranks it is `x`
 nonfinite(x) -> flag                        1.0 where `x` holds an infinity or a NaN, else 0.0; float32, 0-dim
 on_device(number, *, device) -> tensor      a number of the host as a 0-dim tensor: float64, or int64 of an integer
@@ -21,8 +22,8 @@ import torch
 _LIBRARY = torch.library.Library("fxzero", "DEF")
 _LIBRARY.define("release(Tensor[] tensors) -> ()")
 _LIBRARY.define("local_shard(Tensor x, int num_shards, SymInt index) -> Tensor")
-_LIBRARY.define("local_part(Tensor x, int dim, int num_parts, SymInt index) -> Tensor")
-_LIBRARY.define("put_part(Tensor x, int dim, int num_parts, SymInt index) -> Tensor")
+_LIBRARY.define("local_part(Tensor x, int dim, int num_parts, SymInt index, int blocks=1) -> Tensor")
+_LIBRARY.define("put_part(Tensor x, int dim, int num_parts, SymInt index, int blocks=1) -> Tensor")
 _LIBRARY.define("on_rank(Tensor x, int rank, SymInt index) -> Tensor")
 _LIBRARY.define("nonfinite(Tensor x) -> Tensor")
 _LIBRARY.define("on_device(Scalar number, *, Device device) -> Tensor")
@@ -55,27 +56,29 @@ def _local_shard_fake(x: torch.Tensor, num_shards: int, index: int) -> torch.Ten
 
 
 @torch.library.impl(_LIBRARY, "local_part", "CompositeExplicitAutograd")
-def _local_part(x: torch.Tensor, dim: int, num_parts: int, index: int) -> torch.Tensor:
-    size = x.shape[dim] // num_parts
-    return x.narrow(dim, index * size, size).clone(memory_format=torch.contiguous_format)
+def _local_part(x: torch.Tensor, dim: int, num_parts: int, index: int, blocks: int = 1) -> torch.Tensor:
+    size = x.shape[dim] // (num_parts * blocks)
+    part = x.unflatten(dim, (blocks, num_parts * size)).narrow(dim + 1, index * size, size)
+    return part.clone(memory_format=torch.contiguous_format).flatten(dim, dim + 1)
 
 
 @torch.library.register_fake("fxzero::local_part", lib=_LIBRARY)
-def _local_part_fake(x: torch.Tensor, dim: int, num_parts: int, index: int) -> torch.Tensor:
+def _local_part_fake(x: torch.Tensor, dim: int, num_parts: int, index: int, blocks: int = 1) -> torch.Tensor:
     sizes = list(x.shape)
     sizes[dim] //= num_parts
     return x.new_empty(sizes)
 
 
 @torch.library.impl(_LIBRARY, "put_part", "CompositeExplicitAutograd")
-def _put_part(x: torch.Tensor, dim: int, num_parts: int, index: int) -> torch.Tensor:
-    whole = _put_part_fake(x, dim, num_parts, index).zero_()
-    whole.narrow(dim, index * x.shape[dim], x.shape[dim]).copy_(x)
+def _put_part(x: torch.Tensor, dim: int, num_parts: int, index: int, blocks: int = 1) -> torch.Tensor:
+    whole, size = _put_part_fake(x, dim, num_parts, index).zero_(), x.shape[dim] // blocks
+    place = whole.unflatten(dim, (blocks, num_parts * size)).narrow(dim + 1, index * size, size)
+    place.copy_(x.unflatten(dim, (blocks, size)))
     return whole
 
 
 @torch.library.register_fake("fxzero::put_part", lib=_LIBRARY)
-def _put_part_fake(x: torch.Tensor, dim: int, num_parts: int, index: int) -> torch.Tensor:
+def _put_part_fake(x: torch.Tensor, dim: int, num_parts: int, index: int, blocks: int = 1) -> torch.Tensor:
     sizes = list(x.shape)
     sizes[dim] *= num_parts
     return x.new_empty(sizes)

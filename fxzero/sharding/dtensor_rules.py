@@ -91,9 +91,10 @@ def _on_meta(call: Call, placements: tuple[Placement, ...]) -> tuple[tuple[Any, 
             return torch.empty(local_shape(tensor.shape, placement, call.ranks), dtype=tensor.dtype, device="meta")
         return torch.empty_strided(tensor.shape, tensor.strides, dtype=tensor.dtype, device="meta")
 
-    return tuple(_mapped(arg, made) for arg in call.args), {
-        name: _mapped(arg, made) for name, arg in call.kwargs.items()
-    }
+    args, kwargs = tuple(_mapped(arg, made) for arg in call.args), _mapped(call.kwargs, made)
+    if isinstance(kwargs.get("device"), torch.device):  # what has no data cannot be copied to a device that has
+        kwargs["device"] = torch.device("meta")
+    return args, kwargs
 
 
 def _mapped(arg: Any, change: Callable[[Tensor], Any]) -> Any:
@@ -103,4 +104,4 @@ def _mapped(arg: Any, change: Callable[[Tensor], Any]) -> Any:
         return torch.device("meta")
     if isinstance(arg, (list, tuple)):
         return type(arg)(_mapped(item, change) for item in arg)
-    return arg
+    return {name: _mapped(item, change) for name, item in arg.items()} if isinstance(arg, dict) else arg

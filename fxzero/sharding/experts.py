@@ -13,12 +13,20 @@ from fxzero.sharding.strategy import Call, Strategy, fits, replicated
 
 
 def grouped_mm(call: Call) -> Iterator[Strategy]:
-    """The ways of `grouped_mm(rows [T, K], weights [E, K, N], ends [E]) -> [T, N]`."""
+    """The ways of `grouped_mm(rows [T, K], weights [E, K, N], ends [E]) -> [T, N]`, and of the weights' gradient.
+
+    That is `grouped_mm([K, T], [T, N], ends [E]) -> [E, K, N]`, a sum over the rows of each group.
+    """
     yield replicated(call)
-    if len(call.tensors) != 3 or len(call.tensors[0].shape) != 2 or len(call.tensors[1].shape) != 3:
+    dims = [len(tensor.shape) for tensor in call.tensors]
+    if dims == [2, 3, 1]:
+        columns = Strategy((REPLICATED, shard(2), REPLICATED), (shard(1),), share=1 / call.ranks)
+        summed = Strategy((shard(1), shard(1), REPLICATED), (partial(),), share=1 / call.ranks)
+    elif dims == [2, 2, 1]:
+        columns = Strategy((REPLICATED, shard(1), REPLICATED), (shard(2),), share=1 / call.ranks)
+        summed = Strategy((shard(0), REPLICATED, REPLICATED), (shard(1),), share=1 / call.ranks)
+    else:
         return
-    columns = Strategy((REPLICATED, shard(2), REPLICATED), (shard(1),), share=1 / call.ranks)
-    summed = Strategy((shard(1), shard(1), REPLICATED), (partial(),), share=1 / call.ranks)
     yield from (strategy for strategy in (columns, summed) if fits(call, strategy))
 
 

@@ -20,7 +20,7 @@ def loss(call: Call) -> Iterator[Strategy]:
         lies = shard(dim)
         form = share_of_mean if reduction == _MEAN else None
         output = lies if reduction == _NONE else partial()
-        strategy = Strategy((lies,) * len(call.tensors), (output,), form, share=1 / call.ranks)
+        strategy = Strategy((lies,) * len(call.tensors), (output,), form, share=1 / call.ranks, in_blocks=True)
         if fits(call, strategy):
             yield strategy
 
@@ -35,6 +35,6 @@ def loss_backward(call: Call) -> Iterator[Strategy]:
         lies = shard(dim)
         form = share_of_mean if reduction == _MEAN else None
         first = lies if slope.shape == compared[0].shape else REPLICATED
-        strategy = Strategy((first, *(lies for _ in compared)), (lies,), form, share=1 / call.ranks)
+        strategy = Strategy((first, *(lies for _ in compared)), (lies,), form, share=1 / call.ranks, in_blocks=True)
         if fits(call, strategy):
             yield strategy

@@ -57,15 +57,15 @@ def _exchange(call: Call) -> Iterator[Strategy]:
 
 
 def _part(call: Call) -> Iterator[Strategy]:
-    dim, parts = call.args[1:3]
+    dim, parts, blocks = call.args[1], call.args[2], call.argument("blocks", 1)
     yield from _through(call, reductions=("sum", "max", "norm2"), but=dim)
-    yield from _fitting(call, Strategy((shard(dim, parts),), (shard(dim),), share=1 / call.ranks))
+    yield from _fitting(call, Strategy((shard(dim, blocks * parts),), (shard(dim, blocks),), share=1 / call.ranks))
 
 
 def _put(call: Call) -> Iterator[Strategy]:
-    dim, parts = call.args[1:3]
+    dim, parts, blocks = call.args[1], call.args[2], call.argument("blocks", 1)
     yield from _through(call, reductions=("sum",), but=dim)
-    yield from _fitting(call, Strategy((shard(dim),), (shard(dim, parts),), share=1 / call.ranks))
+    yield from _fitting(call, Strategy((shard(dim, blocks),), (shard(dim, blocks * parts),), share=1 / call.ranks))
 
 
 def _on_rank(call: Call) -> Iterator[Strategy]:

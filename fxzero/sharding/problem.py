@@ -17,8 +17,8 @@ unit's way says; each other placement that a reader asks is made once by a conve
 
 from __future__ import annotations
 
+import itertools
 import math
-import re
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
@@ -32,12 +32,14 @@ from fxzero.cost.compute import compute_seconds
 from fxzero.cost.hardware import Hardware
 from fxzero.graph import collectives as c10d
 from fxzero.graph.axis_placement import REPLICATED, Placement, divides, shard
-from fxzero.graph.step_graph import CARRIED_KINDS, StepGraph, is_getitem, num_bytes, yields_tensor
-from fxzero.sharding.conversions import ALGORITHMS, conversion, copied_bytes
+from fxzero.graph.step_graph import CARRIED_KINDS, StepGraph, num_bytes, yields_tensor
+from fxzero.sharding.blocks import Blocks
+from fxzero.sharding.conversions import ALGORITHMS, conversion, copied_bytes, route
+from fxzero.sharding.places import Places
 from fxzero.sharding.rules import Rules
 from fxzero.sharding.strategy import Message, Strategy
+from fxzero.sharding.taken import is_alias, tensors_taken, value_taken
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # a module's place in its list
 _LIES_AS_PARAMETER = ("optimizer", *CARRIED_KINDS)
 
 
@@ -109,10 +111,14 @@ class Problem:
     result_shapes: dict[tuple[int, int], tuple[tuple[int, ...], int]] = field(default_factory=dict)
 
     def conversion_seconds(self, value: Value, before: Placement, after: Placement) -> float:
-        """Seconds of one conversion of a value; infinite where there is none."""
+        """Seconds of what makes a value lie in another way; infinite where nothing does."""
+        steps = route(value.shape, before, after, self.ranks)
+        pairs = itertools.pairwise((before, *steps))
+        return sum(self._step_seconds(value, *pair) for pair in pairs) if steps else math.inf
+
+    def _step_seconds(self, value: Value, before: Placement, after: Placement) -> float:
         done = conversion(before, after)
-        if done is None or not divides(value.shape, after, self.ranks):
-            return math.inf
+        assert done is not None
         algorithm, num = ALGORITHMS[done], value.itemsize * math.prod(value.shape)
         travels = 0.0 if algorithm is None else message_seconds(algorithm, num, self.layout, self.hardware)
         copied = copied_bytes(value.shape, value.itemsize, before, after, self.ranks)
@@ -140,6 +146,7 @@ def problem_of(step: StepGraph, axis: str, rules: Rules, hardware: Hardware) -> 
 class _Builder:
     def __init__(self, step: StepGraph, axis: str, rules: Rules, hardware: Hardware) -> None:
         self.step, self.axis, self.rules, self.hardware = step, axis, rules, hardware
+        self.blocks, self.places = Blocks(step, rules), Places(step)
         layout = layout_of(axis, step.mesh, hardware.ranks_per_node)
         self.problem = Problem(rules.ranks, layout, hardware)
         self.known: dict[Hashable, int] = {}
@@ -185,7 +192,7 @@ class _Builder:
         if entry.kind == "parameter":
             pinned = node.meta.get("pinned", {}).get(self.axis)
             lies = placements_of_state(shape, self.rules.ranks) if pinned is None else [pinned]
-        name = _NUMBER.sub("*", entry.name) if entry.kind == "parameter" else ""
+        name = self.places.starred(entry.name) if entry.kind == "parameter" else ""
         key = ("input", entry.kind, name, shape, node.meta["val"].dtype, tuple(lies))
         strategies = tuple(Strategy((), (placement,)) for placement in lies)
         per_byte = num_bytes(node.meta["val"]) / self.hardware.memory_bytes_s
@@ -197,11 +204,12 @@ class _Builder:
             self.of_parameters.add(number)
 
     def _add_call(self, node: fx.Node) -> None:
-        strategies = self.rules.of(node)
+        strategies = self.blocks.ways(node)
         leader = self._leader(node)
         followed = self._aligned(node, leader, strategies)
         leader, strategies = (-1, strategies) if followed is None else (leader, followed)
-        key = (node.meta["phase"], *self._place(node), self.rules.signature(node), leader)
+        ways = tuple((way.inputs, way.outputs) for way in strategies)
+        key = (node.meta["phase"], *self._place(node), self.rules.signature(node), leader, ways)
         if key in self.known:
             self.problem.of_node[node] = self._unit(key, (), ())
             return
@@ -228,7 +236,7 @@ class _Builder:
             return "", tuple(self.problem.of_node[source] if source.meta["module"] else -1 for source in placed)
         exact = (node.meta["phase"], name, node.target)
         self.ordinals[exact] += 1
-        return _NUMBER.sub("*", f".{name}."), self.ordinals[exact]
+        return self.places.starred(name), self.ordinals[exact]
 
     def _leader(self, node: fx.Node) -> int:
         """The unit that a call follows, if it can; see [Note: calls that follow]."""
@@ -323,30 +331,3 @@ def lies_as_input(inputs: Mapping[tuple[str, str], fx.Node], kind: str, name: st
 def is_pointwise(node: fx.Node) -> bool:
     """Whether each element of what a call yields depends on the elements at its place alone."""
     return compat.is_op(node.target) and torch.Tag.pointwise in node.target.tags  # type: ignore[union-attr]
-
-
-def tensors_taken(node: fx.Node) -> list[fx.Node]:
-    """The nodes of all tensors that a call takes, in the order of its arguments, as often as it takes them."""
-    found: list[fx.Node] = []
-
-    def note(source: fx.Node) -> fx.Node:
-        if yields_tensor(source):
-            found.append(source)
-        return source
-
-    fx.map_arg((node.args, node.kwargs), note)
-    return found
-
-
-def is_alias(node: fx.Node) -> bool:
-    """Whether a node stands for what another call yields: it picks one of several values, or waits for one."""
-    return is_getitem(node) or c10d.is_wait(node)
-
-
-def value_taken(node: fx.Node) -> tuple[fx.Node, int]:
-    """(what yields a tensor, which of its outputs it is)."""
-    if is_alias(node):
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        return source, node.args[1] if is_getitem(node) else 0  # type: ignore[return-value]
-    return node, 0

@@ -30,7 +30,7 @@ def mean(call: Call) -> Iterator[Strategy]:
     (tensor,) = call.tensors
     yield Strategy((partial(),), (partial(),))
     for dim in reduced_dims(call, tensor):
-        strategy = Strategy((shard(dim),), (partial(),), share_of_mean, share=1 / call.ranks)
+        strategy = Strategy((shard(dim),), (partial(),), share_of_mean, share=1 / call.ranks, in_blocks=True)
         if fits(call, strategy):
             yield strategy
 
@@ -48,7 +48,7 @@ def amax(call: Call) -> Iterator[Strategy]:
     assert output is not None
     messages = (Message("all_reduce", output.num_bytes),)
     for dim in reduced_dims(call, tensor):
-        strategy = Strategy((shard(dim),), (REPLICATED,), _greatest, messages, share=1 / call.ranks)
+        strategy = Strategy((shard(dim),), (REPLICATED,), _greatest, messages, share=1 / call.ranks, in_blocks=True)
         if fits(call, strategy):
             yield strategy
 

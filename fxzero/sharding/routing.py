@@ -84,9 +84,9 @@ class Routing:
 
     def ends_of(self, node: fx.Node, before: Placement, after: Placement) -> fx.Node | None:
         """What a conversion of a value from or to rows of experts needs to know: where they end."""
-        if node in self.number:
-            return node
         lies = before if before.is_routed else after
+        if node in self.number and lies.is_routed:
+            return node
         return self.ends.get((node, lies.dim)) if lies.is_routed else None
 
     def room(self, rows: int) -> int:

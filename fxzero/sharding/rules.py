@@ -23,6 +23,7 @@ from fxzero.sharding import (
     elementwise,
     experts,
     group_norms,
+    joined,
     losses,
     norms,
     other_axes,
@@ -32,8 +33,8 @@ from fxzero.sharding import (
 from fxzero.sharding import draws as random_draws
 from fxzero.sharding.dtensor_rules import by_dtensor
 from fxzero.sharding.routing import Routing
-from fxzero.sharding.strategy import Call, Strategy, replicated
-from fxzero.sharding.views import views
+from fxzero.sharding.strategy import Call, Strategy, replicated, with_blocks
+from fxzero.sharding.views import VIEWS, views
 
 aten = torch.ops.aten
 
@@ -59,6 +60,11 @@ def own_rules() -> dict[str, Rule]:
         "aten::binary_cross_entropy_backward": losses.loss_backward,
         "aten::embedding": vocabulary.embedding,
         "aten::embedding_dense_backward": vocabulary.embedding_backward,
+        "aten::cat": joined.cat,
+        "aten::split": joined.split,
+        "aten::split_with_sizes": joined.split,
+        "aten::slice": joined.slice_of,
+        "aten::slice_backward": joined.slice_backward,
         "aten::clone": elementwise.clone,
         "aten::where.self": elementwise.where,
         "aten::masked_fill.Scalar": elementwise.masked_fill,
@@ -77,7 +83,7 @@ def own_rules() -> dict[str, Rule]:
         "aten::_grouped_mm": experts.grouped_mm,
     }
     rules |= {op.name(): random_draws.draws_like for op in random_draws.LIKE}
-    rules |= dict.fromkeys(("aten::view", "aten::_unsafe_view", "aten::reshape"), views)
+    rules |= dict.fromkeys(VIEWS, views)
     rules |= {op.name(): elementwise.elementwise for op in elementwise.UNKNOWN_TO_DTENSOR}
     rules |= other_axes.rules()
     rules |= {op.name(): experts.rows_of_experts for op in routing_ops.OPS}
@@ -109,12 +115,18 @@ class Rules:
         found = call_signature(node, self._signatures)
         return (found, self.routing.key(node)) if self.routing.ends else found
 
-    def of(self, node: fx.Node) -> tuple[Strategy, ...]:
-        """The ways of a call whose inputs and value are whole; the first is that every rank does all of it."""
+    def of(self, node: fx.Node, blocks: tuple[int, ...] = (1,)) -> tuple[Strategy, ...]:
+        """The ways of a call whose inputs and value are whole; the first is that every rank does all of it.
+
+        Args:
+            node: the call.
+            blocks: numbers of blocks that shards may have; 1 first.
+        """
         of_step = tuple(map(yields_scalar, node.all_input_nodes))
-        key = self.signature(node), of_step
+        key = self.signature(node), of_step, blocks
         if key not in self._known:
-            plain = tuple(self._asked(Call.of(node, self.ranks, head_blocks=self.head_blocks)))
+            call = Call.of(node, self.ranks, blocks=blocks, head_blocks=self.head_blocks)
+            plain = tuple(self._asked(call))
             self._known[key] = self.routing.ways(node, plain) if self.routing.ends else plain
         return self._known[key]
 
@@ -122,7 +134,7 @@ class Rules:
         found: dict[Hashable, Strategy] = {}
         for strategy in (replicated(call), *_told(call)):
             found.setdefault((strategy.inputs, strategy.outputs), strategy)
-        if call.tensors and not _has_rule(call):
+        if call.tensors and call.blocks == (1,) and not _has_rule(call):
             name = str(call.target)
             self.unknown[name] = self.unknown.get(name, 0) + 1
         return iter(found.values())
@@ -143,7 +155,10 @@ def _rule_of(call: Call) -> Rule | None:
 def _told(call: Call) -> Iterator[Strategy]:
     if not compat.is_op(call.target) or not call.tensors:
         return
-    yield from (_with_share(call, strategy) for strategy in _ways(call) if _adds_up(call, strategy))
+    found = [_with_share(call, strategy) for strategy in _ways(call) if _adds_up(call, strategy)]
+    yield from found
+    for blocks in call.blocks[1:]:
+        yield from filter(None, (with_blocks(call, strategy, blocks) for strategy in found))
 
 
 def _ways(call: Call) -> Iterable[Strategy]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -62,6 +63,7 @@ class Call:
             where it yields that.
         outputs: what it yields, one for each tensor; None for what it yields beside tensors.
         ranks: of the axis.
+        blocks: numbers of blocks that shards may have along a dim that the op joins or cuts, or sees in another shape.
         head_blocks: attention's heads are so many blocks, of each of which a rank has a part: those that another axis
             takes apart later.
     """
@@ -71,10 +73,11 @@ class Call:
     kwargs: dict[str, Any]
     outputs: tuple[Tensor | None, ...]
     ranks: int
+    blocks: tuple[int, ...] = (1,)
     head_blocks: int = 1
 
     @classmethod
-    def of(cls, node: fx.Node, ranks: int, *, head_blocks: int = 1) -> Call:
+    def of(cls, node: fx.Node, ranks: int, *, blocks: tuple[int, ...] = (1,), head_blocks: int = 1) -> Call:
         """The call of a node whose inputs and value are whole."""
 
         def seen(source: fx.Node) -> Any:
@@ -90,7 +93,7 @@ class Call:
         val = node.meta["val"]
         values = val if isinstance(val, (list, tuple)) else [val]
         outputs = tuple(Tensor.of(item) if isinstance(item, torch.Tensor) else None for item in values)
-        return cls(node.target, tuple(args), dict(kwargs), outputs, ranks, head_blocks)
+        return cls(node.target, tuple(args), dict(kwargs), outputs, ranks, blocks, head_blocks)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -194,6 +197,7 @@ class Strategy:
         form: how a rank makes its part; None: by the op itself, on what it holds, with sizes that are of the part.
         messages: collectives in that form.
         share: of the work of one device, what each rank does.
+        in_blocks: whether the form is right for shards of several blocks, too; the op itself always is.
     """
 
     inputs: tuple[Placement, ...]
@@ -201,6 +205,7 @@ class Strategy:
     form: Form | None = field(default=None, compare=False)
     messages: tuple[Message, ...] = ()
     share: float = 1.0
+    in_blocks: bool = False
 
     def __str__(self) -> str:
         return f"({', '.join(map(str, self.inputs))}) -> ({', '.join(map(str, self.outputs))})"
@@ -210,6 +215,27 @@ def replicated(call: Call) -> Strategy:
     """Every rank does all of it."""
     outputs = tuple(None if output is None else REPLICATED for output in call.outputs)
     return Strategy((REPLICATED,) * len(call.tensors), outputs)
+
+
+def with_blocks(call: Call, strategy: Strategy, blocks: int) -> Strategy | None:
+    """The way with each shard in so many blocks; None where it says something of one block only.
+
+    A way of equal parts over n ranks is one over n * blocks, too; a rank has some of these parts one after the other,
+    and the op makes them together, since they are equal parts of what it is given.
+    """
+    lies = (*strategy.inputs, *strategy.outputs)
+    if {placement.blocks for placement in lies if placement is not None and placement.is_shard} != {1}:
+        return None
+    if strategy.form is not None and not strategy.in_blocks:
+        return None
+
+    def split(placement: Placement | None) -> Any:
+        is_shard = placement is not None and placement.is_shard
+        return dataclasses.replace(placement, blocks=blocks) if is_shard else placement  # type: ignore[type-var]
+
+    inputs, outputs = tuple(map(split, strategy.inputs)), tuple(map(split, strategy.outputs))
+    found = dataclasses.replace(strategy, inputs=inputs, outputs=outputs)
+    return found if fits(call, found) else None
 
 
 def fits(call: Call, strategy: Strategy) -> bool:

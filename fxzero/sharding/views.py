@@ -12,8 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from fxzero import compat
 from fxzero.graph.axis_placement import REPLICATED, Placement, divides, partial, shard
-from fxzero.sharding.strategy import Call, Strategy
+from fxzero.sharding.strategy import Call, Strategy, Tensor
+
+VIEWS = ("aten::view", "aten::_unsafe_view", "aten::reshape")
 
 
 def views(call: Call) -> Iterator[Strategy]:
@@ -22,11 +25,40 @@ def views(call: Call) -> Iterator[Strategy]:
     assert output is not None
     yield Strategy((REPLICATED,), (REPLICATED,))
     yield Strategy((partial(),), (partial(),))
-    for dim in range(len(tensor.shape)):
-        before = shard(dim)
+    for before in _shards(tensor, call):
         after = seen_through(tensor.shape, output.shape, before, call.ranks)
-        if divides(tensor.shape, before, call.ranks) and after is not None:
+        if after is not None:
             yield Strategy((before,), (after,), share=1 / call.ranks)
+    for after in _shards(output, call) if max(call.blocks) > 1 else ():
+        seen = seen_through(output.shape, tensor.shape, after, call.ranks)
+        if seen is not None:
+            yield Strategy((seen,), (after,), share=1 / call.ranks)
+
+
+def joined_rows(call: Call) -> Iterator[tuple[int, Placement]]:
+    """How the rows of a view lie that joins the first two dims, or parts them, where the second of these is split.
+
+    Args:
+        call: any.
+
+    Yields:
+        (0 for what it takes, ~0 for what it yields: the one whose rows are joined; a shard of several blocks).
+    """
+    if not compat.is_op(call.target) or call.target.name() not in VIEWS:
+        return
+    (tensor,), (output,) = call.tensors, call.outputs
+    assert output is not None
+    for slot, apart, joined in ((~0, tensor.shape, output.shape), (0, output.shape, tensor.shape)):
+        if len(apart) < 2 or not divides(apart, shard(1), call.ranks):
+            continue
+        lies = seen_through(apart, joined, shard(1), call.ranks)
+        if lies == shard(0, apart[0]) and apart[0] > 1:
+            yield slot, lies
+
+
+def _shards(tensor: Tensor, call: Call) -> Iterator[Placement]:
+    lies = (shard(dim, blocks) for blocks in call.blocks for dim in range(len(tensor.shape)))
+    return (placement for placement in lies if divides(tensor.shape, placement, call.ranks))
 
 
 def seen_through(before: Sequence[int], after: Sequence[int], placement: Placement, ranks: int) -> Placement | None:

@@ -70,7 +70,7 @@ def log_softmax(call: Call) -> Iterator[Strategy]:
     assert output is not None
     row_bytes = output.dtype.itemsize * _rows(tensor.shape, dim)
     messages = (Message("all_reduce", row_bytes), Message("all_reduce", row_bytes))
-    strategy = Strategy((shard(dim),), (shard(dim),), _log_softmax, messages, share=1 / call.ranks)
+    strategy = Strategy((shard(dim),), (shard(dim),), _log_softmax, messages, 1 / call.ranks, in_blocks=True)
     if fits(call, strategy):
         yield strategy
 
@@ -90,7 +90,8 @@ def log_softmax_backward(call: Call) -> Iterator[Strategy]:
     yield from by_dtensor(call)
     tensor, dim = call.tensors[0], call.args[2] % len(call.tensors[0].shape)
     messages = (Message("all_reduce", tensor.dtype.itemsize * _rows(tensor.shape, dim)),)
-    strategy = Strategy((shard(dim), shard(dim)), (shard(dim),), _log_softmax_backward, messages, share=1 / call.ranks)
+    both, share = (shard(dim), shard(dim)), 1 / call.ranks
+    strategy = Strategy(both, (shard(dim),), _log_softmax_backward, messages, share, in_blocks=True)
     if fits(call, strategy):
         yield strategy
 
@@ -112,7 +113,7 @@ def nll_loss(call: Call) -> Iterator[Strategy]:
         return
     rows, words, summed = (shard(0), shard(0)), (shard(1), REPLICATED), (partial(), REPLICATED)
     count = (Message("all_reduce", 8),)
-    found = [Strategy(rows, summed, _loss_of_rows, count, share=1 / call.ranks)]
+    found = [Strategy(rows, summed, _loss_of_rows, count, share=1 / call.ranks, in_blocks=True)]
     if call.argument("reduction") == _NONE:
         found = [Strategy(rows, (shard(0), REPLICATED))]
     found.append(Strategy(words, summed, _loss_of_words, share=1 / call.ranks))

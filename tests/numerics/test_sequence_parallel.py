@@ -4,6 +4,7 @@ Run as a module, this file is what each rank does.
 """
 
 import json
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -24,8 +25,8 @@ from fxzero.graph.axis_placement import placement_of
 from tests.numerics.allocations import Counter, build_counter
 from tests.numerics.sparing import verifying_less
 from tests.numerics.worker import launch_for_results
+from tests.sharding.machines import without_latencies_file
 
-FREE = str(Path(__file__).parents[1] / "sharding" / "free_messages.toml")  # a machine where messages take no time
 WORDS, WIDTH, HEADS, TOKENS = 64, 64, 4, 512
 STEPS = 3
 TOLERANCE = 1e-5
@@ -75,8 +76,8 @@ def batch(number: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
 
-def compiled(mesh: dict[str, int] | None, **keys: Any) -> fxzero.TrainStep:
-    return fxzero.compile(*made(), fxzero.Plan(mesh=mesh, hardware=FREE, **keys))
+def compiled(mesh: dict[str, int] | None, hardware: str, **keys: Any) -> fxzero.TrainStep:
+    return fxzero.compile(*made(), fxzero.Plan(mesh=mesh, hardware=hardware, **keys))
 
 
 # ---- what ranks do
@@ -90,20 +91,20 @@ def split_tokens(step: StepGraph) -> float:
     return sum(s for s, n in zip(sizes, kept, strict=True) if placement_of(n, "sp").is_shard) / sum(sizes)
 
 
-def trained(mesh: dict[str, int], **keys: Any) -> dict[str, Any]:
+def trained(mesh: dict[str, int], hardware: str, **keys: Any) -> dict[str, Any]:
     """Losses and parameters after some steps."""
-    step, index = compiled(mesh, **keys), dist.get_rank() // mesh["sp"]
+    step, index = compiled(mesh, hardware, **keys), dist.get_rank() // mesh["sp"]
     losses = [float(step(*batch(number, index))) for number in range(STEPS)]
     parameters = [p.full_tensor().flatten().tolist() for p in step.model.parameters()]  # type: ignore[attr-defined]
     kinds = sorted({c10d.axis_of(n) for n in step.graphs[0].calls() if c10d.is_collective(n)})
     return {"losses": losses, "parameters": parameters, "axes": kinds}
 
 
-def measured(mesh: dict[str, int] | None, library: str) -> dict[str, float]:
+def measured(mesh: dict[str, int] | None, hardware: str, library: str) -> dict[str, float]:
     """Peak bytes of a later step, as the graph says and as the allocator saw it."""
     counter = Counter(library)
     with counter.account() as account:
-        step = compiled(mesh)
+        step = compiled(mesh, hardware)
         for number in range(STEPS):
             step(*batch(number, 0))
     profile = highest_profile(step.graphs)[1]
@@ -111,28 +112,28 @@ def measured(mesh: dict[str, int] | None, library: str) -> dict[str, float]:
     return {"predicted": profile.peak_bytes, "measured": account.peaks[-1], "split": split}
 
 
-def other_batch() -> str:
+def other_batch(hardware: str) -> str:
     """What a rank is told where one of an sp group has another batch."""
     try:
-        compiled({"sp": 2})(*batch(dist.get_rank(), 0))
+        compiled({"sp": 2}, hardware)(*batch(dist.get_rank(), 0))
     except RankMismatchError as error:
         return str(error)
     return ""
 
 
-def main(path: Path, library: str) -> None:
+def main(path: Path, hardware: str, library: str) -> None:
     """One rank; rank 0 writes what all have found."""
-    ranks = int(sys.argv[3])
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     found: dict[str, Any] = {}
     if ranks > 1:
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     with verifying_less({}, broken=False):
         if ranks == 2:
-            found = {"trained": trained({"sp": 2}), "other batch": other_batch()}
+            found = {"trained": trained({"sp": 2}, hardware), "other batch": other_batch(hardware)}
         if ranks == 4:
-            found = {"trained": trained({"dp": 2, "sp": 2}, zero=3)}
+            found = {"trained": trained({"dp": 2, "sp": 2}, hardware, zero=3)}
         if ranks in (1, 4) and library:
-            found["memory"] = measured({"sp": 4} if ranks == 4 else None, library)
+            found["memory"] = measured({"sp": 4} if ranks == 4 else None, hardware, library)
     everyone: list[Any] = [found]
     if ranks > 1:
         everyone = [None] * ranks
@@ -153,7 +154,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     library, _ = build_counter(folder)
     out = {}
     for ranks in (1, 2, 4):
-        args = (str(library or ""), str(ranks))
+        args = (without_latencies_file(folder), str(library or ""))
         out[ranks] = launch_for_results(
             "tests.numerics.test_sequence_parallel", folder, *args, ranks=ranks, timeout_s=120
         )
@@ -214,4 +215,4 @@ def test_what_keeps_rows_of_gradients_is_refused_beside_sp(how: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -115,6 +115,25 @@ def _by_index() -> Iterator[RecordedCall]:
 def _joined_and_cut() -> Iterator[RecordedCall]:
     x, y = torch.randn(4, 8, 12), torch.randn(4, 8, 4)
     yield made(aten.cat.default, [x, y], 2)
+    wide = torch.randn(8, 48)
+    yield made(aten.cat.default, [wide, wide + 1, wide + 2], 1)
+    yield made(aten.cat.default, [wide, wide[:, :24]], -1)
+    yield made(aten.cat.default, [torch.empty(0), wide, torch.empty(0), wide + 1], 1)
+    yield made(aten.cat.default, [torch.empty(0), wide])
+    for at, sizes in ((1, [16, 16, 16]), (1, [32, 16]), (-1, [24, 24]), (0, [4, 4])):
+        yield made(aten.split_with_sizes.default, wide, sizes, at)
+    for size in (16, 24, 32):
+        yield made(aten.split.Tensor, wide, size, 1)
+    for first, last in ((0, 24), (24, 2**62), (-16, 48), (16, 32), (8, 32)):
+        yield made(aten.slice.Tensor, wide, 1, first, last)
+        yield made(aten.slice_backward.default, wide[:, first:last].clone(), [8, 48], 1, first, last, 1)
+    yield made(aten.slice.Tensor, wide, 1, 0, 48, 2)
+    yield made(aten.view.default, torch.randn(2, 8, 12), [16, 12])
+    yield made(aten.view.default, torch.randn(16, 12), [2, 8, 12])
+    yield made(aten.view.default, wide, [8, 3, 16])
+    rows, ends = torch.randn(16, 32).bfloat16(), torch.tensor([5, 16], dtype=torch.int32)
+    yield made(aten._grouped_mm.default, rows, torch.randn(2, 32, 64).bfloat16(), ends)
+    yield made(aten._grouped_mm.default, rows.t().contiguous(), torch.randn(16, 64).bfloat16(), ends)
     yield made(aten.stack.default, [x, x + 1], 1)
     yield made(aten.stack.default, [torch.tensor(0.5), torch.tensor(2.0)])
     for dim in (0, 1, 2):

@@ -4,6 +4,7 @@ import functools
 
 import torch
 import transformers
+from torch import nn
 
 from fxzero.capture import Inventory, capture_step
 from fxzero.capture.rehearsal import rehearse
@@ -35,4 +36,15 @@ def step_on(layers: int, *, tp: int, dp: int = 1, **sizes: int) -> StepGraph:
     """The same, for a mesh."""
     step = llama_step(layers, **sizes).copy()
     step.mesh = {"dp": dp, "tp": tp}
+    return step
+
+
+def linears_step(*, width: int = 8192, tokens: int = 4096, tp: int) -> StepGraph:
+    """A step of two square matrices in an `nn.Sequential`; nothing of it is allocated."""
+    first, second = (nn.Linear(width, width, bias=False, device="meta", dtype=torch.bfloat16) for _ in range(2))
+    model = nn.Sequential(first, nn.ReLU(), second)
+    optimizer = torch.optim.SGD(model.parameters())
+    x = torch.zeros(tokens, width, dtype=torch.bfloat16)
+    step = capture_step(Inventory.of(model, optimizer), lambda model, x: model(x).square().mean(), (x,), {}).step
+    step.mesh = {"dp": 1, "tp": tp}
     return step

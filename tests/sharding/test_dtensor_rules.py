@@ -117,3 +117,10 @@ def test_a_part_of_one_row_is_not_squeezed() -> None:
     call = made(aten.squeeze.dim, torch.randn(4, 8), 0)
     assert Strategy((REPLICATED,), (REPLICATED,)) in Rules(4).of(call.node)
     assert not any(strategy.inputs[0].is_shard and strategy.inputs[0].dim == 0 for strategy in Rules(4).of(call.node))
+
+
+def test_a_copy_that_names_its_device_is_split_as_one_that_does_not() -> None:
+    x = torch.randn(4, 8)
+    told = {"dtype": torch.bfloat16, "layout": torch.strided, "device": torch.device("cpu")}
+    named = Rules(RANKS).of(made(aten._to_copy.default, x, **told).node)
+    assert {"(S(0)) -> (S(0))", "(S(1)) -> (S(1))"} <= set(map(str, named))

@@ -37,6 +37,8 @@ CALLS: dict[str, Callable[[fx.Graph, fx.Node, fx.Node], fx.Node]] = {
     "exchange": lambda g, x, _: g.call_function(c10d.all_to_all, (x, [4, 4], [4, 4], "sp")),
     "part": lambda g, x, index: g.call_function(ops.local_part, (x, 1, SP, index)),
     "put": lambda g, x, index: g.call_function(ops.put_part, (x, 1, SP, index)),
+    "part of blocks": lambda g, x, index: g.call_function(ops.local_part, (x, 1, SP, index, 2)),
+    "put in blocks": lambda g, x, index: g.call_function(ops.put_part, (x, 1, SP, index, 2)),
     "own": lambda g, x, index: g.call_function(ops.on_rank, (x, 0, index)),
 }
 
@@ -60,7 +62,7 @@ def call_over_sp(name: str) -> tuple[StepGraph, fx.Node]:
     index.meta = {"entry": StateEntry("coordinate", "sp"), "val": 0, "phase": "forward", "module": ""}
     mode = compat.new_fake_mode()
     with mode:
-        x.meta["val"] = torch.empty(8, 4, 2)
+        x.meta["val"] = torch.empty(8, 8, 2)
     found = graph.placeholder("found")
     call = result = CALLS[name](graph, x, index)
     if c10d.is_collective(call):
@@ -101,7 +103,7 @@ def by_rank(step: StepGraph, parts: list[list[torch.Tensor]]) -> list[list[torch
 def difference(name: str, strategy: Strategy) -> str | None:
     """What ranks of tp have together of a call over sp, made in a way, beside the call on what is whole over tp."""
     generator = torch.Generator().manual_seed(0)
-    wholes = [torch.randn(8, 4, 2, generator=generator) for _ in range(SP)]
+    wholes = [torch.randn(8, 8, 2, generator=generator) for _ in range(SP)]
     (before,), (after,) = strategy.inputs, strategy.outputs
     assert after is not None
     if before.reduction in ("max", "norm2"):
@@ -135,6 +137,8 @@ WRONG: list[tuple[str, Placement, Placement]] = [
     ("sum", partial(), REPLICATED),
     ("part", shard(1), shard(1)),
     ("put", shard(1), shard(1)),
+    ("part of blocks", shard(1, 2), shard(1)),
+    ("put in blocks", shard(1), shard(1, 2)),
 ]
 
 

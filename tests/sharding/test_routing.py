@@ -11,7 +11,7 @@ from fxzero.graph import StepGraph
 from fxzero.graph.axis_placement import REPLICATED, Placement, local_shape, partial, routed, shard
 from fxzero.graph.edit import Editor, coordinate
 from fxzero.graph.step_graph import Result, StateEntry
-from fxzero.sharding.conversions import ALGORITHMS, OF_ROWS, Axis, OfRows, conversion, convert
+from fxzero.sharding.conversions import Axis, OfRows, conversion, convert, route
 from fxzero.sharding.routing import Routing
 from fxzero.sharding.rules import Rules
 from tests.sharding.by_execution import AXIS, parts_of, run_ranks
@@ -43,7 +43,8 @@ def converted(whole: torch.Tensor, *way: Placement) -> list[torch.Tensor]:
     made, of_rows = nodes["x"], OfRows(nodes["ends"], ROOM)
     editor = Editor(step, phase="forward")
     with editor.before(output):
-        for before, after in itertools.pairwise(way):
+        steps = [step for pair in itertools.pairwise(way) for step in route(tuple(whole.shape), *pair, RANKS)]
+        for before, after in itertools.pairwise((way[0], *steps)):
             made = convert(editor, made, tuple(whole.shape), before, after, axis, of_rows=of_rows)
             assert tuple(made.meta["val"].shape) == local_shape(whole.shape, after, RANKS)
     step.set_result("buffer", "x", made)
@@ -72,11 +73,15 @@ def test_rows_of_experts_go_back_where_they_stood(after: Placement, dtype: torch
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_every_conversion_of_rows_is_priced() -> None:
-    pairs = [(lies, BY_EXPERT) for lies in LIES] + [(BY_EXPERT, lies) for lies in LIES]
-    assert {conversion(*pair) for pair in pairs} == set(OF_ROWS.values()) <= set(ALGORITHMS)
-    for other in (partial("max"), routed(0, room=4, rows=ROWS)):
-        assert conversion(other, BY_EXPERT) is None and conversion(BY_EXPERT, other) is None
+def test_rows_go_by_way_of_what_is_whole_or_added_up() -> None:
+    assert conversion(REPLICATED, BY_EXPERT) == "take" and conversion(BY_EXPERT, partial()) == "lay"
+    for lies in (shard(0), shard(1), shard(0, 2), partial(), partial("max")):
+        assert route((ROWS, 2), lies, BY_EXPERT, RANKS) == (REPLICATED, BY_EXPERT)
+    for lies in (REPLICATED, shard(0), shard(1), shard(0, 2)):
+        assert route((ROWS, 2), BY_EXPERT, lies, RANKS) == (partial(), lies)
+    for lies in (partial("max"), routed(0, room=4, rows=ROWS), routed(1, room=2, rows=2)):
+        assert route((ROWS, 2), BY_EXPERT, lies, RANKS) == ()
+    assert route((ROWS + 2, 2), REPLICATED, BY_EXPERT, RANKS) == ()
 
 
 def routing_of_mixtral(factor: float = 0.0) -> tuple[StepGraph, Routing]:

@@ -34,11 +34,11 @@ def calls() -> list[RecordedCall]:
     return list(distinct(itertools.chain(*steps)))
 
 
-def faults(calls: list[RecordedCall], ranks: int) -> tuple[list[str], int]:
+def faults(calls: list[RecordedCall], ranks: int, blocks: tuple[int, ...] = (1, 2, 3)) -> tuple[list[str], int]:
     """(what is wrong, how many ways were run): those in which every rank does all of it were not."""
     rules, found, count = Rules(ranks), [], 0
     for call in calls:
-        for strategy in rules.of(call.node)[1:]:
+        for strategy in rules.of(call.node, blocks)[1:]:
             count += 1
             fault = fault_of(call, strategy, ranks)
             if fault is not None:
@@ -74,6 +74,12 @@ def planted() -> Iterator[tuple[RecordedCall, tuple[Placement, ...], Placement]]
     # the parts of a flattened dim taken for one part
     yield (made(aten.view.default, x, [64]), (shard(1),), shard(0))
     yield (made(aten.view.default, x, [64]), (shard(1),), shard(0, 4))
+    # blocks of one tensor taken for one block, or for other ones, of another
+    yield (made(aten.mm.default, x, x + 1), (shard(0, 2), REPLICATED), shard(0))
+    yield (made(aten.mm.default, x, x + 1), (shard(1, 2), shard(0)), partial())
+    yield (made(aten.add.Tensor, x, x + 1), (shard(0, 2), shard(0)), shard(0, 2))
+    yield (made(aten.cat.default, [x, x + 1], 1), (shard(1), shard(1)), shard(1))
+    yield (made(aten.cat.default, [x, x + 1], 1), (shard(1), shard(1)), shard(1, 4))
     # a sum that is still to be made said to be made, or the other way round
     yield (made(aten.mm.default, x, x + 1), (shard(1), shard(0)), REPLICATED)
     yield (made(aten.sum.default, x), (shard(0),), REPLICATED)

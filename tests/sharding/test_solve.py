@@ -14,7 +14,7 @@ from fxzero.sharding.problem import Problem, Value, problem_of
 from fxzero.sharding.rules import Rules
 from fxzero.sharding.solve import Answer, solve
 from fxzero.sharding.strategy import Strategy
-from tests.sharding.steps import step_on
+from tests.sharding.steps import linears_step, step_on
 
 pytest.importorskip("transformers")
 
@@ -124,6 +124,13 @@ def megatron_bytes(layers: int, *, tokens: int, width: int, tp: int, itemsize: i
     norms = 2 * (2 * layers + 1) * width * itemsize * part
     loss = 2 * 2 * tokens * 4 * part
     return between + norms + loss
+
+
+def test_two_equal_matrices_in_a_list_are_a_pair_of_columns_and_rows() -> None:
+    step = linears_step(tp=8)
+    answer = solve(problem_of(step, "tp", Rules(8), known_hardware("h100")))
+    lies = {node.meta["entry"].name: answer.strategy(node).outputs[0] for node in step.inputs("parameter")}
+    assert lies == {"0.weight": shard(0), "2.weight": shard(1)}
 
 
 def test_what_is_pinned_lies_so() -> None:
