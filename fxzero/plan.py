@@ -46,6 +46,7 @@ from fxzero.plan_values import (
     path,
     patterns,
     recomputed,
+    room_or_all,
     rows_or_auto,
     scale,
     seconds,
@@ -98,6 +99,8 @@ class Plan:
         tp: which parameters lie how over the axis tp: "auto" (solved for), or hints, which the solver keeps to:
             patterns of module paths with "colwise", "rowwise" or "replicate" each, or styles of torch and transformers.
         tp_strict: an op for which no rule says how it can be split over tp is an error; else it runs on whole values.
+        expert_room: for how many rows a rank of ep has room in each mixture of experts: "all" (never too few), or so
+            many times as it would have if all experts had equally many; a step in which more come is an error.
         all_gather: "native", "send_recv" (a message to each peer), "shared_memory" (CPU ranks of one host), or "auto":
             over gloo shared_memory where ranks share a host, else send_recv; native elsewhere.
         reduce_scatter: as all_gather; also "all_to_all" (with a local mean that stands in the graph).
@@ -175,6 +178,7 @@ class Plan:
     cross_step: bool = _key(False, boolean)
     tp: str | Mapping[str, Any] = _key("auto", tp_hints)
     tp_strict: bool = _key(False, boolean)
+    expert_room: str | float = _key("all", room_or_all)
     all_gather: str = _key("auto", one_of("auto", "native", "send_recv", "shared_memory"))
     reduce_scatter: str = _key("auto", one_of("auto", "native", "send_recv", "shared_memory", "all_to_all"))
     bucket_form: str = _key("auto", one_of("auto", "coalesced", "separate"))

@@ -257,7 +257,9 @@ def _before_recomputation(plan: Plan, backend: str) -> list[Pass]:
     machine = {"hardware": plan.hardware, "backend": backend}
     tp, sp = plan.axes.get("tp", 1), plan.axes.get("sp", 1)
     if plan.axes.get("ep", 1) > 1:
-        split.append(split_tensors.using(axis="ep", parameters="experts", head_blocks=tp * sp, **machine))
+        room = None if plan.expert_room == "all" else plan.expert_room
+        experts = {"parameters": "experts", "expert_room": room}
+        split.append(split_tensors.using(axis="ep", **experts, head_blocks=tp * sp, **machine))
     if sp > 1:
         split.append(split_tensors.using(axis="sp", parameters="whole", head_blocks=tp, **machine))
     if tp > 1:

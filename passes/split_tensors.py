@@ -25,6 +25,7 @@ from fxzero.graph.edit import Editor, coordinate, fake_mode, value_of
 from fxzero.graph.step_graph import PHASES, is_getitem, yields_tensor
 from fxzero.sharding.conversions import Axis, OfRows, convert, route
 from fxzero.sharding.expert_parameters import experts_over
+from fxzero.sharding.expert_room import check_rooms
 from fxzero.sharding.hints import pin
 from fxzero.sharding.local_arguments import with_local_sizes
 from fxzero.sharding.problem import lies_as_input, problem_of
@@ -44,6 +45,7 @@ def split_tensors(
     *,
     axis: str,
     parameters: str = "any",
+    expert_room: float | None = None,
     head_blocks: int = 1,
     strict: bool = False,
     hardware: str = "auto",
@@ -56,6 +58,7 @@ def split_tensors(
         axis: the mesh axis.
         parameters: which of them may lie in parts: "any"; "whole", none; "experts", those of experts, which then do:
             each rank has some experts.
+        expert_room: for how many times the rows of an even load over its experts a rank has room; None: for all rows.
         head_blocks: ranks of another axis that is split over later, where heads of attention are its ranks' first.
         strict: an op that no rule knows is an error; else every rank does all of it.
         hardware: name or path of a machine's description; "auto": by the graph's device.
@@ -70,14 +73,15 @@ def split_tensors(
         pin(step, whole | (experts_over(step, axis) if parameters == "experts" else {}), axis=axis)
     rules = Rules(step.mesh[axis], head_blocks=head_blocks)
     if parameters == "experts":
-        rules.routing = Routing.of(step, rules.of, ranks=rules.ranks)
+        rules.routing = Routing.of(step, rules.of, ranks=rules.ranks, factor=expert_room or 0.0)
     answer = solve(problem_of(step, axis, rules, machine))
     if strict and rules.unknown:
         _refuse(step, rules)
     before = [step.remarks["split_tensors"]] if "split_tensors" in step.remarks else []
     step.remarks["split_tensors"] = "\n".join([*before, told(step, axis, answer, rules)])
     ways = {node: answer.strategy(node) for node in answer.problem.of_node}
-    return rewrite(step, axis=axis, ways=ways, routing=rules.routing)
+    edits = rewrite(step, axis=axis, ways=ways, routing=rules.routing)
+    return edits + (0 if expert_room is None else check_rooms(step, axis))
 
 
 def _refuse(step: StepGraph, rules: Rules) -> None:

@@ -42,6 +42,7 @@ KEYS = {
     "cross_step": st.just(False),
     "tp": st.just("auto") | st.dictionaries(PATTERNS, st.sampled_from(["colwise", "rowwise_rep", "local"]), max_size=3),
     "tp_strict": st.booleans(),
+    "expert_room": st.just("all") | st.floats(1, 1e6),
     "all_gather": st.sampled_from(["auto", "native", "send_recv", "shared_memory"]),
     "reduce_scatter": st.sampled_from(["auto", "native", "send_recv", "shared_memory", "all_to_all"]),
     "bucket_form": st.sampled_from(["auto", "coalesced", "separate"]),
@@ -174,6 +175,7 @@ def test_defaults() -> None:
         "cross_step": False,
         "tp": "auto",
         "tp_strict": False,
+        "expert_room": "all",
         "all_gather": "auto",
         "reduce_scatter": "auto",
         "bucket_form": "auto",
@@ -570,6 +572,9 @@ def test_axes_need_a_mesh() -> None:
             ["Plan.cuda_graph: expected offload_activations='none' with it", "got 'host'; leave out"],
         ),
         ({"cuda_graph": True, "cross_step": True}, ["Plan.cuda_graph: expected cross_step=False with it", "got True"]),
+        ({"cuda_graph": True, "expert_room": 2}, ["Plan.cuda_graph: expected expert_room='all' with it", "got 2.0"]),
+        ({"expert_room": 0.5}, ["Plan.expert_room: expected a finite number of at least 1, or 'all', got 0.5"]),
+        ({"expert_room": True}, ["Plan.expert_room: expected a finite number of at least 1, or 'all', got True"]),
         ({"cuda_graph": True, "accumulate": 2}, ["Plan.cuda_graph: expected accumulate=1 with it", "got 2; leave out"]),
         ({"costs": "costs.json"}, ["Plan.costs: expected schedule='cost' with it, got 'fixed'; set schedule"]),
         ({"costs": 1, "schedule": "cost"}, ["Plan.costs: expected a path, got 1"]),
@@ -721,6 +726,7 @@ def test_to_toml_as_people_read_it() -> None:
         "cross_step = false\n"
         'tp = "auto"\n'
         "tp_strict = false\n"
+        'expert_room = "all"\n'
         'all_gather = "auto"\n'
         'reduce_scatter = "auto"\n'
         'bucket_form = "auto"\n'

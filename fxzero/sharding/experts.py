@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fxzero.graph import routing_ops
 from fxzero.graph.axis_placement import REPLICATED, partial, shard
 from fxzero.sharding.strategy import Call, Strategy, fits, replicated
 
@@ -39,12 +40,13 @@ def grouped_mm_backward(call: Call) -> Iterator[Strategy]:
 
 
 def rows_of_experts(call: Call) -> Iterator[Strategy]:
-    """The ways of `own_ends`, `take_rows`, `keep_rows` and `put_rows` over another axis than that of the experts.
+    """The ways of the ops of rows of experts over another axis than that of the experts.
 
-    Ends are whole. The value lies afterwards as before, along each dim but that of the rows; summands stay summands.
+    Ends and counts are whole. What rows are taken of, or put into, lies as before along each other dim; summands stay
+    summands.
     """
     yield replicated(call)
-    if len(call.tensors) == 1:
+    if call.target not in (routing_ops.take_rows, routing_ops.keep_rows, routing_ops.put_rows):
         return
     yield Strategy((partial(), REPLICATED), (partial(),))
     dims = (shard(dim) for dim in range(len(call.tensors[0].shape)) if dim != call.args[2])

@@ -16,6 +16,7 @@ from fxzero.capture.rehearsal import rehearse
 from fxzero.capture.trace import Capture
 from fxzero.errors import PlanError
 from fxzero.graph.axis_placement import placement_of, shard
+from fxzero.graph.routing_ops import check_room
 from fxzero.graph.verify import verify
 from fxzero.recipe import recipe
 from tests.hf.models import CASES
@@ -161,3 +162,37 @@ def test_what_ep_splits_of_mixtral_zero_shards(tmp_path: Path) -> None:
     step = split("mixtral", {"dp": 2, "ep": 2}, tmp_path, zero=3)
     assert lies(step) == dict.fromkeys(EXPERTS, "S(0)")
     assert difference("mixtral", run("mixtral", step, zero=3), dp=2) <= TOLERANCE
+
+
+def test_a_rank_holds_rows_for_as_many_as_it_has_room(tmp_path: Path) -> None:
+    step = split("mixtral", {"ep": 2}, tmp_path, hardware="cpu", expert_room=1.9)
+    verify(step)
+    assert "f32[48/46~ep, 96]" in str(step) and "f32[48/48~ep" not in str(step)
+    assert difference("mixtral", run("mixtral", step)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("mesh", [{"ep": 4}, {"dp": 2, "ep": 2}], ids=str)
+def test_too_little_room_is_an_error(mesh: dict[str, int], tmp_path: Path) -> None:
+    step = split("mixtral", mesh, tmp_path, expert_room=1.0)
+    says = (
+        r"Plan.expert_room, model.layers.\d.mlp.experts, rank \d of ep: expected at most \d+ rows .* of 48 rows over "
+    )
+    with pytest.raises(PlanError, match=rf"{says}.*, got \d+; set expert_room to 1.\d+ or more") as refused:
+        run("mixtral", step)
+    enough = float(re.search(r"to (1\.\d+) or more", str(refused.value))[1])  # type: ignore[index]
+    step = split("mixtral", mesh, tmp_path, expert_room=enough)
+    assert difference("mixtral", run("mixtral", step), dp=mesh.get("dp", 1)) <= TOLERANCE
+
+
+def test_room_for_all_asks_nothing(tmp_path: Path) -> None:
+    for room in ("all", 2.0):
+        assert not split("mixtral", {"ep": 2}, tmp_path, expert_room=room).calls(check_room)
+
+
+@pytest.mark.parametrize("schedule", ["fixed", "cost"])
+def test_room_is_asked_for_before_any_update(schedule: str, tmp_path: Path) -> None:
+    step = split("mixtral", {"dp": 2, "ep": 2}, tmp_path, zero=2, expert_room=1.5, schedule=schedule)
+    (check,) = step.calls(check_room)
+    calls = step.calls()
+    updates = [index for index, node in enumerate(calls) if node.meta["phase"] == "update"]
+    assert updates and calls.index(check) < min(updates)
