@@ -44,7 +44,7 @@ def _span(ends: torch.Tensor, num_parts: int, index: int) -> tuple[torch.Tensor,
 
 
 def _along(dim: int, mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A mask of rows in the form that `where` takes beside a tensor that has them along a dim."""
+    """A mask of rows in a form that fits a tensor that has them along a dim."""
     return mask.view([-1 if at == dim else 1 for at in range(x.dim())])
 
 
@@ -78,8 +78,8 @@ def _take_rows_fake(
 @torch.library.impl(_LIBRARY, "keep_rows", "CompositeExplicitAutograd")
 def _keep_rows(part: torch.Tensor, ends: torch.Tensor, dim: int, num_parts: int, index: int) -> torch.Tensor:
     first, last = _span(ends, num_parts, index)
-    own = torch.arange(part.shape[dim], device=part.device) < last - first
-    return torch.where(_along(dim, own, part), part, part.new_zeros(())).contiguous()
+    others = torch.arange(part.shape[dim], device=part.device) >= last - first
+    return part.clone(memory_format=torch.contiguous_format).masked_fill_(_along(dim, others, part), 0)
 
 
 @torch.library.register_fake("fxzero::keep_rows", lib=_LIBRARY)
@@ -92,9 +92,9 @@ def _put_rows(part: torch.Tensor, ends: torch.Tensor, dim: int, num_parts: int, 
     first, last = _span(ends, num_parts, index)
     room = part.shape[dim]
     at = torch.arange(rows, device=part.device)
-    own = (at >= first) & (at < torch.minimum(last, first + room))
+    others = (at < first) | (at >= torch.minimum(last, first + room))
     moved = part.index_select(dim, (at - first).clamp(0, room - 1))
-    return torch.where(_along(dim, own, moved), moved, part.new_zeros(())).contiguous()
+    return moved.masked_fill_(_along(dim, others, moved), 0)  # in place: nothing else as large is there
 
 
 @torch.library.register_fake("fxzero::put_rows", lib=_LIBRARY)

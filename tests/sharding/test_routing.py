@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from fxzero import compat
 from fxzero.graph import StepGraph
+from fxzero.graph import collectives as c10d
 from fxzero.graph.axis_placement import REPLICATED, Placement, local_shape, partial, routed, shard
 from fxzero.graph.edit import Editor, coordinate
 from fxzero.graph.step_graph import Result, StateEntry
@@ -48,6 +49,8 @@ def converted(whole: torch.Tensor, *way: Placement) -> list[torch.Tensor]:
             made = convert(editor, made, tuple(whole.shape), before, after, axis, of_rows=of_rows)
             assert tuple(made.meta["val"].shape) == local_shape(whole.shape, after, RANKS)
     step.set_result("buffer", "x", made)
+    for call in filter(c10d.is_collective, step.calls()):
+        assert call.meta["val"].dtype is not torch.bool, "not every backend sends truth values"
     parts = parts_of(whole, way[0], RANKS, torch.Generator().manual_seed(0))
     return run_ranks(step, [parts, [ENDS] * RANKS], RANKS)["x"]
 
@@ -134,23 +137,27 @@ def test_products_of_experts_have_no_other_ways() -> None:
 
 
 class TwoSorts(nn.Module):
-    """Two grouped products whose rows meet: what is reached from both belongs to neither."""
+    """Two grouped products by unlike ends, on one input, with one scale for each row; they may meet."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, meet: bool) -> None:
         super().__init__()
         self.up, self.down = nn.Parameter(torch.randn(4, 8, 8)), nn.Parameter(torch.randn(4, 8, 8))
+        self.meet = meet
 
-    def forward(self, x: torch.Tensor, ends: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, scale: torch.Tensor, ends: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         fallback = torch.ops.transformers.grouped_mm_fallback
-        return (fallback(x, self.up, ends) * fallback(x, self.down, others)).sum()
+        one, other = fallback(x, self.up, ends) * scale, fallback(x, self.down, others) * scale
+        return (one * other).sum() if self.meet else one.sum() + other.sum()
 
 
-def test_what_two_sorts_reach_is_routed_by_none() -> None:
+@pytest.mark.parametrize("meet", [False, True])
+def test_what_two_sorts_reach_is_routed_by_none(meet: bool) -> None:
     import transformers.integrations.moe  # noqa: F401  its op is made when it is imported
 
     from tests.sharding.test_expert_parameters import captured as captured_step
 
     ends = torch.tensor([2, 4, 6, 8], dtype=torch.int32)
-    step = captured_step(TwoSorts(), torch.randn(8, 8), ends, ends + 0)
+    step = captured_step(TwoSorts(meet=meet), torch.randn(8, 8), torch.ones(8, 1), ends, ends + 0)
     routing = Routing.of(step, Rules(RANKS).of, ranks=RANKS)
-    assert not routing.ends
+    assert len(routing.number) == (0 if meet else 2)
+    assert not any(node.op == "placeholder" for node, _ in routing.ends)
