@@ -126,7 +126,7 @@ def test_a_number_of_experts_that_ranks_do_not_divide_is_refused(tmp_path: Path)
         split("capacity", {"ep": 3}, tmp_path)
 
 
-@pytest.mark.parametrize("mesh", [{"ep": 2}, {"ep": 4}, {"ep": 2, "tp": 2}], ids=str)
+@pytest.mark.parametrize("mesh", [{"ep": 2}, {"ep": 4}, {"tp": 2, "ep": 2}, {"ep": 2, "sp": 2}], ids=str)
 def test_experts_of_mixtral_are_split(mesh: dict[str, int], tmp_path: Path) -> None:
     step = split("mixtral", mesh, tmp_path)
     verify(step)
