@@ -94,7 +94,7 @@ class Routing:
         return min(rows, math.ceil(self.factor * rows / self.ranks)) if self.factor else rows
 
     def ways(self, node: fx.Node, plain: Sequence[Strategy]) -> tuple[Strategy, ...]:
-        """All ways of a call: a product of experts is made by the ranks that have them, their matrices do not travel.
+        """All ways of a call; a product of experts is made by the ranks that have them, and in no other way.
 
         Args:
             node: the call.

@@ -208,3 +208,8 @@ def test_experts_lie_over_ep_as_programs_say() -> None:
     assert [str(p) for p in lies.placements(("ep", "tp", "dp"))] == ["S(0)", "S(1)", "S(0)"]
     assert given.of_state("w:m", (4, 6, 2), owner=(4, 6, 2)).memory_shape == (1, 3, 2)
     assert given.of_parameter("gate", (4, 6)).memory_shape == (2, 6), "what is not said lies whole over ep and tp"
+
+
+def test_ep_alone_is_to_be_laid_out() -> None:
+    alone = layouts({"ep": 2, "dp": 1})
+    assert not alone.are_known and alone.of_parameter("w", (8, 4)).memory_shape == (4, 4)
