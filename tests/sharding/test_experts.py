@@ -42,7 +42,7 @@ def made(name: str) -> tuple[nn.Module, Any]:
     model = CASES["mixtral"].model()
     if name == "auxiliary":
         model.config.output_router_logits, model.router_aux_loss_coef = True, 0.5
-    return model, CASES["mixtral"].batch
+    return model.to(torch.bfloat16) if name == "bf16" else model, CASES["mixtral"].batch
 
 
 @functools.cache
@@ -148,14 +148,14 @@ def test_tp_splits_rows_of_experts_along_their_columns(tmp_path: Path) -> None:
     assert re.search(r"f32\[48/48~ep, \d+/tp\] +(take_rows|transformers::grouped_mm_fallback)", text)
 
 
-@pytest.mark.parametrize("ep", [2, 4])
-def test_rows_stay_with_their_experts_where_messages_cost(ep: int, tmp_path: Path) -> None:
-    step = split("mixtral", {"ep": ep}, tmp_path, hardware="cpu")
+@pytest.mark.parametrize(("name", "ep"), [("mixtral", 2), ("mixtral", 4), ("bf16", 2)])
+def test_rows_stay_with_their_experts_where_messages_cost(name: str, ep: int, tmp_path: Path) -> None:
+    step = split(name, {"ep": ep}, tmp_path, hardware="cpu")
     verify(step)
     inside = [node for node in step.calls() if node.meta["module"].endswith("act_fn")]
     assert len(inside) >= 4 and {str(placement_of(node, "ep")) for node in inside} == {"E(0, 48 of 48)"}
-    assert "f32[48/48~ep, 96]" in str(step)
-    assert difference("mixtral", run("mixtral", step)) <= TOLERANCE
+    assert f"{'bf16' if name == 'bf16' else 'f32'}[48/48~ep, 96]" in str(step)
+    assert difference(name, run(name, step)) <= TOLERANCE
 
 
 def test_what_ep_splits_of_mixtral_zero_shards(tmp_path: Path) -> None:
