@@ -47,6 +47,7 @@ from fxzero.plan_values import (
     path,
     patterns,
     recomputed,
+    room_or_all,
     rows_or_auto,
     scale,
     seconds,
@@ -86,7 +87,8 @@ class Plan:
     Args:
         mesh: axes of ranks with their sizes, outermost first; None: all ranks on dp. Parameters are sharded
             over dp and replicated over dp_replicate (hybrid sharding); over tp single tensors are split, over sp what
-            is made of a batch: its rows, tokens and heads. Ranks that differ on tp or sp alone take the same batch.
+            is made of a batch: its rows, tokens and heads; over ep that, and experts: each rank has some. Ranks that
+            differ on tp, sp or ep alone take the same batch.
         zero: 0 replicates everything, 1 shards optimizer state, 2 gradients too, 3 parameters too.
         bucket_bytes: bytes of unsharded parameters or gradients in one coalesced collective; 0: each tensor alone;
             "auto": decided by cost. None: 4 MiB, or "auto" with schedule "cost". Files may write "4 MiB".
@@ -102,6 +104,8 @@ class Plan:
             cut, so that these overlap; "auto": for each, as many as are predicted to be fastest; 1: they stay whole.
         sp_attention: how rows that sp splits on tokens are attended: "heads" (they come to ranks and go back), "gather"
             (all keys to all ranks), "ring" (keys travel), or "auto": what costs least, whole rows where that is less.
+        expert_room: for how many rows a rank of ep has room in each mixture of experts: "all" (never too few), or so
+            many times as it would have if all experts had equally many; a step in which more come is an error.
         all_gather: "native", "send_recv" (a message to each peer), "shared_memory" (CPU ranks of one host), or "auto":
             over gloo shared_memory where ranks share a host, else send_recv; native elsewhere.
         reduce_scatter: as all_gather; also "all_to_all" (with a local mean that stands in the graph).
@@ -181,6 +185,7 @@ class Plan:
     tp_strict: bool = _key(False, boolean)
     tp_chunks: int | str = _key(1, number_or_auto(MOST_CHUNKS, fix="write a number of pieces, 1 for none, or 'auto'"))
     sp_attention: str = _key("auto", one_of("auto", "heads", "gather", "ring"))
+    expert_room: str | float = _key("all", room_or_all)
     all_gather: str = _key("auto", one_of("auto", "native", "send_recv", "shared_memory"))
     reduce_scatter: str = _key("auto", one_of("auto", "native", "send_recv", "shared_memory", "all_to_all"))
     bucket_form: str = _key("auto", one_of("auto", "coalesced", "separate"))

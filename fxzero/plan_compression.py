@@ -60,7 +60,7 @@ def check_compression(plan: Any) -> None:
             "and hold an overflow for good",
         )
     _check_node_size(plan)
-    for axis in ("tp", "sp"):
+    for axis in ("tp", "sp", "ep"):
         size = 1 if plan.mesh is None else plan.mesh.get(axis, 1)
         if plan.compress_reductions in WITH_FEEDBACK and size > 1:
             kept = f"what it keeps is not split over {axis} yet"

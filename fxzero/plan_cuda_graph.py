@@ -13,6 +13,7 @@ _NOT_WITH: dict[str, tuple[Any, str]] = {
     "offload_parameters": ("none", _OFF_DEVICE),
     "offload_activations": ("none", _OFF_DEVICE),
     "cross_step": (False, "a gather that is under way from one step to the next would be part of two graphs"),
+    "expert_room": ("all", "whether rows have room the host asks the device in the middle of a step"),
     "accumulate": (1, "a sum of gradients that one program hands to the next has no address of its own"),
 }
 

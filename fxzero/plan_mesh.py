@@ -8,8 +8,8 @@ from typing import Any
 from fxzero.errors import PlanError
 from fxzero.plan_values import integer, nearest, show
 
-AXES = ("dp", "dp_replicate", "tp", "sp")
-RESERVED_AXES = ("pp", "ep")
+AXES = ("dp", "dp_replicate", "ep", "tp", "sp")
+RESERVED_AXES = ("pp",)
 
 
 def mesh_of(where: str, value: Any) -> Mesh | None:

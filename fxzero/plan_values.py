@@ -251,6 +251,16 @@ def patterns(where: str, value: Any) -> tuple[str, ...]:
     return tuple(sorted(set(listed)))
 
 
+def room_or_all(where: str, value: Any) -> str | float:
+    """A finite number of at least 1, or "all"."""
+    if value == "all":
+        return "all"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < math.inf:
+        fix = "write a number such as 1.5 (times the rows of an even load), or 'all'"
+        raise PlanError.of(where, expected="a finite number of at least 1, or 'all'", got=show(value), fix=fix)
+    return float(value)
+
+
 def fraction(where: str, value: Any) -> float:
     """A part of a whole: a number above 0 and at most 1."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:

@@ -20,7 +20,7 @@ from fxzero.cost.recorded import RecordedCosts
 from fxzero.decide import Decision, check_budget, decided_recipe
 from fxzero.errors import FxzeroError
 from fxzero.graph import StepGraph
-from fxzero.graph.axis_placement import REPLICATED, placement_of
+from fxzero.graph.axis_placement import REPLICATED, STATE_AXES, placement_of
 from fxzero.graph.axis_placement import Placement as AxisPlacement
 from fxzero.graph.placement import NOTHING_PLACED, Placement
 from fxzero.graph.step_graph import CARRIED_KINDS
@@ -38,7 +38,7 @@ from fxzero.sharding.hints import pin, pinned_by
 
 log = logging.getLogger("fxzero")
 
-Lies = Mapping[str, AxisPlacement]
+Lies = Mapping[str, Mapping[str, AxisPlacement]]  # mesh axis -> name of a parameter -> how it lies
 
 MOST_SHAPES = 64  # kinds of batches whose programs are kept
 
@@ -76,9 +76,10 @@ class Compiled:
 
     @property
     def lies(self) -> Lies:
-        """How its parameters lie over the mesh axis that it is split over."""
+        """How its parameters lie over the mesh axes that split state."""
         nodes = self.step.inputs("parameter")
-        return {node.meta["entry"].name: placement_of(node, "tp") for node in nodes}
+        axes = [axis for axis in STATE_AXES if axis in self.step.axes]
+        return {axis: {node.meta["entry"].name: placement_of(node, axis) for node in nodes} for axis in axes}
 
     @property
     def placed(self) -> Placement:
@@ -202,13 +203,13 @@ class Programs:
 
     def _lies(self) -> Lies:
         """How parameters have to lie: as the model's own do already, or as hints of the plan say."""
-        if self._plan.axes.get("tp", 1) == 1:
-            return {}
+        axes = [axis for axis in STATE_AXES if self._plan.axes.get(axis, 1) > 1]
         given = self._state.laid_out
-        if given is not None:
-            keys = (("parameter", name) for name, _ in self._state.model.named_parameters())
-            return {name: given.get((kind, name), {}).get("tp", REPLICATED) for kind, name in keys}
-        return pinned_by(self._plan, self._state.model)
+        if given is None:
+            return {"tp": pinned_by(self._plan, self._state.model)} if "tp" in axes else {}
+        names = [name for name, _ in self._state.model.named_parameters()]
+        over = {name: given.get(("parameter", name), {}) for name in names}
+        return {axis: {name: over[name].get(axis, REPLICATED) for name in names} for axis in axes}
 
     def keep(self, inventory: Inventory, programs: list[Compiled], batch: Batch) -> None:
         """Programs made before model and optimizer were bound serve those that are."""
@@ -298,14 +299,15 @@ class Programs:
             place: of that microbatch in the step.
             beside: the step's other microbatches: finished programs of later ones, earlier ones as captured.
             placed: where state rests, if that is decided.
-            lies: how parameters lie over a mesh axis, as far as that is given.
+            lies: how parameters lie over mesh axes, as far as that is given.
         """
         plan = self._plan
         seconds = {"capture": capture.seconds}
 
         def decided(step: StepGraph) -> tuple[Pipeline, Decision | None]:
             how: Any = {"backend": self._backend, "beside": beside, "placed": placed, "costs": self.costs}
-            pin(step, lies)
+            for axis, placements in lies.items():
+                pin(step, placements, axis=axis)
             return decided_recipe(step, plan=plan, **how)
 
         capture.step.mesh = dict(plan.axes)

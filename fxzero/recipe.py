@@ -64,6 +64,7 @@ from fxzero.plan_buckets import bucket_bytes, cuts_by_cost, regathers
 from fxzero.plan_compression import QUANTIZED
 from fxzero.plan_offload import WHERE, leaves_state_open, state_tiers, uses
 from fxzero.plan_values import NORM_KERNELS, UPDATE_KERNELS
+from fxzero.split_recipe import splitting
 
 ALL_PASSES: tuple[Pass, ...] = (
     split_tensors,
@@ -245,27 +246,9 @@ def recipe(
 
 
 def _before_recomputation(plan: Plan, backend: str) -> list[Pass]:
-    """What changes which calls there are to be had again.
-
-    [Note: parameters over sp]
-    Ranks of sp have one batch, and split what is made of it: rows, tokens, heads. Parameters are whole on each. An axis
-    that splits them is tp, and what saves their memory at rest is ZeRO over dp: split over sp, too, they would be
-    gathered at each use or tokens at each product, which is tp under another name. So state, checkpoints and layouts
-    know nothing of sp; gradients are added up over it where they are born, and everything behind that is as without.
-    """
-    split = []
-    machine = {"hardware": plan.hardware, "backend": backend}
-    tp = plan.axes.get("tp", 1)
-    if plan.axes.get("sp", 1) > 1:
-        how = {"head_blocks": tp, "attention": plan.sp_attention}
-        split.append(split_tensors.using(axis="sp", whole_parameters=True, **how, **machine))
-    if tp > 1:
-        split.append(split_tensors.using(axis="tp", strict=plan.tp_strict, **machine))
-    if split and plan.tp_chunks != 1:
-        order = {"by_cost": plan.schedule == "cost", "memory_bytes": plan.memory_budget}
-        split.append(chunk_products.using(chunks=plan.tp_chunks, **order, **machine))
+    """What changes which calls there are to be had again."""
     chunked = [] if plan.chunk_loss is None else [chunk_losses.using(rows=plan.chunk_loss)]
-    return [*split, *_kernels(plan, fuse_norms, fuse_gates, fuse_rotary), *chunked]
+    return [*splitting(plan, backend), *_kernels(plan, fuse_norms, fuse_gates, fuse_rotary), *chunked]
 
 
 def _kernels(plan: Plan, *passes: Pass) -> list[Pass]:

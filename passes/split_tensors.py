@@ -23,11 +23,14 @@ from fxzero.graph.axis_placement import REPLICATED, Placement, local_shape
 from fxzero.graph.contract import graph_pass
 from fxzero.graph.edit import Editor, coordinate, fake_mode, value_of
 from fxzero.graph.step_graph import PHASES, is_getitem, yields_tensor
-from fxzero.sharding.conversions import Axis, convert, route
+from fxzero.sharding.conversions import Axis, OfRows, convert, route
+from fxzero.sharding.expert_parameters import experts_over
+from fxzero.sharding.expert_room import check_rooms
 from fxzero.sharding.hints import pin
 from fxzero.sharding.local_arguments import with_local_sizes
 from fxzero.sharding.problem import lies_as_input, problem_of
 from fxzero.sharding.refused import check_attention, refuse_undivided, refuse_unknown
+from fxzero.sharding.routing import NOTHING_ROUTED, Routing
 from fxzero.sharding.rules import Rules
 from fxzero.sharding.solve import solve
 from fxzero.sharding.strategy import Call, Local, Strategy
@@ -42,7 +45,8 @@ def split_tensors(
     step: StepGraph,
     *,
     axis: str,
-    whole_parameters: bool = False,
+    parameters: str = "any",
+    expert_room: float | None = None,
     head_blocks: int = 1,
     attention: str = "auto",
     strict: bool = False,
@@ -54,7 +58,9 @@ def split_tensors(
     Args:
         step: the graph as captured; a parameter with `meta["pinned"]` for the axis has to lie so.
         axis: the mesh axis.
-        whole_parameters: every parameter is whole on every rank.
+        parameters: which of them may lie in parts: "any"; "whole", none; "experts", those of experts, which then do:
+            each rank has some experts.
+        expert_room: for how many times the rows of an even load over its experts a rank has room; None: for all rows.
         head_blocks: ranks of another axis that is split over later, where heads of attention are its ranks' first.
         attention: a form in which all attention is made, one of `fxzero.sharding.attention.FORMS`; "auto": in any way.
         strict: an op that no rule knows is an error, and so are sizes that ranks do not divide where every rank does
@@ -64,42 +70,48 @@ def split_tensors(
 
     Raises:
         PlanError: if it is strict, and no rule knows an op or ranks do not divide its sizes; if attention cannot be
-            made in the form.
+            made in the form, or experts cannot be split that are to be.
     """
     machine = hardware_of(step, backend=backend, named=hardware)
-    if whole_parameters:
-        pin(step, {node.meta["entry"].name: REPLICATED for node in step.inputs("parameter")}, axis=axis)
+    if parameters != "any":
+        whole = {node.meta["entry"].name: REPLICATED for node in step.inputs("parameter")}
+        pin(step, whole | (experts_over(step, axis) if parameters == "experts" else {}), axis=axis)
     rules = Rules(step.mesh[axis], head_blocks=head_blocks, attention=attention)
     if attention != "auto" and rules.ranks > 1:
         check_attention(step, axis, rules)
+    if parameters == "experts":
+        rules.routing = Routing.of(step, rules.of, ranks=rules.ranks, factor=expert_room or 0.0)
     answer = solve(problem_of(step, axis, rules, machine))
     if strict:
         refuse_unknown(step, rules)
         refuse_undivided(step, answer, axis)
     before = [step.remarks["split_tensors"]] if "split_tensors" in step.remarks else []
     step.remarks["split_tensors"] = "\n".join([*before, told(step, axis, answer, rules)])
-    return rewrite(step, axis=axis, ways={node: answer.strategy(node) for node in answer.problem.of_node})
+    ways = {node: answer.strategy(node) for node in answer.problem.of_node}
+    edits = rewrite(step, axis=axis, ways=ways, routing=rules.routing)
+    return edits + (0 if expert_room is None else check_rooms(step, axis))
 
 
-def rewrite(step: StepGraph, *, axis: str, ways: Mapping[fx.Node, Strategy]) -> int:
+def rewrite(step: StepGraph, *, axis: str, ways: Mapping[fx.Node, Strategy], routing: Routing = NOTHING_ROUTED) -> int:
     """Let each rank of an axis do its part of calls that are made in these ways.
 
     Args:
         step: the graph as captured; it is changed.
         axis: the mesh axis.
         ways: of every call that takes or yields tensors, and of every input that is one.
+        routing: of the rows that lie by expert in these ways.
 
     Returns:
         How many places were changed.
     """
-    return _Rewrite(step, axis, ways).run()
+    return _Rewrite(step, axis, ways, routing).run()
 
 
 class _Rewrite:
     """Goes through a graph and lets each node do what one rank does."""
 
-    def __init__(self, step: StepGraph, axis: str, ways: Mapping[fx.Node, Strategy]) -> None:
-        self.step, self.ways = step, ways
+    def __init__(self, step: StepGraph, axis: str, ways: Mapping[fx.Node, Strategy], routing: Routing) -> None:
+        self.step, self.ways, self.routing = step, ways, routing
         self.axis = Axis(axis, step.mesh[axis], coordinate(step, axis))
         self.mode = fake_mode(step)
         self.inputs = {node.meta["entry"].key: node for node in step.placeholders}
@@ -180,7 +192,11 @@ class _Rewrite:
             args, kwargs = fx.map_arg((node.args, node.kwargs), part)
             if strategy.form is not None:
                 assert call is not None
-                local = Local(editor, node, args, kwargs, call, self.axis.name, lambda: self.axis.coordinate)
+
+                def ends(source: fx.Node) -> fx.Node:
+                    return self._in(self.routing.ends[(source, 0)], REPLICATED, editor, node)
+
+                local = Local(editor, node, args, kwargs, call, self.axis.name, lambda: self.axis.coordinate, ends)
                 self._replace(node, strategy.form(local), strategy)
                 return
             if c10d.is_collective(node):
@@ -204,7 +220,8 @@ class _Rewrite:
             return held[wanted]
         for after in route(shape, before, wanted, self.axis.ranks):
             if after not in held:
-                made = convert(editor, held[before], shape, before, after, self.axis)
+                ends = self._ends(source, before, after, editor, reader)
+                made = convert(editor, held[before], shape, before, after, self.axis, of_rows=ends)
                 held[after] = made
                 if made is held[before]:  # which is whole, whatever may be made of it
                     return made
@@ -213,6 +230,16 @@ class _Rewrite:
                 self.edits += 1
             before = after
         return held[wanted]
+
+    def _ends(
+        self, source: fx.Node, before: Placement, after: Placement, editor: Editor, reader: fx.Node
+    ) -> OfRows | None:
+        """What a conversion from or to rows of experts has to know; None of another one."""
+        ends = self.routing.ends_of(source, before, after)
+        if ends is None:
+            return None
+        whole = self.held[source][before] if ends is source else self._in(ends, REPLICATED, editor, reader)
+        return OfRows(whole, self.routing.room(self.routing.number[ends]))
 
     def _evaluate(self, node: fx.Node, editor: Editor) -> None:
         try:

@@ -50,7 +50,8 @@ ALLOWED_IMPORTS: dict[str, frozenset[str]] = {
     "pass_manager": BASE | {"graph"},
     "recipe": BASE
     | {"plan_buckets", "plan_compression", "plan_offload", "plan_values", "graph", "capture", "cost", "passes"}
-    | {"pass_manager"},
+    | {"pass_manager", "split_recipe"},
+    "split_recipe": BASE | {"graph", "passes"},
     "decide": BASE
     | {"plan_buckets", "plan_offload", "graph", "cost", "passes", "pass_manager", "recipe", "integer_program"},
     "kernels": frozenset(),

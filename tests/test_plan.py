@@ -44,6 +44,7 @@ KEYS = {
     "tp_strict": st.booleans(),
     "tp_chunks": st.integers(1, 64) | st.just("auto"),
     "sp_attention": st.sampled_from(["auto", "heads", "gather", "ring"]),
+    "expert_room": st.just("all") | st.floats(1, 1e6),
     "all_gather": st.sampled_from(["auto", "native", "send_recv", "shared_memory"]),
     "reduce_scatter": st.sampled_from(["auto", "native", "send_recv", "shared_memory", "all_to_all"]),
     "bucket_form": st.sampled_from(["auto", "coalesced", "separate"]),
@@ -133,7 +134,7 @@ def _compressing_what_can_be(keys: dict[str, Any]) -> dict[str, Any]:
         keys.pop("regather", None)
     gathers, reductions = keys.get("compress_gathers", "none"), keys.get("compress_reductions", "none")
     scaled = keys.get("loss_scale") is not None and reductions in ("powersgd", "topk")
-    kept_split = max(mesh.get("tp", 1), mesh.get("sp", 1)) > 1 and reductions in ("powersgd", "topk")
+    kept_split = max(mesh.get(axis, 1) for axis in ("tp", "sp", "ep")) > 1 and reductions in ("powersgd", "topk")
     refused = scaled or kept_split or mesh.get("dp_replicate", 1) > 1
     if (stage < 2 and reductions in ("int8", "fp8")) or refused:
         keys.pop("compress_reductions", None)
@@ -180,6 +181,7 @@ def test_defaults() -> None:
         "tp_strict": False,
         "tp_chunks": 1,
         "sp_attention": "auto",
+        "expert_room": "all",
         "all_gather": "auto",
         "reduce_scatter": "auto",
         "bucket_form": "auto",
@@ -583,6 +585,9 @@ def test_axes_need_a_mesh() -> None:
             ["Plan.cuda_graph: expected offload_activations='none' with it", "got 'host'; leave out"],
         ),
         ({"cuda_graph": True, "cross_step": True}, ["Plan.cuda_graph: expected cross_step=False with it", "got True"]),
+        ({"cuda_graph": True, "expert_room": 2}, ["Plan.cuda_graph: expected expert_room='all' with it", "got 2.0"]),
+        ({"expert_room": 0.5}, ["Plan.expert_room: expected a finite number of at least 1, or 'all', got 0.5"]),
+        ({"expert_room": True}, ["Plan.expert_room: expected a finite number of at least 1, or 'all', got True"]),
         ({"cuda_graph": True, "accumulate": 2}, ["Plan.cuda_graph: expected accumulate=1 with it", "got 2; leave out"]),
         ({"costs": "costs.json"}, ["Plan.costs: expected schedule='cost' with it, got 'fixed'; set schedule"]),
         ({"costs": 1, "schedule": "cost"}, ["Plan.costs: expected a path, got 1"]),
@@ -736,6 +741,7 @@ def test_to_toml_as_people_read_it() -> None:
         "tp_strict = false\n"
         "tp_chunks = 1\n"
         'sp_attention = "auto"\n'
+        'expert_room = "all"\n'
         'all_gather = "auto"\n'
         'reduce_scatter = "auto"\n'
         'bucket_form = "auto"\n'

@@ -39,7 +39,7 @@ _CALL = re.compile(
 )
 _INPUT = re.compile(rf"  %(?P<name>\w+) {{2,}}(?P<type>\S.*?) {{2,}}(?P<kind>\w+) {{2,}}{_REST}")
 _RESULT = re.compile(rf"  %(?P<name>\w+) +-> (?P<kind>\w+) +(?P<of>{_QUOTED}|[^\s'\"]+)")
-_LIES = re.compile(rf" *lies (?P<how>\(.*\)|\S+(?: \d+\))?) over (?P<axis>{_QUOTED}|[^\s,]+) *")
+_LIES = re.compile(rf" *lies (?P<how>\(.*\)|\S+(?: \d+(?: of \d+)?\))?) over (?P<axis>{_QUOTED}|[^\s,]+) *")
 
 # What a scalar's line yields while shapes are computed; nothing but its type matters.
 _SCALARS: dict[str, Any] = {"float": 0.5, "int": 1, "bool": True}

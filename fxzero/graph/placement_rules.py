@@ -24,7 +24,7 @@ from fxzero.graph.rules import Context, Violation
 from fxzero.graph.step_graph import CARRIED_KINDS, SAVED, STATE_KINDS, TANGENT, Sharding, is_getitem
 
 _REDUCTIONS = ("sum", "max", "norm2")
-_WORDS = {"R": "whole", "S": "a shard", "P": "partial"}
+_WORDS = {"R": "whole", "S": "a shard", "P": "partial", "E": "rows of experts"}
 # collective -> kinds of the values that it takes and yields, over its own axis. What an all-to-all moves may also be
 # summands that are added up behind it, so what it yields is not said. Parts that were passed on are another rank's,
 # which no placement says; summands are summands wherever they are.
@@ -84,7 +84,7 @@ def _check_form(node: fx.Node, mesh: dict[str, int]) -> Iterator[Violation]:
 
 def _ranks_along(node: fx.Node, placement: Any, mesh: dict[str, int], axis: str) -> int:
     """Over how many ranks other axes split the dim of a shard: what lies in blocks may be split by them, too."""
-    if not isinstance(placement, Placement) or not placement.is_shard:
+    if not isinstance(placement, Placement) or not (placement.is_shard or placement.is_routed):
         return 1
     others = {other: placement_of(node, other) for other in node.meta["placements"] if other != axis and other in mesh}
     return math.prod(mesh[other] for other, lies in others.items() if lies.is_shard and lies.dim == placement.dim)
@@ -93,7 +93,7 @@ def _ranks_along(node: fx.Node, placement: Any, mesh: dict[str, int], axis: str)
 def _needed(value: Any, placement: Any, sharding: Sharding | None, others: int) -> str:
     """What a placement needs that the value is not, of whose dim other axes split so many parts; "" where it fits."""
     if not isinstance(placement, Placement) or placement.kind not in _WORDS:
-        return "a placement: R, S or P"
+        return "a placement: R, S, P or E"
     if placement.is_partial and placement.reduction not in _REDUCTIONS:
         return f"a reduction in {_REDUCTIONS}"
     if placement == REPLICATED:
@@ -104,6 +104,9 @@ def _needed(value: Any, placement: Any, sharding: Sharding | None, others: int) 
         return ""
     if not 0 <= placement.dim < value.dim():
         return f"a dim from 0 to {value.dim() - 1}" if value.dim() else "a tensor that has dims"
+    if placement.is_routed:
+        fits = value.shape[placement.dim] * others == placement.room
+        return "" if fits and sharding is None else f"a buffer of {placement.room} rows, and no rows by ZeRO"
     size = sharding.rows if sharding is not None and placement.dim == 0 else value.shape[placement.dim]
     in_blocks = placement.blocks >= 1 and (not isinstance(size, int) or size * others % placement.blocks == 0)
     return "" if in_blocks else f"equal parts of {placement.blocks} blocks"
@@ -127,7 +130,7 @@ def _check_input(node: fx.Node) -> Iterator[Violation]:
     if node.meta["entry"].kind in (*CARRIED_KINDS, SAVED, TANGENT):
         return
     for axis, found in node.meta.get("placements", {}).items():
-        if found.is_partial:
+        if found.is_partial or found.is_routed:
             fix = "let inputs be whole or shards, and reduce what goes out for them"
             yield Violation(node, f"an input whole or in parts over {axis}", str(found), fix)
 
@@ -216,7 +219,7 @@ def _check_results(context: Context) -> Iterator[Violation]:
     for (kind, name), node in context.step.results.items():
         if kind in ("loss", "metric", "output"):
             for axis, found in node.meta.get("placements", {}).items():
-                if found.is_partial:
+                if found.is_partial or found.is_routed:
                     where = f"result {(kind, name)} from %{node.name}"
                     yield Violation(where, f"a value added up over {axis}", str(found), "reduce it before it goes out")
         if kind not in (*STATE_KINDS, *CARRIED_KINDS, "gradient"):

@@ -14,12 +14,13 @@ import torch
 from torch import fx
 
 from fxzero import compat
+from fxzero.graph.routing_ops import check_room
 from fxzero.graph.step_graph import StepGraph, ancestors, yields_tensor
 
 aten = torch.ops.aten
 
 # the shape of what they yield depends on values, or they yield a number
-_READ_VALUES = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
+_READ_VALUES = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, check_room}
 _BY_INDEX = {aten.index.Tensor, aten.index_put.default, aten._unsafe_index.Tensor, aten._unsafe_index_put.default}
 
 

@@ -9,6 +9,7 @@ order of the mesh, then ZeRO's rows (`meta["sharding"]`).
     f32[8, 512/tp]      the ranks of tp hold equal parts of dim 1: S(1)
     f32[512/tp/dp, 64]  each rank of tp has a part of the rows, and shards it over dp
     f32[8, 16/2*tp]     dim 1 is 2 blocks, and ranks hold a part of each: S(1, 2)
+    f32[48/24~ep, 96]   the rows of a rank's experts, of 48, in a buffer of 24: E(0, 24 of 48); this split is the first
     f32[8, 64]+tp       what the ranks of tp hold has still to be added up: P(sum); `+max:tp`, `+norm2:tp`
 
 Only SPLIT_AXES stand in a type as placements; a shard of rows over one of these says its number of ranks (`15/tp:2`).
@@ -30,15 +31,15 @@ import torch
 from torch import fx
 
 from fxzero.graph import axis_placement, ops
-from fxzero.graph.axis_placement import REPLICATED, SPLIT_AXES, Placement, partial, shard
+from fxzero.graph.axis_placement import REPLICATED, SPLIT_AXES, Placement, partial, routed, shard
 from fxzero.graph.step_graph import Sharding, StepGraph
 
 _TENSOR = re.compile(
     r"(?P<dtype>\w+)\[(?P<sizes>[^]]*)\](?:\{(?P<strides>[\d,]*)\})?"
     r"(?P<partial>(?:\+(?:(?:max|norm2):)?\w+)*)(?:@(?P<device>\w+))?"
 )
-_SIZE = re.compile(r"(?P<whole>\d+)(?P<parts>(?:/(?:\d+\*)?\w+(?::\d+)?)*)")
-_PART = re.compile(r"/(?:(?P<blocks>\d+)\*)?(?P<axis>\w+)(?::(?P<count>\d+))?")
+_SIZE = re.compile(r"(?P<whole>\d+)(?P<parts>(?:/(?:\d+[*~])?\w+(?::\d+)?)*)")
+_PART = re.compile(r"/(?:(?P<blocks>\d+)\*|(?P<room>\d+)~)?(?P<axis>\w+)(?::(?P<count>\d+))?")
 _PARTIAL = re.compile(r"\+(?:(?P<reduction>\w+):)?(?P<axis>\w+)")
 _REPEATED = re.compile(r"(?P<item>.*?)(?: x(?P<count>\d+))?")
 
@@ -79,7 +80,16 @@ def sharding_text(sharding: Sharding, mesh: Mapping[str, int], *, rows: str = ""
 def shown_placements(val: Any, placements: Mapping[str, Any], mesh: Mapping[str, int]) -> dict[str, Any]:
     """The placements that a type can show, in the order of the mesh; see [Note: what a type says]."""
     axes = [axis for axis in mesh if axis in SPLIT_AXES and axis in placements]
-    return {axis: placements[axis] for axis in axes if _can_show(val, placements[axis])}
+    found = {axis: placements[axis] for axis in axes if _can_show(val, placements[axis])}
+    return {axis: lies for axis, lies in found.items() if not _shares_rows(lies, found)}
+
+
+def _shares_rows(placement: Any, others: Mapping[str, Any]) -> bool:
+    """Whether other axes split the rows of experts, too: their sizes are then none that a type can say."""
+    if isinstance(placement, tuple):
+        return any(_shares_rows(one, {**others, "": one}) for one in placement)
+    splits = [lies for lies in others.values() if isinstance(lies, Placement) and (lies.is_shard or lies.is_routed)]
+    return placement.is_routed and sum(lies.dim == placement.dim for lies in splits) > 1
 
 
 def unshown_placements(val: Any, placements: Mapping[str, Any], mesh: Mapping[str, int]) -> dict[str, Any]:
@@ -97,6 +107,8 @@ def _can_show(val: Any, placement: Any) -> bool:
     if not isinstance(val, torch.Tensor):
         return False
     in_range = placement.dim < val.dim() and isinstance(val.shape[placement.dim], int)
+    if placement.is_routed:
+        return in_range and val.shape[placement.dim] == placement.room
     return placement.is_partial or in_range
 
 
@@ -151,9 +163,13 @@ def type_text(
 def _tensor_text(
     val: torch.Tensor, step: StepGraph, *, device: str, sharding: Sharding | None, shown: Mapping[str, Placement]
 ) -> str:
-    split = {axis: found for axis, found in shown.items() if found.is_shard}
+    rows = {axis: found for axis, found in shown.items() if found.is_routed}
+    split = rows | {axis: found for axis, found in shown.items() if found.is_shard}
     sizes = list(map(str, axis_placement.whole_shape(_shape_without_rows(val, sharding), split, step.mesh)))
     for axis, placement in split.items():
+        if placement.is_routed:
+            sizes[placement.dim] += f"/{placement.room}~{axis}"
+            continue
         sizes[placement.dim] += f"/{axis}" if placement.blocks == 1 else f"/{placement.blocks}*{axis}"
     if sharding is not None and fits(sharding, val):
         sizes[0] = sharding_text(sharding, step.mesh, rows=sizes[0])
@@ -248,7 +264,10 @@ def read_size(size: str, axis_size: Callable[[str], int], *, dim: int = 0) -> Re
     placements: dict[str, Any] = {}
     for part in _PART.finditer(match["parts"]):
         axis, ranks = part["axis"], axis_size(part["axis"])
-        if axis in SPLIT_AXES and part["count"] is None:
+        if part["room"] is not None:
+            local = int(part["room"])
+            placements[axis] = routed(dim, room=local, rows=int(match["whole"]))
+        elif axis in SPLIT_AXES and part["count"] is None:
             placements[axis] = shard(dim, int(part["blocks"] or 1))
             local //= ranks
         else:

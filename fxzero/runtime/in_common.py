@@ -1,7 +1,7 @@
 """What ranks that share a batch must have in common when they call a step: it, and their random number generators.
 
 [Note: what a group has in common]
-The ranks that differ on tp or sp alone are a group: they compute parts of one forward and backward. Called with
+The ranks that differ on tp, sp or ep alone are a group: they compute parts of one forward and backward. Called with
 different batches, or drawing different random numbers, they would join parts that do not belong together, and nothing
 in a program could tell. So each rank says a digest of both where ranks agree, before anything is launched. At the
 first call of a program everything is looked at. Later on only what costs nothing beside a step is: the generators,
@@ -82,10 +82,10 @@ def difference_within(group: Sequence[int], found: Mapping[int, Mapping[str, str
         for name in dict.fromkeys([*found[first], *found[rank]]):
             ours, theirs = (found[r].get(name, "nothing") for r in (first, rank))
             if ours != theirs:
-                fix = "call the step with the same batch on all ranks of a tp or sp group"
+                fix = "call the step with the same batch on all ranks of a tp, sp or ep group"
                 if name.startswith(GENERATOR):
                     fix = "call torch.manual_seed(seed + dp index) on each rank, and draw the same numbers in a group"
-                expected = f"the same on all ranks of a tp or sp group, {list(group)}; rank {first} has {ours}"
+                expected = f"the same on all ranks of a tp, sp or ep group, {list(group)}; rank {first} has {ours}"
                 return str(RankMismatchError.of(name, expected=expected, got=f"rank {rank} has {theirs}", fix=fix))
     return ""
 

@@ -18,7 +18,7 @@ def initial_state(
 ) -> Iterator[tuple[str, Any, Layout | None]]:
     """The state that a parameter would start with.
 
-    Only what has another shape than the parameter is made whole, and only what lies otherwise over tp than the
+    Only what has another shape than the parameter is made whole, and only what lies otherwise over ep or tp than the
     parameter needs values of other ranks; then all ranks must take part.
 
     Args:
@@ -54,6 +54,7 @@ def _part(held: Held, layout: Layout) -> torch.Tensor:
     """This rank's memory of a parameter, if it lay so."""
     if held.layout in (None, layout):
         return held.memory
-    if held.layout.over_tp == layout.over_tp and not held.layout.as_rows:
+    alike = (held.layout.over_ep, held.layout.over_tp) == (layout.over_ep, layout.over_tp)
+    if alike and not held.layout.as_rows:
         return layout.memory_of_part(held.memory)
     return layout.memory_of_whole(held.whole())

@@ -4,8 +4,8 @@
 A sharded tensor rests as rows of dim 0 over the mesh axis dp. All ranks hold ceil(rows / ranks) rows, so that a
 program is the same text everywhere; the last ones are padding. The module and the optimizer own a DTensor whose
 local tensor is the unpadded view of that memory, so state dicts, checkpoints and schedulers see nothing unusual.
-What tp splits is split first, in equal parts: a rank's memory is its part, contiguous, or the padded rows of that
-part; [Note: mesh of the state] in `runtime/topology.py`.
+What ep and tp split is split first, in equal parts: a rank's memory is its part, contiguous, or the padded rows of
+that part; [Note: mesh of the state] in `runtime/topology.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from fxzero import compat_distributed
 from fxzero.capture.inventory import dense_strides
 from fxzero.graph import StepGraph
-from fxzero.graph.axis_placement import REPLICATED, Placement, divides, local_shape, placement_of, shard
+from fxzero.graph.axis_placement import REPLICATED, STATE_AXES, Placement, divides, local_shape, placement_of, shard
 from fxzero.graph.ops import local_shard, padded_rows, shard_rows
 from fxzero.graph.step_graph import rests_as_rows, yields_tensor
 from fxzero.runtime.topology import Topology
@@ -44,9 +44,11 @@ class Layout:
 
     Args:
         shape: single-device shape.
-        over_tp: how it lies over tp, in equal parts.
-        as_rows: what is this rank's by tp rests as rows over dp.
+        over_tp: how what is this rank's by ep lies over tp, in equal parts.
+        as_rows: what is this rank's by ep and tp rests as rows over dp.
         tp, dp: this rank's place on these axes.
+        over_ep: how it lies over ep, in equal parts.
+        ep: this rank's place on ep.
     """
 
     shape: tuple[int, ...]
@@ -54,22 +56,33 @@ class Layout:
     as_rows: bool = False
     tp: Place = Place()
     dp: Place = Place()
+    over_ep: Placement = REPLICATED
+    ep: Place = Place()
 
     def __post_init__(self) -> None:
-        parts = f"{self.over_tp} over {self.tp.size} ranks of tp"
-        assert divides(self.shape, self.over_tp, self.tp.size), (
-            f"expected a shape that divides by {parts}: {self.shape}"
-        )
+        shape = self.shape
+        for axis, over, place in self._splits:
+            parts = f"{over} over {place.size} ranks of {axis}"
+            assert divides(shape, over, place.size), f"expected a shape that divides by {parts}: {shape}"
+            shape = local_shape(shape, over, place.size)
+
+    @property
+    def _splits(self) -> tuple[tuple[str, Placement, Place], ...]:
+        """(axis, how it lies over that, this rank's place), in the order in which they split."""
+        return ("ep", self.over_ep, self.ep), ("tp", self.over_tp, self.tp)
 
     @property
     def is_split(self) -> bool:
         """Whether ranks hold different parts."""
-        return self.as_rows or self.over_tp.is_shard
+        return self.as_rows or any(over.is_shard for _, over, _ in self._splits)
 
     @property
     def part_shape(self) -> tuple[int, ...]:
-        """Shape of what is this rank's by tp."""
-        return local_shape(self.shape, self.over_tp, self.tp.size)
+        """Shape of what is this rank's by ep and tp."""
+        shape = self.shape
+        for _, over, place in self._splits:
+            shape = local_shape(shape, over, place.size)
+        return shape
 
     @property
     def memory_shape(self) -> tuple[int, ...]:
@@ -80,16 +93,16 @@ class Layout:
     def memory_of_whole(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's memory, of the whole tensor; without holes."""
         assert tuple(whole.shape) == self.shape, f"expected shape {self.shape}, got {tuple(whole.shape)}"
-        if not self.over_tp.is_shard:
-            return self.memory_of_part(whole)
-        each = self.part_shape[self.over_tp.dim]
-        part = whole.detach().narrow(self.over_tp.dim, self.tp.index * each, each)
-        if self.as_rows:
+        part = whole.detach()
+        for _, over, place in self._splits:
+            each = part.shape[over.dim] // place.size if over.is_shard else 0
+            part = part.narrow(over.dim, place.index * each, each) if over.is_shard else part
+        if self.as_rows or tuple(part.shape) == self.shape:
             return self.memory_of_part(part)
         return part.clone(memory_format=torch.contiguous_format)  # a view would keep the whole
 
     def memory_of_part(self, part: torch.Tensor) -> torch.Tensor:
-        """This rank's memory, of its part by tp: that itself where it is all of it, without holes."""
+        """This rank's memory, of its part by ep and tp: that itself where it is all of it, without holes."""
         part = part.detach()
         if self.as_rows:
             return local_shard(part, self.dp.size, self.dp.index)
@@ -114,7 +127,7 @@ class Layout:
 
     def placements(self, axes: Iterable[str]) -> tuple[Replicate | Shard, ...]:
         """As DTensor says it, for the dims of a mesh."""
-        split = {"tp": self.over_tp.dim} if self.over_tp.is_shard else {}
+        split = {axis: over.dim for axis, over, _ in self._splits if over.is_shard}
         split |= {"dp": 0} if self.as_rows else {}
         return tuple(Shard(split[axis]) if axis in split else Replicate() for axis in axes)
 
@@ -157,12 +170,12 @@ class Held(NamedTuple):
 
 
 class Layouts:
-    """The layouts of a step's state: over tp as its programs have it, over dp as its plan says.
+    """The layouts of a step's state: over ep and tp as its programs have it, over dp as its plan says.
 
     [Note: bound before it is laid out]
-    How tensors lie over tp is known when the first program is. A checkpoint may be loaded before that, and then needs
-    tensors to be loaded into. They rest in parts of dim 0 where tp divides that, so that no rank holds more than it
-    will later; when the program is known, each is gathered and split anew.
+    How tensors lie over ep and tp is known when the first program is. A checkpoint may be loaded before that, and then
+    needs tensors to be loaded into. They rest in parts of dim 0 where these divide that, so that no rank holds more
+    than it will later; when the program is known, each is gathered and split anew.
 
     Args:
         topology: this rank's place.
@@ -177,28 +190,33 @@ class Layouts:
         self._plan = topology.plan
         axes = topology.plan.axes
         self._places = {
-            axis: Place(axes[axis], topology.coordinate(axis)) if axis in axes else Place() for axis in ("tp", "dp")
+            axis: Place(axes[axis], topology.coordinate(axis)) if axis in axes else Place()
+            for axis in (*STATE_AXES, "dp")
         }
 
     @property
     def are_known(self) -> bool:
         """Whether no layout will change any more."""
-        return self.given is not None or self._places["tp"].size == 1
+        return self.given is not None or not self._has_parts
+
+    @property
+    def _has_parts(self) -> bool:
+        return any(self._places[axis].size > 1 for axis in STATE_AXES)
 
     @property
     def may_split_state(self) -> bool:
         """Whether ranks may hold different parts of optimizer state."""
-        return self._places["tp"].size > 1 or (self._plan.zero > 0 and self._places["dp"].size > 1)
+        return self._has_parts or (self._plan.zero > 0 and self._places["dp"].size > 1)
 
     def give(self, placements: Placements) -> None:
-        """Let tensors lie so over tp."""
+        """Let tensors lie so over ep and tp."""
         assert self.given is None, "expected one layout for all programs of a step, got a second one"
         for (kind, name), over in placements.items():
             for axis, placement in over.items():
                 splits = placement.is_shard and placement.blocks == 1 and kind != "buffer"
                 expected = "R" if kind == "buffer" else "R or S(dim)"
-                assert axis == "tp" and (splits or placement == REPLICATED), (
-                    f"{kind} {name}: expected {expected} over tp, got {placement} over {axis}"
+                assert axis in STATE_AXES and (splits or placement == REPLICATED), (
+                    f"{kind} {name}: expected {expected} over {' or '.join(STATE_AXES)}, got {placement} over {axis}"
                 )
         self.given = {key: dict(over) for key, over in placements.items()}
 
@@ -209,11 +227,14 @@ class Layouts:
             name, shape: of the parameter; single-device shape.
             stage: the ZeRO stage from which it rests as rows over dp; None: the plan's for parameters.
         """
-        over_tp = self._over_tp(("parameter", name), shape, self._before_given(shape))
-        part = local_shape(shape, over_tp, self._places["tp"].size)
+        over: dict[str, Placement] = {}
+        part = tuple(shape)
+        for axis in STATE_AXES:
+            over[axis] = self._over(axis, ("parameter", name), self._before_given(axis, part))
+            part = local_shape(part, over[axis], self._places[axis].size)
         plan, dp = self._plan, self._places["dp"]
         splits = plan.zero >= (plan.parameter_stage if stage is None else stage) and dp.size > 1
-        return self._layout(shape, over_tp, as_rows=splits and rests_as_rows(part, plan.persist_below))
+        return self._layout(shape, over, as_rows=splits and rests_as_rows(part, plan.persist_below))
 
     def of_state(self, name: str, shape: Sequence[int], *, owner: Sequence[int]) -> Layout:
         """How optimizer state lies.
@@ -225,23 +246,25 @@ class Layouts:
         """
         lies = self.of_parameter(name.partition(":")[0], owner, stage=1)
         alike = tuple(shape) == lies.shape
-        over_tp = self._over_tp(("optimizer", name), shape, lies.over_tp if alike else REPLICATED)
-        return self._layout(shape, over_tp, as_rows=alike and lies.as_rows and over_tp == lies.over_tp)
+        defaults = {"ep": lies.over_ep, "tp": lies.over_tp} if alike else dict.fromkeys(STATE_AXES, REPLICATED)
+        over = {axis: self._over(axis, ("optimizer", name), default) for axis, default in defaults.items()}
+        return self._layout(shape, over, as_rows=alike and lies.as_rows and over == defaults)
 
     def of_auxiliary(self, shape: Sequence[int], *, as_rows: bool) -> Layout:
         """How a tensor lies that the plan makes the step keep."""
-        return self._layout(shape, REPLICATED, as_rows=as_rows)
+        return self._layout(shape, {}, as_rows=as_rows)
 
-    def _layout(self, shape: Sequence[int], over_tp: Placement, *, as_rows: bool) -> Layout:
-        return Layout(tuple(shape), over_tp, as_rows, **self._places)
+    def _layout(self, shape: Sequence[int], over: Mapping[str, Placement], *, as_rows: bool) -> Layout:
+        over_ep, over_tp = (over.get(axis, REPLICATED) for axis in STATE_AXES)
+        return Layout(tuple(shape), over_tp, as_rows, over_ep=over_ep, **self._places)
 
-    def _over_tp(self, key: tuple[str, str], shape: Sequence[int], default: Placement) -> Placement:
-        if self._places["tp"].size == 1:
+    def _over(self, axis: str, key: tuple[str, str], default: Placement) -> Placement:
+        if self._places[axis].size == 1:
             return REPLICATED
-        return default if self.given is None else self.given.get(key, {}).get("tp", default)
+        return default if self.given is None else self.given.get(key, {}).get(axis, default)
 
-    def _before_given(self, shape: Sequence[int]) -> Placement:
-        splits = self.given is None and divides(shape, shard(0), self._places["tp"].size)
+    def _before_given(self, axis: str, shape: Sequence[int]) -> Placement:
+        splits = self.given is None and divides(shape, shard(0), self._places[axis].size)
         return shard(0) if splits else REPLICATED
 
 
@@ -253,8 +276,9 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def laid_out_by(step: StepGraph) -> dict[tuple[str, str], dict[str, Placement]]:
-    """How the state that a program takes lies over tp: of each of its tensors, where tp has more than one rank."""
-    if "tp" not in step.axes:
+    """How the state that a program takes lies over ep and tp: of each tensor, over those of more than one rank."""
+    axes = [axis for axis in STATE_AXES if axis in step.axes]
+    if not axes:
         return {}
     state = [node for node in step.inputs("parameter", "buffer", "optimizer") if yields_tensor(node)]
-    return {node.meta["entry"].key: {"tp": placement_of(node, "tp")} for node in state}
+    return {node.meta["entry"].key: {axis: placement_of(node, axis) for axis in axes} for node in state}

@@ -81,12 +81,12 @@ class StepState:
         return self._layouts.given
 
     def lay_out(self, placements: Placements) -> None:
-        """Let tensors lie over tp as the step's programs take them; all ranks must call this, once, with the same.
+        """Let tensors lie over ep and tp as the step's programs take them; all ranks call this, once, with the same.
 
         Where model and optimizer are bound already, what lies otherwise is moved; [Note: bound before it is laid out].
 
         Args:
-            placements: (kind, name) -> {"tp": R or S(dim)} of parameters, buffers (R) and optimizer state; what is
+            placements: (kind, name) -> {axis: R or S(dim)} of parameters, buffers (R) and optimizer state; what is
                 not in it is as `laid_out` says.
         """
         known = self._layouts.are_known

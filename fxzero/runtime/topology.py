@@ -2,10 +2,11 @@
 
 [Note: mesh of the state]
 Ranks are numbered with the plan's last axis fastest. DTensor splits a dim by the mesh's dims in their order, outermost
-first. Where tp and dp both split dim 0 of a tensor, tp must split first: ZeRO's rows are rows of what a tp rank holds.
-So the DTensors that model and optimizer own lie over a mesh of their own, with tp as its first dim: the same ranks and
-the same process groups, given to it in another order. Two `Shard(0)` then mean what is meant, and gathers, checkpoints
-and redistribution, which all read mesh and placements, need to know nothing else.
+first. Where tp and dp both split dim 0 of a tensor, tp must split first: ZeRO's rows are rows of what a tp rank holds;
+and ep splits before tp, which has parts of its rank's experts. So the DTensors that model and optimizer own lie over a
+mesh of their own, with ep and tp as its first dims: the same ranks and the same process groups, given to it in another
+order. Two `Shard(0)` then mean what is meant, and gathers, checkpoints and redistribution, which all read mesh and
+placements, need to know nothing else.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fxzero.errors import PlanError
 from fxzero.graph import collectives as c10d
+from fxzero.graph.axis_placement import STATE_AXES
 from fxzero.graph.collectives import node_axis
 from fxzero.plan import Plan
 from fxzero.runtime import gloo
@@ -49,7 +51,7 @@ class Topology:
         mesh: the device mesh; None in a single process without torch.distributed.
         backend: what carries collectives: "nccl", "gloo", "fake", or "shm" (gloo, on one host).
         groups: axis, or part of one -> its process group; with "shm" also `channel_key` of it -> its channel.
-        state_mesh: what DTensors of the state lie over: the device mesh, tp first; [Note: mesh of the state].
+        state_mesh: what DTensors of the state lie over: the device mesh, ep and tp first; [Note: mesh of the state].
     """
 
     plan: Plan
@@ -76,7 +78,7 @@ class Topology:
         backend = gloo.backend_of(mesh.get_group(next(iter(axes))), device_type)
         if backend == "gloo":
             gloo.rest_at_exit()
-        return cls(plan, mesh, backend, groups, _tp_first(mesh))
+        return cls(plan, mesh, backend, groups, _in_order_of_state(mesh))
 
     def sharing_memory(self) -> Topology:
         """The same with channels through shared memory, where all ranks are CPU ranks of one host; all must call this.
@@ -148,12 +150,13 @@ def ranks_along(ranks: torch.Tensor, axes: Sequence[str], *along: str) -> torch.
     return last.reshape(-1, math.prod(ranks.shape[dim] for dim in dims))
 
 
-def _tp_first(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh with tp as its first dim, over the same process groups."""
+def _in_order_of_state(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh with ep and tp as its first dims, over the same process groups."""
     names = mesh.mesh_dim_names or ()
-    if "tp" not in names[1:]:
+    first = [names.index(axis) for axis in STATE_AXES if axis in names]
+    order = [*first, *(dim for dim in range(len(names)) if dim not in first)]
+    if order == sorted(order):
         return mesh
-    order = sorted(range(len(names)), key=lambda dim: names[dim] != "tp")
     ranks = mesh.mesh.permute(order).contiguous()
     groups = [mesh.get_group(names[dim]) for dim in order]
     return DeviceMesh.from_group(

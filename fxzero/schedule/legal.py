@@ -5,6 +5,7 @@ Beside what a call reads, there comes first
 - for the next gather of a parameter: the release of the one before;
 - for a call that writes over its input, and for the next value of state: all that still read the old value, of a move
   or a collective its wait;
+- for an update, or a gradient that goes out: the check whether rows of experts had room;
 - for a random call, one with an effect, or one at which the host waits for the device: the one before it of its kind.
 
 Collectives may change places, those of one process group too: ranks agree on the text of the program, and so on theirs.
@@ -25,6 +26,7 @@ from fxzero.graph import collectives as c10d
 from fxzero.graph.edit import keeps_effect
 from fxzero.graph.order_rules import Pair, required_order
 from fxzero.graph.randomness import is_random
+from fxzero.graph.routing_ops import check_room
 from fxzero.graph.step_graph import first_argument, iter_views
 from fxzero.graph.storage import InPlace
 from fxzero.graph.synchronisation import synchronisations
@@ -44,6 +46,8 @@ def kept_order(step: StepGraph, in_place: InPlace) -> Iterator[Pair]:
     for release in filter(c10d.is_release, step.calls()):
         for value in release.all_input_nodes:
             yield from ((reader, release) for reader in _readers_to_release(value) if reader is not release)
+    updates = [node for node in step.calls() if node.meta["phase"] == "update"]
+    yield from ((check, node) for check in step.calls(check_room) for node in updates)
     position = in_place.position
     pairs = [*required_order(step)]
     pairs += [(reader, node) for node, readers in in_place.written_after.items() for reader in readers]

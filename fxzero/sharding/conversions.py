@@ -9,6 +9,7 @@
 Each of these holds for shards of several blocks. Between S(d) and S(d, k) there is none: which ranks send to which
 depends on the rank, and a graph is the same on all. So these go by way of a shard of another dim, two all-to-alls that
 move 2 / n of the value over n ranks; where there is no such dim, or two ranks only, by way of the whole.
+Rows of experts, E(d, m of n), are taken from R and put into P(sum); from others and to others it goes by way of these.
 Collectives work along dim 0 of contiguous tensors, so parts along another dim are brought to the front by a copy,
 unless they are of one block and the dims before it have one element.
 """
@@ -23,8 +24,8 @@ import torch
 from torch import fx
 
 from fxzero.graph import collectives as c10d
-from fxzero.graph import ops
-from fxzero.graph.axis_placement import REPLICATED, Placement, divides, local_shape, shard
+from fxzero.graph import ops, routing_ops
+from fxzero.graph.axis_placement import REPLICATED, Placement, divides, local_shape, partial, shard
 from fxzero.graph.edit import Editor
 
 aten = torch.ops.aten
@@ -41,6 +42,8 @@ ALGORITHMS = {
     "norm": "all_reduce",
     "scatter": "reduce_scatter",
     "exchange": "all_to_all",
+    "take": None,
+    "lay": None,
 }
 
 
@@ -56,7 +59,9 @@ def conversion(before: Placement, after: Placement) -> str | None:
         return ("scatter" if kinds == "PS" else "put") if sums else None
     if kinds == "SS" and before.dim == after.dim:
         return None
-    return {"RS": "keep", "SR": "gather", "SS": "exchange"}.get(kinds)
+    if kinds == "EP":
+        return "lay" if after.reduction == "sum" else None
+    return {"RS": "keep", "SR": "gather", "SS": "exchange", "RE": "take"}.get(kinds)
 
 
 def route(shape: tuple[int, ...], before: Placement, after: Placement, ranks: int) -> tuple[Placement, ...]:
@@ -71,6 +76,8 @@ def route(shape: tuple[int, ...], before: Placement, after: Placement, ranks: in
         return ()
     if conversion(before, after) is not None:
         return (after,)
+    if before.is_routed != after.is_routed and not (before.is_routed and after.is_partial):
+        return (partial() if before.is_routed else REPLICATED, after)
     if not (before.is_shard and after.is_shard) or before == after:
         return ()
     others = (shard(dim) for dim in range(len(shape)) if dim != before.dim)
@@ -88,8 +95,8 @@ def copied_bytes(shape: tuple[int, ...], itemsize: int, before: Placement, after
         ranks: of the axis.
     """
     done, whole = conversion(before, after), itemsize * math.prod(shape)
-    if done in ("keep", "own", "put"):
-        return whole / ranks if done == "keep" else whole
+    if done in ("keep", "own", "put", "take", "lay"):
+        return whole * after.share(ranks)
     if done == "exchange":
         return 2 * whole / ranks
     if done == "gather":
@@ -112,8 +119,28 @@ class Axis:
     coordinate: fx.Node
 
 
+@dataclass(frozen=True)
+class OfRows:
+    """Whose rows of experts they are that are converted.
+
+    Args:
+        ends: yields where each expert's rows end, whole.
+        room: for how many rows a rank has room.
+    """
+
+    ends: fx.Node
+    room: int
+
+
 def convert(
-    editor: Editor, value: fx.Node, shape: tuple[int, ...], before: Placement, after: Placement, axis: Axis
+    editor: Editor,
+    value: fx.Node,
+    shape: tuple[int, ...],
+    before: Placement,
+    after: Placement,
+    axis: Axis,
+    *,
+    of_rows: OfRows | None = None,
 ) -> fx.Node:
     """Insert the one conversion that makes this rank's part of a value lie in another way.
 
@@ -123,6 +150,7 @@ def convert(
         shape: of the whole value.
         before, after: how it lies, and how it shall.
         axis: over which.
+        of_rows: of rows of experts, whose they are.
     """
     done = conversion(before, after)
     stem = f"{value.name}_{axis.name}"
@@ -136,8 +164,12 @@ def convert(
         return editor.call(ops.put_part, value, *_parts_of(before, axis), name=f"{stem}_put")
     if done == "gather":
         return _gathered(editor, value, shape, before, axis, stem)
+    if done in ("take", "lay"):
+        assert of_rows is not None
+        return (_taken if done == "take" else _laid)(editor, value, before, after, axis, of_rows)
     if done == "reduce":
-        return editor.all_reduce(value, axis.name, op="sum", stem=stem)
+        summed = editor.all_reduce(_sendable(editor, value), axis.name, op="sum", stem=stem)
+        return _of_dtype(editor, summed, value.meta["val"].dtype)
     if done == "greatest":
         return editor.all_reduce(value, axis.name, op="max", stem=stem)
     if done == "norm":
@@ -147,6 +179,18 @@ def convert(
         return _scattered(editor, value, local_shape(shape, after, axis.ranks), after, axis, stem)
     assert done == "exchange", (before, after)
     return _exchanged(editor, value, shape, before, after, axis, stem)
+
+
+def _taken(editor: Editor, whole: fx.Node, before: Placement, after: Placement, axis: Axis, of_rows: OfRows) -> fx.Node:
+    ends, place, stem = of_rows.ends, (axis.ranks, axis.coordinate), f"{whole.name}_{axis.name}"
+    if whole is ends:
+        return editor.call(routing_ops.own_ends, ends, *place, of_rows.room, name=f"{stem}_own")
+    return editor.call(routing_ops.take_rows, whole, ends, after.dim, *place, after.room, name=f"{stem}_taken")
+
+
+def _laid(editor: Editor, part: fx.Node, before: Placement, after: Placement, axis: Axis, of_rows: OfRows) -> fx.Node:
+    place = (before.dim, axis.ranks, axis.coordinate, before.rows)
+    return editor.call(routing_ops.put_rows, part, of_rows.ends, *place, name=f"{part.name}_{axis.name}_put")
 
 
 def _parts_of(lies: Placement, axis: Axis) -> tuple[Any, ...]:
@@ -168,9 +212,9 @@ def _gathered(
 def _scattered(
     editor: Editor, value: fx.Node, part: tuple[int, ...], lies: Placement, axis: Axis, stem: str
 ) -> fx.Node:
-    sent = _to_front(editor, value, lies, axis.ranks)
+    sent, dtype = _to_front(editor, _sendable(editor, value), lies, axis.ranks), value.meta["val"].dtype
     launch = editor.call(c10d.reduce_scatter, sent, "sum", axis.ranks, axis.name, name=f"{stem}_scatter")
-    return _viewed(editor, editor.call(c10d.wait, launch, name=f"{stem}_part"), list(part))
+    return _of_dtype(editor, _viewed(editor, editor.call(c10d.wait, launch, name=f"{stem}_part"), list(part)), dtype)
 
 
 def _exchanged(

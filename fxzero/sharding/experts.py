@@ -1,5 +1,6 @@
 """Products of groups of rows with a matrix each, one for each expert: split along the columns, or along what is summed.
 
+Where ranks have experts of their own, calls are made on the rows of these: `routing.py`.
 Source: Megatron-LM (Shoeybi et al., 2019), section 3, for each expert by itself.
 """
 
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fxzero.graph import routing_ops
 from fxzero.graph.axis_placement import REPLICATED, partial, shard
 from fxzero.sharding.strategy import Call, Strategy, fits, replicated
 
@@ -35,3 +37,18 @@ def grouped_mm_backward(call: Call) -> Iterator[Strategy]:
     columns = Strategy((REPLICATED, shard(2), REPLICATED, shard(1)), (partial(), shard(2)), share=1 / call.ranks)
     summed = Strategy((shard(1), shard(1), REPLICATED, REPLICATED), (shard(1), shard(1)), share=1 / call.ranks)
     yield from (strategy for strategy in (columns, summed) if fits(call, strategy))
+
+
+def rows_of_experts(call: Call) -> Iterator[Strategy]:
+    """The ways of the ops of rows of experts over another axis than that of the experts.
+
+    Ends and counts are whole. What rows are taken of, or put into, lies as before along each other dim; summands stay
+    summands.
+    """
+    yield replicated(call)
+    if call.target not in (routing_ops.take_rows, routing_ops.keep_rows, routing_ops.put_rows):
+        return
+    yield Strategy((partial(), REPLICATED), (partial(),))
+    dims = (shard(dim) for dim in range(len(call.tensors[0].shape)) if dim != call.args[2])
+    ways = (Strategy((lies, REPLICATED), (lies,), share=1 / call.ranks) for lies in dims)
+    yield from (strategy for strategy in ways if fits(call, strategy))

@@ -131,7 +131,7 @@ class Problem:
 
     def kept_bytes(self, value: Value, lies: Placement) -> float:
         """What a rank keeps of a value for backward, where it lies so."""
-        return value.kept / (self.ranks if lies.is_shard else 1)
+        return value.kept * lies.share(self.ranks)
 
 
 def placements_of_state(shape: tuple[int, ...], ranks: int) -> list[Placement]:

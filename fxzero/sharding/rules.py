@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from fxzero import compat, compat_sharding
+from fxzero.graph import routing_ops
 from fxzero.graph.call_signature import call_signature
 from fxzero.graph.randomness import draws
 from fxzero.graph.step_graph import yields_scalar
@@ -31,6 +32,7 @@ from fxzero.sharding import (
 )
 from fxzero.sharding import draws as random_draws
 from fxzero.sharding.dtensor_rules import by_dtensor
+from fxzero.sharding.routing import Routing
 from fxzero.sharding.strategy import Call, Strategy, replicated, with_blocks
 from fxzero.sharding.views import VIEWS, views
 
@@ -84,6 +86,7 @@ def own_rules() -> dict[str, Rule]:
     rules |= dict.fromkeys(VIEWS, views)
     rules |= {op.name(): elementwise.elementwise for op in elementwise.UNKNOWN_TO_DTENSOR}
     rules |= other_axes.rules()
+    rules |= {op.name(): experts.rows_of_experts for op in routing_ops.OPS}
     rules["aten::view.dtype"] = by_dtensor  # which is no view in another shape
     return rules
 
@@ -96,18 +99,21 @@ class Rules:
         head_blocks, attention: as of `Call`.
 
     Attributes:
+        routing: which values are rows that are sorted by expert; none until it is set.
         unknown: ops that no rule knows, with how many distinct calls they are.
     """
 
     def __init__(self, ranks: int, *, head_blocks: int = 1, attention: str = "auto") -> None:
         self.ranks, self.head_blocks, self.attention = ranks, head_blocks, attention
+        self.routing = Routing()
         self.unknown: dict[str, int] = {}
         self._known: dict[Hashable, tuple[Strategy, ...]] = {}
         self._signatures: dict[fx.Node, Hashable] = {}
 
     def signature(self, node: fx.Node) -> Hashable:
         """What the ways of a call depend on."""
-        return call_signature(node, self._signatures)
+        found = call_signature(node, self._signatures)
+        return (found, self.routing.key(node)) if self.routing.ends else found
 
     def of(self, node: fx.Node, blocks: tuple[int, ...] = (1,)) -> tuple[Strategy, ...]:
         """The ways of a call whose inputs and value are whole; the first is that every rank does all of it.
@@ -122,7 +128,8 @@ class Rules:
         key = self.signature(node), of_step, blocks
         if key not in self._known:
             call = Call.of(node, self.ranks, blocks=blocks, head_blocks=self.head_blocks, attention=self.attention)
-            self._known[key] = tuple(self._asked(call))
+            plain = tuple(self._asked(call))
+            self._known[key] = self.routing.ways(node, plain) if self.routing.ends else plain
         return self._known[key]
 
     def _asked(self, call: Call) -> Iterator[Strategy]:

@@ -130,6 +130,7 @@ class Local:
         call: as rules see it.
         axis: name of the mesh axis.
         coordinate: yields the input that holds this rank's index on the axis.
+        ends: yields where the rows of experts end that are dim 0 of an input of the call; whole on each rank.
     """
 
     editor: Editor
@@ -139,6 +140,7 @@ class Local:
     call: Call
     axis: str
     coordinate: Callable[[], fx.Node]
+    ends: Callable[[fx.Node], fx.Node]
 
     @contextmanager
     def made_of(self, *args: Any, **kwargs: Any) -> Iterator[fx.Node]:

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxzero.graph import Sharding, StateEntry, StepGraph
 from fxzero.graph import collectives as c10d
-from fxzero.graph.axis_placement import REPLICATED, Placement, partial, shard
+from fxzero.graph.axis_placement import REPLICATED, Placement, partial, routed, shard
 from fxzero.graph.edit import Editor, coordinate
 from fxzero.graph.placement_rules import check_placements
 from fxzero.graph.rules import Context, Violation
@@ -138,14 +138,22 @@ FAULTS = {
     "a tuple for one": Fault("split", "gelu", "one placement over tp", lies((shard(1),))),
     "one for a tuple": Fault("conversions", "split_tensor", "a tuple of 2 placements", lies(shard(0))),
     "too few": Fault("conversions", "split_tensor", "a tuple of 2 placements", lies((shard(0),))),
-    "not a placement": Fault("split", "gelu", "a placement: R, S or P", lies("S(1)")),
-    "no such kind": Fault("split", "gelu", "a placement: R, S or P", lies(Placement("T"))),
+    "not a placement": Fault("split", "gelu", "a placement: R, S, P or E", lies("S(1)")),
+    "no such kind": Fault("split", "gelu", "a placement: R, S, P or E", lies(Placement("T"))),
     "no such reduction": Fault("split", "gelu", "a reduction in", lies(partial("min"))),
     "no such dim": Fault("split", "gelu", "a dim from 0 to 1", lies(shard(2))),
     "a shard of no dims": Fault("split", "mse_loss", "a tensor that has dims", lies(shard(0))),
     "a shard of a number": Fault("split", "neg", "a tensor, where it is not whole", lies(shard(0))),
     "blocks": Fault("split", "gelu", "equal parts of 3 blocks", lies(shard(1, 3))),
     "no blocks": Fault("split", "gelu", "equal parts of 0 blocks", lies(shard(1, 0))),
+    "rows of experts": Fault("split", "gelu", "a buffer of 3 rows", lies(routed(0, room=3, rows=8))),
+    "rows of experts of no dim": Fault("split", "gelu", "a dim from 0 to 1", lies(routed(2, room=3, rows=8))),
+    "an input by experts": Fault(
+        "split", "args_0", "an input whole or in parts over tp", lies(routed(0, room=4, rows=8))
+    ),
+    "a gather of rows of experts": Fault(
+        "split", "down_out", "a value that is partial", lies(routed(0, room=4, rows=8))
+    ),
     "rows over tp": Fault("conversions", "half", "a value whole over tp, where its rows", rows_over("tp")),
     "a partial input": Fault("split", "args_0", "an input whole or in parts over tp", lies(partial())),
     "a sum of whole values": Fault("split", "down_out", "a value that is partial over tp", lies(REPLICATED)),

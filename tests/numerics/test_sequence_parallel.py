@@ -189,7 +189,9 @@ def test_ranks_of_sp_train_as_one_device(ranks: int, groups: int, found: dict[in
 @pytest.mark.multirank
 def test_ranks_of_sp_are_told_of_another_batch(found: dict[int, Any]) -> None:
     for rank in found[2]:
-        assert "batch input args.0: expected the same on all ranks of a tp or sp group, [0, 1]" in rank["other batch"]
+        assert (
+            "batch input args.0: expected the same on all ranks of a tp, sp or ep group, [0, 1]" in rank["other batch"]
+        )
 
 
 @pytest.mark.multirank

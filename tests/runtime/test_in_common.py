@@ -86,10 +86,10 @@ def test_the_message_says_which_ranks_and_what_to_do() -> None:
     x, y = found(torch.ones(2)), found(torch.ones(3))
     said = difference_within([4, 5, 6], {4: x, 5: x, 6: y})
     assert said.startswith(
-        "batch input args.0: expected the same on all ranks of a tp or sp group, [4, 5, 6]; rank 4 has "
+        "batch input args.0: expected the same on all ranks of a tp, sp or ep group, [4, 5, 6]; rank 4 has "
     )
     assert "rank 4 has torch.float32[2] digest " in said and "got rank 6 has torch.float32[3] digest " in said
-    assert said.endswith("; call the step with the same batch on all ranks of a tp or sp group")
+    assert said.endswith("; call the step with the same batch on all ranks of a tp, sp or ep group")
     torch.rand(1)
     said = difference_within([0, 1], {0: x, 1: found(torch.ones(2))})
     assert said.startswith(f"{GENERATOR}: ") and "torch.manual_seed(seed + dp index)" in said

@@ -181,3 +181,35 @@ def test_state_that_starts_from_whole_values_is_refused_where_tp_may_split_it() 
         state = StepState(model, optimizer, topology, device=torch.device("cpu"))
         with pytest.raises(CaptureError, match="use zero=0 and no tp") if refused else contextlib.nullcontext():
             state.rehearsal()
+
+
+@given(ep=st.integers(1, 3), tp=st.integers(1, 2), dp=st.integers(1, 2), dim=st.integers(0, 1), as_rows=st.booleans())
+def test_ep_splits_first_then_tp_then_dp(ep: int, tp: int, dp: int, dim: int, as_rows: bool) -> None:
+    shape = (ep * tp * 3, 2 * tp)
+    whole = torch.arange(shape[0] * shape[1]).view(shape)
+    for i, j, k in itertools.product(range(ep), range(tp), range(dp)):
+        layout = Layout(shape, shard(dim), as_rows, Place(tp, j), Place(dp, k), over_ep=shard(0), ep=Place(ep, i))
+        part = whole.chunk(ep)[i].chunk(tp, dim)[j]
+        assert layout.is_split and layout.part_shape == tuple(part.shape)
+        memory = layout.memory_of_whole(whole)
+        rows = -(-len(part) // dp)
+        expected = part[k * rows : (k + 1) * rows] if as_rows else part
+        assert torch.equal(layout.local_of(memory), expected)
+        assert tuple(memory.shape) == layout.memory_shape and memory.is_contiguous()
+
+
+def test_experts_lie_over_ep_as_programs_say() -> None:
+    given = layouts({"ep": 2, "tp": 2, "dp": 2})
+    assert not given.are_known and given.may_split_state
+    assert given.of_parameter("w", (8, 4)).memory_shape == (1, 4), "before it is known: 2 of ep, 2 of tp, 2 of dp"
+    given.give({("parameter", "w"): {"ep": shard(0), "tp": shard(1)}})
+    lies = given.of_parameter("w", (4, 6, 2))
+    assert lies.memory_shape == (1, 3, 2)
+    assert [str(p) for p in lies.placements(("ep", "tp", "dp"))] == ["S(0)", "S(1)", "S(0)"]
+    assert given.of_state("w:m", (4, 6, 2), owner=(4, 6, 2)).memory_shape == (1, 3, 2)
+    assert given.of_parameter("gate", (4, 6)).memory_shape == (2, 6), "what is not said lies whole over ep and tp"
+
+
+def test_ep_alone_is_to_be_laid_out() -> None:
+    alone = layouts({"ep": 2, "dp": 1})
+    assert not alone.are_known and alone.of_parameter("w", (8, 4)).memory_shape == (4, 4)

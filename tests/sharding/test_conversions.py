@@ -99,7 +99,7 @@ def test_a_converted_value_is_the_same(data: st.DataObject, ranks: int) -> None:
 def test_every_kind_of_conversion_is_among_them() -> None:
     lies = placements([4, 4], torch.float32)
     found = {conversion(before, after) for before in lies for after in lies if before != after}
-    assert found - {None} == set(ALGORITHMS)
+    assert found - {None} == set(ALGORITHMS) - {"take", "lay"}  # those are in test_routing.py
 
 
 @pytest.mark.parametrize(
