@@ -41,7 +41,7 @@ import torch
 from torch import fx
 
 from fxzero.graph import collectives as c10d
-from fxzero.graph import compression_ops, error_feedback_ops, ops, routing_ops, swap_ops
+from fxzero.graph import compression_ops, error_feedback_ops, ops, routing_ops, row_exchange_ops, swap_ops
 from fxzero.graph.step_graph import ADDED_UP, PHASES, StepGraph, num_bytes
 from fxzero.graph.type_text import (
     dtype_names,
@@ -60,7 +60,7 @@ SHORT_NAMES: dict[Any, str] = {
     ops.release: "release",
     ops.local_shard: "local_shard",
     **{op: op.name().removeprefix("fxzero::") for op in (*compression_ops.OPS, *error_feedback_ops.OPS, *swap_ops.OPS)},
-    **{op: op.name().removeprefix("fxzero::") for op in routing_ops.OPS},
+    **{op: op.name().removeprefix("fxzero::") for op in (*routing_ops.OPS, *row_exchange_ops.OPS)},
     ops.local_part: "local_part",
     ops.put_part: "put_part",
     ops.on_rank: "on_rank",
