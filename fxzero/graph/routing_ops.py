@@ -7,8 +7,10 @@ keep_rows(part, ends, dim, num_parts, index) -> part    zeros behind these rows
 put_rows(part, ends, dim, num_parts, index, rows) -> x  zeros, but for these rows, where they stood
 rows_by_rank(ends, num_parts) -> rows [len(ends), num_parts]
                                                         of each of some tensors of ends, how many rows each rank has
-check_room(rows, rooms, numbers, axis, names)           an error where some rank has more rows than there is room for;
-                                                        the host waits for the numbers
+check_room(rows, places, rooms, numbers, num_parts, axis, names)
+                                                        an error where there are more rows at some place, one of a
+                                                        rank or of a pair of ranks, than room; `places` says for each
+                                                        name how many of `rows` are its; the host waits for them
 
 [Note: rows of experts]
 The rows of a tensor are sorted by expert along a dim, and `ends` says behind which row each expert's end. Rank i of n
@@ -21,6 +23,7 @@ room for are left out; a step that has less room than all rows need therefore as
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -33,7 +36,8 @@ _LIBRARY.define("take_rows(Tensor x, Tensor ends, int dim, int num_parts, SymInt
 _LIBRARY.define("keep_rows(Tensor part, Tensor ends, int dim, int num_parts, SymInt index) -> Tensor")
 _LIBRARY.define("put_rows(Tensor part, Tensor ends, int dim, int num_parts, SymInt index, int rows) -> Tensor")
 _LIBRARY.define("rows_by_rank(Tensor[] ends, int num_parts) -> Tensor")
-_LIBRARY.define("check_room(Tensor rows, int[] rooms, int[] numbers, str axis, str[] names) -> ()")
+_PLACES = "int[] places, int[] rooms, int[] numbers, int num_parts"
+_LIBRARY.define(f"check_room(Tensor rows, {_PLACES}, str axis, str[] names) -> ()")
 
 
 def _span(ends: torch.Tensor, num_parts: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,24 +120,47 @@ def _rows_by_rank_fake(ends: list[torch.Tensor], num_parts: int) -> torch.Tensor
 
 
 @torch.library.impl(_LIBRARY, "check_room", "CompositeExplicitAutograd")
-def _check_room(rows: torch.Tensor, rooms: list[int], numbers: list[int], axis: str, names: list[str]) -> None:
-    ranks, counts = rows.shape[1], rows.tolist()
-    over = {(layer, rank): count for layer, row in enumerate(counts) for rank, count in enumerate(row)}
-    over = {at: count for at, count in over.items() if count > rooms[at[0]]}
+def _check_room(
+    rows: torch.Tensor,
+    places: list[int],
+    rooms: list[int],
+    numbers: list[int],
+    num_parts: int,
+    axis: str,
+    names: list[str],
+) -> None:
+    counts = iter(rows.tolist())
+    over = [
+        (count * many / number, entry, place, count)
+        for entry, (many, room, number) in enumerate(zip(places, rooms, numbers, strict=True))
+        for place, count in enumerate(itertools.islice(counts, many))
+        if count > room
+    ]
     if not over:
         return
-    layer, rank = max(over, key=lambda at: over[at] * ranks / numbers[at[0]])
-    needed = over[layer, rank] * ranks / numbers[layer]
+    needed, entry, place, count = max(over)
+    is_pair, where = places[entry] > num_parts, f"rank {place} of {axis}"
+    if is_pair:
+        where = f"rank {place // num_parts} to rank {place % num_parts} of {axis}"
+    what = "rows that it sends" if is_pair else "rows for its experts"
     raise PlanError.of(
-        f"Plan.expert_room, {names[layer]}, rank {rank} of {axis}",
-        expected=f"at most {rooms[layer]} rows for its experts, of {numbers[layer]} rows over {ranks} ranks",
-        got=str(over[layer, rank]),
+        f"Plan.expert_room, {names[entry]}, {where}",
+        expected=f"at most {rooms[entry]} {what}, of {numbers[entry]} rows over {num_parts} ranks",
+        got=str(count),
         fix=f"set expert_room to {math.ceil(needed * 100) / 100} or more, or to 'all'; nothing has been updated",
     )
 
 
 @torch.library.register_fake("fxzero::check_room", lib=_LIBRARY)
-def _check_room_fake(rows: torch.Tensor, rooms: list[int], numbers: list[int], axis: str, names: list[str]) -> None:
+def _check_room_fake(
+    rows: torch.Tensor,
+    places: list[int],
+    rooms: list[int],
+    numbers: list[int],
+    num_parts: int,
+    axis: str,
+    names: list[str],
+) -> None:
     return None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fxzero.graph import routing_ops
+from fxzero.graph import routing_ops, row_exchange_ops
 from fxzero.graph.axis_placement import REPLICATED, partial, shard
 from fxzero.sharding.strategy import Call, Strategy, fits, replicated
 
@@ -40,15 +40,19 @@ def grouped_mm_backward(call: Call) -> Iterator[Strategy]:
 
 
 def rows_of_experts(call: Call) -> Iterator[Strategy]:
-    """The ways of the ops of rows of experts over another axis than that of the experts.
+    """The ways of the ops of rows of experts, and of rows by all-to-all, over another axis than that of the experts.
 
     Ends and counts are whole. What rows are taken of, or put into, lies as before along each other dim; summands stay
     summands.
     """
     yield replicated(call)
-    if call.target not in (routing_ops.take_rows, routing_ops.keep_rows, routing_ops.put_rows):
+    if call.target in (routing_ops.take_rows, routing_ops.keep_rows, routing_ops.put_rows):
+        of_rows = call.args[2]
+    elif call.target in (row_exchange_ops.pick_rows, row_exchange_ops.add_rows):
+        of_rows = 0
+    else:
         return
     yield Strategy((partial(), REPLICATED), (partial(),))
-    dims = (shard(dim) for dim in range(len(call.tensors[0].shape)) if dim != call.args[2])
+    dims = (shard(dim) for dim in range(len(call.tensors[0].shape)) if dim != of_rows)
     ways = (Strategy((lies, REPLICATED), (lies,), share=1 / call.ranks) for lies in dims)
     yield from (strategy for strategy in ways if fits(call, strategy))

@@ -35,6 +35,7 @@ Rows = tuple[fx.Node, int]
 Ways = Callable[[fx.Node], tuple[Strategy, ...]]
 
 _FALLBACK = "transformers::grouped_mm_fallback"
+_ZEROS = (aten.new_zeros.default, aten.zeros_like.default, aten.zeros.default)
 _GROUPED = (_FALLBACK, f"{_FALLBACK}_backward", "aten::_grouped_mm")
 
 
@@ -74,13 +75,17 @@ class Routing:
         return cls(ranks, found, number, factor)
 
     def key(self, node: fx.Node) -> Hashable:
-        """What the ways of a call depend on beside the call itself: which of its tensors are routed, alike or not."""
+        """What the ways of a call depend on beside the call itself.
+
+        That is which of its tensors are routed, alike or not, and whether it adds to zeros.
+        """
         all_ends = list(dict.fromkeys(self.number))
         tensors = [*_taken(node), *(source for source in _yielded(node) if source is not None)]
         dims = [[self.ends.get((tensor, dim)) for dim in range(tensor.meta["val"].dim())] for tensor in tensors]
         known = [ends for of_tensor in dims for ends in of_tensor if ends is not None]
         first = {ends: known.index(ends) for ends in all_ends if ends in known}
-        return tuple(tuple(first.get(ends, -1) if ends else -1 for ends in of_tensor) for of_tensor in dims)
+        routed = tuple(tuple(first.get(ends, -1) if ends else -1 for ends in of_tensor) for of_tensor in dims)
+        return routed, adds_to_zeros(node)
 
     def ends_of(self, node: fx.Node, before: Placement, after: Placement) -> fx.Node | None:
         """What a conversion of a value from or to rows of experts needs to know: where they end."""
@@ -92,6 +97,10 @@ class Routing:
     def room(self, rows: int) -> int:
         """For how many of so many rows a rank has room."""
         return min(rows, math.ceil(self.factor * rows / self.ranks)) if self.factor else rows
+
+    def pair_room(self, rows: int) -> int:
+        """For how many of so many rows there is room from one rank to another; 0 where there is room for all."""
+        return math.ceil(self.factor * rows / self.ranks**2) if 0 < self.factor < self.ranks else 0
 
     def ways(self, node: fx.Node, plain: Sequence[Strategy]) -> tuple[Strategy, ...]:
         """All ways of a call; a product of experts is made by the ranks that have them, and in no other way.
@@ -105,7 +114,8 @@ class Routing:
         on_rows = filter(None, (self._on_rows(node, strategy) for strategy in plain))
         return (*plain, *self._adding_up(node), *on_rows)
 
-    def _lies(self, tensor: fx.Node, dim: int) -> Placement:
+    def lies(self, tensor: fx.Node, dim: int) -> Placement:
+        """How a tensor lies whose rows along a dim are those of a rank's experts."""
         rows = tensor.meta["val"].shape[dim]
         return routed(dim, room=self.room(rows), rows=rows)
 
@@ -117,8 +127,8 @@ class Routing:
             return None
         taken = zip(_taken(node), strategy.inputs, strict=True)
         yielded = zip(_yielded(node), strategy.outputs, strict=True)
-        inputs = tuple(self._lies(tensor, lies.dim) if lies.is_shard else lies for tensor, lies in taken)
-        outputs = tuple(self._lies(t, lies.dim) if t and lies and lies.is_shard else lies for t, lies in yielded)
+        inputs = tuple(self.lies(tensor, lies.dim) if lies.is_shard else lies for tensor, lies in taken)
+        outputs = tuple(self.lies(t, lies.dim) if t and lies and lies.is_shard else lies for t, lies in yielded)
         size = rows[0][0].meta["val"].shape[rows[0][1]]
         return Strategy(inputs, outputs, share=self.room(size) / size)
 
@@ -131,7 +141,7 @@ class Routing:
         experts = ends.meta["val"].shape[0]
         if experts % self.ranks:
             return
-        of_rows = {tensor: self._lies(tensor, dim) for tensor, dim in grouped}
+        of_rows = {tensor: self.lies(tensor, dim) for tensor, dim in grouped}
         of_ends = routed(0, room=experts // self.ranks, rows=experts)
 
         def lies(tensor: fx.Node | None) -> Placement:
@@ -144,7 +154,7 @@ class Routing:
 
     def _adding_up(self, node: fx.Node) -> Iterator[Strategy]:
         """Each rank adds the rows of its experts at their places: what all add up to is the value."""
-        if node.target is not aten.index_put.default or len(node.args) < 4 or not node.args[3]:
+        if not _adds(node):
             return
         indices: Any = node.args[1]
         values: Any = node.args[2]
@@ -153,11 +163,20 @@ class Routing:
         ends = self.ends.get((indices[0], 0))
         if ends is None or self.ends.get((values, 0)) is not ends:
             return
-        index, rows = self._lies(indices[0], 0), self._lies(values, 0)
+        index, rows = self.lies(indices[0], 0), self.lies(values, 0)
         yield Strategy((partial(), index, rows), (partial(),), form=_adds_own_rows, share=rows.share(self.ranks))
 
 
 NOTHING_ROUTED = Routing()
+
+
+def adds_to_zeros(node: fx.Node) -> bool:
+    """Whether a call is an `index_put` that adds rows to zeros."""
+    return _adds(node) and isinstance(node.args[0], fx.Node) and node.args[0].target in _ZEROS
+
+
+def _adds(node: fx.Node) -> bool:
+    return node.target is aten.index_put.default and len(node.args) == 4 and bool(node.args[3])
 
 
 def _adds_own_rows(local: Local) -> tuple[fx.Node | None, ...]:

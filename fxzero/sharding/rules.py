@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from fxzero import compat, compat_sharding
-from fxzero.graph import routing_ops
+from fxzero.graph import routing_ops, row_exchange_ops
 from fxzero.graph.call_signature import call_signature
 from fxzero.graph.randomness import draws
 from fxzero.graph.step_graph import yields_scalar
@@ -32,6 +32,7 @@ from fxzero.sharding import (
 )
 from fxzero.sharding import draws as random_draws
 from fxzero.sharding.dtensor_rules import by_dtensor
+from fxzero.sharding.exchanged_rows import by_all_to_all
 from fxzero.sharding.routing import Routing
 from fxzero.sharding.strategy import Call, Strategy, replicated, with_blocks
 from fxzero.sharding.views import VIEWS, views
@@ -86,7 +87,7 @@ def own_rules() -> dict[str, Rule]:
     rules |= dict.fromkeys(VIEWS, views)
     rules |= {op.name(): elementwise.elementwise for op in elementwise.UNKNOWN_TO_DTENSOR}
     rules |= other_axes.rules()
-    rules |= {op.name(): experts.rows_of_experts for op in routing_ops.OPS}
+    rules |= {op.name(): experts.rows_of_experts for op in (*routing_ops.OPS, *row_exchange_ops.OPS)}
     rules["aten::view.dtype"] = by_dtensor  # which is no view in another shape
     return rules
 
@@ -129,8 +130,11 @@ class Rules:
         if key not in self._known:
             call = Call.of(node, self.ranks, blocks=blocks, head_blocks=self.head_blocks, attention=self.attention)
             plain = tuple(self._asked(call))
-            self._known[key] = self.routing.ways(node, plain) if self.routing.ends else plain
+            self._known[key] = self._with_routed(node, plain) if self.routing.ends else plain
         return self._known[key]
+
+    def _with_routed(self, node: fx.Node, plain: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
+        return (*self.routing.ways(node, plain), *by_all_to_all(node, self.routing))
 
     def _asked(self, call: Call) -> Iterator[Strategy]:
         found: dict[Hashable, Strategy] = {}

@@ -130,7 +130,7 @@ class Local:
         call: as rules see it.
         axis: name of the mesh axis.
         coordinate: yields the input that holds this rank's index on the axis.
-        ends: yields where the rows of experts end that are dim 0 of an input of the call; whole on each rank.
+        ends: yields where the rows of experts end that are dim 0 of an input of the call, or of its value; whole.
     """
 
     editor: Editor
@@ -190,7 +190,7 @@ class Message:
 
     Args:
         algorithm: as `cost.communication` names it.
-        num_bytes: of the whole tensor; of a shift, of what is passed on.
+        num_bytes: of the whole tensor; of a shift, of what is passed on; of an all-to-all, of what a rank sends.
         is_beside: it is under way while the call computes.
     """
 

@@ -39,10 +39,28 @@ def made(name: str) -> tuple[nn.Module, Any]:
         return capacity_model.CapacityModel(), capacity_model.batch
     if name == "dense":
         return nn.Sequential(nn.Linear(8, 8)), None
+    if name.startswith("many"):  # many_2: eight experts, two for each token
+        return many_experts(int(name.removeprefix("many_"))), long_batch
     model = CASES["mixtral"].model()
     if name == "auxiliary":
         model.config.output_router_logits, model.router_aux_loss_coef = True, 0.5
     return model.to(torch.bfloat16) if name == "bf16" else model, CASES["mixtral"].batch
+
+
+def many_experts(per_token: int) -> nn.Module:
+    """A Mixtral of eight experts."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "attn_implementation": "sdpa"}
+    experts = {"num_local_experts": 8, "num_experts_per_tok": per_token}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **heads, **experts, use_cache=False))
+
+
+def long_batch(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Rows of tokens, so many that experts have about as many each."""
+    ids = torch.randint(512, (4, 64), generator=generator)
+    return {"input_ids": ids, "labels": ids}
 
 
 @functools.cache
@@ -173,14 +191,14 @@ def test_a_rank_holds_rows_for_as_many_as_it_has_room(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mesh", [{"ep": 4}, {"dp": 2, "ep": 2}], ids=str)
 def test_too_little_room_is_an_error(mesh: dict[str, int], tmp_path: Path) -> None:
-    step = split("mixtral", mesh, tmp_path, expert_room=1.0)
+    step = split("mixtral", mesh, tmp_path, hardware="cpu", expert_room=1.0)
     says = (
         r"Plan.expert_room, model.layers.\d.mlp.experts, rank \d of ep: expected at most \d+ rows .* of 48 rows over "
     )
     with pytest.raises(PlanError, match=rf"{says}.*, got \d+; set expert_room to 1.\d+ or more") as refused:
         run("mixtral", step)
     enough = float(re.search(r"to (1\.\d+) or more", str(refused.value))[1])  # type: ignore[index]
-    step = split("mixtral", mesh, tmp_path, expert_room=enough)
+    step = split("mixtral", mesh, tmp_path, hardware="cpu", expert_room=enough)
     assert difference("mixtral", run("mixtral", step), dp=mesh.get("dp", 1)) <= TOLERANCE
 
 
