@@ -67,7 +67,7 @@ def test_tokens_are_gathered_where_that_moves_less(tmp_path: Path) -> None:
     step = many("many_2", {"ep": 4}, tmp_path, room=2.5)  # 2.5 times 2 of 4 are more than all
     verify(step)
     forth = [node for node in moved(step) if node.meta["phase"] == "forward" and node.meta["val"].dim() == 2]
-    assert len(gathered(step)) == 2 and len(forth) == 2, "to add up results over ranks, each first lays out those of all assignments"
+    assert len(gathered(step)) == 2 and len(forth) == 2, "results come back as they went, by rows of assignments"
     assert difference("many_2", run("many_2", step)) <= TOLERANCE
 
 
@@ -169,6 +169,15 @@ def test_what_is_added_to_has_to_be_zero() -> None:
     node, key = named["index_put_5"], routing.key(named["index_put_5"])
     node.replace_input_with(named["new_zeros_4"], named["_unsafe_view_17"])
     assert not tuple(by_all_to_all(node, routing)) and routing.key(node) != key
+
+
+@pytest.mark.parametrize("accumulate", [(), (False,)])
+def test_what_is_put_and_not_added_is_not_sent(accumulate: tuple[bool, ...]) -> None:
+    named, routing = routed_step(1.5)
+    node = named["index_put_7"]  # two assignments of a token: which of them is put is not said
+    assert tuple(by_all_to_all(node, routing))
+    node.args = (*node.args[:3], *accumulate)
+    assert not tuple(by_all_to_all(node, routing))
 
 
 def test_tokens_that_ranks_do_not_divide_are_not_sent() -> None:
