@@ -18,15 +18,18 @@ from torch import nn
 import fxzero
 from fxzero.cost.memory import highest_profile
 from fxzero.errors import PlanError
+from fxzero.graph.row_exchange_ops import pick_rows
 from tests.hf.models import CASES
 from tests.numerics.allocations import Counter, build_counter
 from tests.numerics.sparing import verifying_less
 from tests.numerics.worker import launch_for_results
+from tests.sharding.machines import free_network_file
 
 STEPS = 3
 TOLERANCE = 1e-5
 TOKENS = 512  # of the model whose memory is measured
 TIMEOUT_S = 200
+MACHINE = "free_network.toml"  # on which rows go by all-to-all
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(2 * TIMEOUT_S)]
 pytest.importorskip("transformers")
@@ -81,6 +84,9 @@ def on_two_ranks(folder: str) -> dict[str, Any]:
     found["not stopped"] = trained(step, later, 0)
     found["at dp=2"] = trained(resumed(compiled({"dp": 2}, seed=1), folder), later, 0)
     found["at ep=2"] = trained(resumed(compiled({"ep": 2}, seed=1), folder), later, 0)
+    sending = compiled({"ep": 2}, expert_room=1.9, hardware=str(Path(folder).parent / MACHINE))
+    found["by all-to-all"] = trained(sending, range(STEPS), 0)
+    found["sent"] = sum(len(graph.calls(pick_rows)) for graph in sending.graphs)
     refusing = compiled({"ep": 2}, expert_room=1.0)
     before = parameters(refusing)
     try:
@@ -148,6 +154,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(folder: Path) -> dict[int, Any]:
     """Number of ranks -> what each rank has found."""
     library, _ = build_counter(folder)
+    assert Path(free_network_file(folder)) == folder / MACHINE
     out = {}
     for ranks in (1, 2, 4):
         args = (str(library or ""), str(folder / "checkpoint"), str(ranks))
@@ -177,6 +184,11 @@ def test_ranks_of_ep_train_as_one_device(ranks: int, groups: int, found: dict[in
         assert rank["parameters"].keys() == expected.keys()
         for name, whole in expected.items():
             assert rank["parameters"][name] == pytest.approx(whole, rel=TOLERANCE, abs=TOLERANCE)
+
+
+def test_rows_go_by_all_to_all_between_real_ranks(found: dict[int, Any]) -> None:
+    for rank in found[2]:
+        assert rank["sent"] and rank["by all-to-all"] == pytest.approx(rank["losses"], rel=TOLERANCE)
 
 
 def test_each_rank_has_half_of_the_experts(found: dict[int, Any]) -> None:
