@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/train_gpt.py            # two ranks, ZeRO-3; two minutes on two cores
     torchrun --nproc-per-node 2 examples/train_gpt.py --resume   # goes on from the newest checkpoint
+    torchrun --nproc-per-node 4 examples/train_gpt.py --tp 2     # two by two: tensor parallel, and ZeRO-3 beside it
     python examples/train_gpt.py --zero 0                        # one process
 
 Model and optimizer are plain PyTorch; fxzero.compile makes them one sharded program per rank. The output
@@ -104,9 +105,9 @@ def windows(data, starts, args):
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def batch(data, args, *, step, rank):
-    """Random windows, always the same for the same (seed, step, rank)."""
-    generator = torch.Generator().manual_seed((args.seed * 1_000_000 + step) * 1_000 + rank)
+def batch(data, args, *, step, part):
+    """Random windows, always the same for the same (seed, step, part of the data-parallel ranks)."""
+    generator = torch.Generator().manual_seed((args.seed * 1_000_000 + step) * 1_000 + part)
     return windows(data, torch.randint(len(data) - args.context, (args.batch,), generator=generator), args)
 
 
@@ -145,7 +146,8 @@ def learning_rate_factor(step, args):
 def train(step, optimizer, data, args, *, done):
     """Steps `done` to `args.steps` have run; returns training losses and held-out losses by step."""
     train_data, held_out_data = data
-    rank, bytes_per_step = dist.get_rank(), args.batch * args.context * dist.get_world_size()
+    rank, part = dist.get_rank(), dist.get_rank() // (args.tp * args.sp)  # ranks of tp and sp have one batch
+    bytes_per_step = args.batch * args.context * args.dp
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: learning_rate_factor(i, args), last_epoch=done - 1
     )
@@ -153,7 +155,7 @@ def train(step, optimizer, data, args, *, done):
     bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, disable=rank > 0, unit="step")
     for i in bar:
         began_s = time.perf_counter()
-        losses[i] = step(*batch(train_data, args, step=i, rank=rank)).item()
+        losses[i] = step(*batch(train_data, args, step=i, part=part)).item()
         scheduler.step()
         tokens_per_s = bytes_per_step / (time.perf_counter() - began_s)
         bar.set_postfix_str(f"loss {losses[i]:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
@@ -214,7 +216,7 @@ def parse_arguments():
     """The command line, with the defaults that make the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=8, help="windows per rank and step")
+    parser.add_argument("--batch", type=int, default=8, help="windows of each data-parallel rank in a step")
     parser.add_argument("--context", type=int, default=128, help="bytes the model sees")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
@@ -222,6 +224,8 @@ def parse_arguments():
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--warmup", type=int, default=80, help="steps of rising learning rate")
     parser.add_argument("--zero", type=int, default=3, help="ZeRO stage, 0 to 3")
+    parser.add_argument("--tp", type=int, default=1, help="ranks over which matrices and heads are split")
+    parser.add_argument("--sp", type=int, default=1, help="ranks over which rows or their tokens are split")
     parser.add_argument("--precision", default="fp32", help="fp32, bf16, fp16, autocast:bf16 or autocast:fp16")
     parser.add_argument("--loss-scale", type=scale, help="dynamic, or a number that stays; fp16 needs one")
     parser.add_argument("--accumulate", type=int, default=1, help="microbatches that a step's batch is split into")
@@ -240,6 +244,9 @@ def main():
     """Trains, then writes curve, graph, report and a sample."""
     args = parse_arguments()
     args.device = start_ranks()
+    args.dp, left = divmod(dist.get_world_size(), args.tp * args.sp)
+    if left:
+        raise SystemExit(f"--tp {args.tp} --sp {args.sp}: {dist.get_world_size()} ranks are not a multiple of these")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     model = GPT(dim=args.dim, layers=args.layers, heads=args.heads, context=args.context).to(args.device)
@@ -248,7 +255,7 @@ def main():
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     plan = fxzero.Plan(
         zero=args.zero,
-        mesh={"dp": dist.get_world_size()},
+        mesh={"dp": args.dp, "sp": args.sp, "tp": args.tp},
         precision=args.precision,
         clip_grad_norm=args.clip_grad_norm,
         loss_scale=args.loss_scale,

@@ -17,11 +17,13 @@ from fxzero.cost.recorded import RecordedCosts
 from fxzero.errors import PlanError
 from fxzero.graph import AuxiliaryState, StepGraph
 from fxzero.graph import collectives as c10d
+from fxzero.graph.axis_placement import SPLIT_AXES
 from fxzero.graph.contract import Pass
 from fxzero.graph.placement import NOTHING_PLACED, Placement
 from fxzero.pass_manager import Pipeline
 from fxzero.passes.agree_on_overflow import agree_on_overflow
 from fxzero.passes.bucket_all_gathers import bucket_all_gathers
+from fxzero.passes.bucket_gradient_sums import bucket_gradient_sums
 from fxzero.passes.bucket_reduce_scatters import bucket_reduce_scatters
 from fxzero.passes.choose_buckets import choose_buckets
 from fxzero.passes.choose_collective_algorithms import choose_collective_algorithms
@@ -93,6 +95,7 @@ ALL_PASSES: tuple[Pass, ...] = (
     choose_collective_algorithms,
     choose_buckets,
     keep_gathered,
+    bucket_gradient_sums,
     bucket_all_gathers,
     bucket_reduce_scatters,
     prefetch_all_gathers,
@@ -228,6 +231,8 @@ def recipe(
         passes.append(compress_with_top_k.using(**feedback, fraction=plan.topk_fraction))
     if axes:
         passes.append(choose_collective_algorithms.using(**algorithms))
+    if form == "coalesced" and any(plan.axes.get(axis, 1) > 1 for axis in SPLIT_AXES):
+        passes.append(bucket_gradient_sums.using(bucket_bytes=bucket_bytes(plan)))
     bound = None if plan.memory_budget is None else plan.memory_budget - decided.bytes_beside
     machine = {"hardware": plan.hardware, "backend": backend, "memory_bytes": bound}
     passes += _bucketing(plan, machine, form=form, gathers=gathers) if axes else []

@@ -29,7 +29,7 @@ def bucket_reduce_scatters(step: StepGraph, *, bucket_bytes: int | None, form: s
             [n for n in step.calls(target) if n.meta["phase"] == "backward" and not c10d.moves_parts(n)]
         )
         for bucket in make_buckets(nodes, bucket_bytes, size_of=lambda n: num_bytes(first_argument(n).meta["val"])):
-            _delay_waits(bucket, step.positions())
+            delay_waits(bucket, step.positions())
             launch_together(step, bucket, at=bucket[-1], form=form)
             edits += len(bucket)
     return edits
@@ -59,8 +59,13 @@ def _downstream(launches: list[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _delay_waits(bucket: list[fx.Node], position: dict[fx.Node, int]) -> None:
-    """What hangs on the reductions of a bucket, and stands before the last of them, moves behind it."""
+def delay_waits(bucket: list[fx.Node], position: dict[fx.Node, int]) -> None:
+    """What hangs on the reductions of a bucket, and stands before the last of them, moves behind it.
+
+    Args:
+        bucket: reductions in program order.
+        position: of each node in the program.
+    """
     last = bucket[-1]
     found: set[fx.Node] = set()
     stack = [user for node in bucket for user in node.users]

@@ -44,7 +44,8 @@ def _reductions(rows: fx.Node) -> tuple[fx.Node, tuple[str, ...]] | None:
     """The gradient and the axes of the all-reduces between it and `rows`, if that is all there is."""
     axes: list[str] = []
     node = rows.args[0]
-    while isinstance(node, fx.Node) and c10d.is_wait(node) and len(node.users) == 1:
+    # A gradient may itself be waited for: it is added up or gathered over an axis that splits values.
+    while isinstance(node, fx.Node) and "grad_of" not in node.meta and c10d.is_wait(node) and len(node.users) == 1:
         launch = c10d.launched_by(node)
         if launch.target is not c10d.all_reduce:
             return None

@@ -1,4 +1,4 @@
-"""The examples run: the one that trains saves, and goes on from what it saved, on other ranks too; small and short."""
+"""The examples run: the one that trains saves, and goes on from what it saved, on another mesh too; small and short."""
 
 import re
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_the_example_trains_and_resumes(tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size > 0
     low = ("--zero", "1", "--precision", "bf16", "--clip-grad-norm", "1.0")
     small = ("--accumulate", "2", "--recompute", "blocks")
-    later = held_out_losses(tmp_path, "--resume", "--steps", "12", *low, *small, ranks=1)
+    later = held_out_losses(tmp_path, "--resume", "--steps", "12", "--tp", "2", *low, *small, ranks=2)
     assert later.keys() == {12} and later[12] < first[8] + 0.1
 
 

@@ -3,9 +3,7 @@
 Run as a module, this file is what each rank does.
 """
 
-import json
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from fxzero.errors import PlanError
 from fxzero.graph.row_exchange_ops import pick_rows
 from tests.hf.models import CASES
 from tests.numerics.allocations import Counter, build_counter
-from tests.numerics.sparing import verifying_less
+from tests.numerics.findings import write_findings
 from tests.numerics.worker import launch_for_results
 from tests.sharding.machines import free_network_file
 
@@ -114,32 +112,20 @@ def measured(mesh: dict[str, int] | None, library: str) -> dict[str, float]:
         ids = torch.randint(64, (1, TOKENS), generator=torch.Generator().manual_seed(0))
         for _ in range(STEPS):
             step(input_ids=ids, labels=ids)
-    peak = min(account.peaks[1:])  # of later steps: in one of them a thread may free a message late
-    return {"predicted": highest_profile(step.graphs)[1].peak_bytes, "measured": peak}
+    return {"predicted": highest_profile(step.graphs)[1].peak_bytes, "measured": account.later_peak}
 
 
-def main(path: Path, library: str, folder: str) -> None:
-    """One rank; rank 0 writes what all have found."""
-    ranks = int(sys.argv[4])
+def findings(ranks: int, library: str, folder: str) -> dict[str, Any]:
+    """What a rank finds."""
     found: dict[str, Any] = {}
-    if ranks > 1:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    with verifying_less({}, broken=False):
-        if ranks == 2:
-            found = on_two_ranks(folder)
-        if ranks == 4:
-            step = compiled({"dp": 2, "ep": 2}, zero=3)
-            found = {"losses": trained(step, range(STEPS), dist.get_rank() // 2), "parameters": parameters(step)}
-        if ranks in (1, 4) and library:
-            found["memory"] = measured({"ep": 4} if ranks == 4 else None, library)
-    everyone: list[Any] = [found]
-    if ranks > 1:
-        everyone = [None] * ranks
-        dist.all_gather_object(everyone, found)
-    if ranks == 1 or dist.get_rank() == 0:
-        path.write_text(json.dumps(everyone))
-    if ranks > 1:
-        dist.destroy_process_group()
+    if ranks == 2:
+        found = on_two_ranks(folder)
+    if ranks == 4:
+        step = compiled({"dp": 2, "ep": 2}, zero=3)
+        found = {"losses": trained(step, range(STEPS), dist.get_rank() // 2), "parameters": parameters(step)}
+    if ranks in (1, 4) and library:
+        found["memory"] = measured({"ep": 4} if ranks == 4 else None, library)
+    return found
 
 
 # ---- tests
@@ -157,7 +143,7 @@ def found(folder: Path) -> dict[int, Any]:
     assert Path(free_network_file(folder)) == folder / MACHINE
     out = {}
     for ranks in (1, 2, 4):
-        args = (str(library or ""), str(folder / "checkpoint"), str(ranks))
+        args = (str(library or ""), str(folder / "checkpoint"))
         module = "tests.numerics.test_expert_parallel"
         out[ranks] = launch_for_results(module, folder, *args, ranks=ranks, timeout_s=TIMEOUT_S)
     return out
@@ -223,4 +209,4 @@ def test_memory_falls_as_predicted(found: dict[int, Any]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    write_findings(Path(sys.argv[1]), lambda ranks: findings(ranks, *sys.argv[2:]))

@@ -3,16 +3,12 @@
 Run as a module, this file is what each rank does.
 """
 
-import json
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import fxzero
@@ -20,7 +16,7 @@ from fxzero.cost.memory import highest_profile
 from fxzero.graph import collectives as c10d
 from tests.hf.models import CASES, VOCAB
 from tests.numerics.allocations import Counter, build_counter
-from tests.numerics.sparing import verifying_less
+from tests.numerics.findings import write_findings
 from tests.numerics.worker import launch_for_results
 from tests.sharding.machines import without_latencies_file
 
@@ -66,7 +62,7 @@ def trained(ranks: int, form: str, hardware: str, counter: Counter | None) -> di
         return run(ranks, form, hardware)
     with counter.account() as account:
         found = run(ranks, form, hardware)
-    return found | {"measured": account.peaks[-1]}
+    return found | {"measured": account.later_peak}
 
 
 def run(ranks: int, form: str, hardware: str) -> dict[str, Any]:
@@ -79,22 +75,10 @@ def run(ranks: int, form: str, hardware: str) -> dict[str, Any]:
     return {"losses": losses, "parameters": parameters, "shifts": shifts, "predicted": predicted}
 
 
-def main(path: Path, hardware: str, library: str) -> None:
-    """One rank; rank 0 writes what all have found."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+def findings(ranks: int, hardware: str, library: str) -> dict[str, Any]:
+    """What a rank finds, by form."""
     counter = Counter(library) if library else None
-    with verifying_less({}, broken=False):
-        found = {form: trained(ranks, form, hardware, counter) for form in ASKED[ranks]}
-    everyone: list[Any] = [found]
-    if ranks > 1:
-        everyone = [None] * ranks
-        dist.all_gather_object(everyone, found)
-    if ranks == 1 or dist.get_rank() == 0:
-        path.write_text(json.dumps(everyone))
-    if ranks > 1:
-        dist.destroy_process_group()
+    return {form: trained(ranks, form, hardware, counter) for form in ASKED[ranks]}
 
 
 # ---- tests
@@ -158,4 +142,4 @@ def test_peaks_of_each_form_are_as_predicted_and_a_ring_has_less_than_gathered_k
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    write_findings(Path(sys.argv[1]), lambda ranks: findings(ranks, *sys.argv[2:]))

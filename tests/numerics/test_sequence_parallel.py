@@ -3,10 +3,7 @@
 Run as a module, this file is what each rank does.
 """
 
-import json
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ from fxzero.graph import StepGraph
 from fxzero.graph import collectives as c10d
 from fxzero.graph.axis_placement import placement_of
 from tests.numerics.allocations import Counter, build_counter
-from tests.numerics.sparing import verifying_less
+from tests.numerics.findings import write_findings
 from tests.numerics.worker import launch_for_results
 from tests.sharding.machines import without_latencies_file
 
@@ -109,7 +106,7 @@ def measured(mesh: dict[str, int] | None, hardware: str, library: str) -> dict[s
             step(*batch(number, 0))
     profile = highest_profile(step.graphs)[1]
     split = split_tokens(step.graphs[0]) if mesh else 0.0
-    return {"predicted": profile.peak_bytes, "measured": account.peaks[-1], "split": split}
+    return {"predicted": profile.peak_bytes, "measured": account.later_peak, "split": split}
 
 
 def other_batch(hardware: str) -> str:
@@ -121,27 +118,16 @@ def other_batch(hardware: str) -> str:
     return ""
 
 
-def main(path: Path, hardware: str, library: str) -> None:
-    """One rank; rank 0 writes what all have found."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+def findings(ranks: int, hardware: str, library: str) -> dict[str, Any]:
+    """What a rank finds."""
     found: dict[str, Any] = {}
-    if ranks > 1:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    with verifying_less({}, broken=False):
-        if ranks == 2:
-            found = {"trained": trained({"sp": 2}, hardware), "other batch": other_batch(hardware)}
-        if ranks == 4:
-            found = {"trained": trained({"dp": 2, "sp": 2}, hardware, zero=3)}
-        if ranks in (1, 4) and library:
-            found["memory"] = measured({"sp": 4} if ranks == 4 else None, hardware, library)
-    everyone: list[Any] = [found]
-    if ranks > 1:
-        everyone = [None] * ranks
-        dist.all_gather_object(everyone, found)
-    if ranks == 1 or dist.get_rank() == 0:
-        path.write_text(json.dumps(everyone))
-    if ranks > 1:
-        dist.destroy_process_group()
+    if ranks == 2:
+        found = {"trained": trained({"sp": 2}, hardware), "other batch": other_batch(hardware)}
+    if ranks == 4:
+        found = {"trained": trained({"dp": 2, "sp": 2}, hardware, zero=3)}
+    if ranks in (1, 4) and library:
+        found["memory"] = measured({"sp": 4} if ranks == 4 else None, hardware, library)
+    return found
 
 
 # ---- tests
@@ -215,4 +201,4 @@ def test_what_keeps_rows_of_gradients_is_refused_beside_sp(how: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    write_findings(Path(sys.argv[1]), lambda ranks: findings(ranks, *sys.argv[2:]))

@@ -179,7 +179,7 @@ def machine() -> str:
 
 
 def split_llama(
-    mesh: dict[str, int], *, rows: int, case: HFCase = CASES["llama"]
+    mesh: dict[str, int], *, rows: int, case: HFCase = CASES["llama"], **keys: Any
 ) -> tuple[StepGraph, Called, tuple[torch.Tensor, ...]]:
     """A step of a Llama, split over sp and tp where there is nothing to pay for messages; its model and batch."""
     torch.manual_seed(0)
@@ -187,7 +187,7 @@ def split_llama(
     batch: Batch = model.case.batch(torch.Generator().manual_seed(0))
     values = tuple(batch[name][:rows] for name in model.names)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    step = compile_for(model, optimizer, values, Plan(mesh={"dp": 1, **mesh}, hardware=machine()))
+    step = compile_for(model, optimizer, values, Plan(mesh={"dp": 1, **mesh}, hardware=machine(), **keys))
     return step, model, values
 
 
