@@ -123,8 +123,10 @@ class Problem:
     def _step_seconds(self, value: Value, before: Placement, after: Placement) -> float:
         done = conversion(before, after)
         assert done is not None
-        algorithm, num = ALGORITHMS[done], value.itemsize * math.prod(value.shape)
-        travels = 0.0 if algorithm is None else message_seconds(algorithm, num, self.layout, self.hardware)
+        algorithm, size = ALGORITHMS[done], value.itemsize * math.prod(value.shape)
+        if algorithm == "all_to_all":  # each rank has parts of its own part for the others
+            size //= self.ranks
+        travels = 0.0 if algorithm is None else message_seconds(algorithm, size, self.layout, self.hardware)
         copied = copied_bytes(value.shape, value.itemsize, before, after, self.ranks)
         kept = self.kept_bytes(value, after) if value.is_kept_as_made else 0.0
         return travels + (2 * copied + kept) / self.hardware.memory_bytes_s + self.hardware.op_overhead_s

@@ -12,15 +12,19 @@ from torch import nn
 
 from fxzero.capture import Inventory, capture_step
 from fxzero.capture.rehearsal import rehearse
-from fxzero.cost.communication import message_seconds
+from fxzero.cost.communication import collective_seconds, layout_of, message_seconds
 from fxzero.cost.compute import compute_seconds
 from fxzero.cost.hardware import Hardware, Link, known_hardware
 from fxzero.graph import StepGraph
-from fxzero.graph.axis_placement import REPLICATED, shard
+from fxzero.graph import collectives as c10d
+from fxzero.graph.axis_placement import REPLICATED, Placement, partial, shard
+from fxzero.graph.edit import Editor, coordinate
 from fxzero.sharding.attention import is_attention
-from fxzero.sharding.problem import Problem, problem_of
+from fxzero.sharding.conversions import Axis, convert, route
+from fxzero.sharding.problem import Problem, Value, problem_of
 from fxzero.sharding.rules import Rules
 from fxzero.sharding.strategy import Message, Strategy
+from tests.sharding.test_conversions import AXIS, one_value
 
 RANKS, TOKENS = 4, 4096
 RING = shard(2)
@@ -97,3 +101,29 @@ def test_what_is_made_for_forward_and_read_in_backward_costs_its_memory() -> Non
             more_s = problem.conversion_seconds(value, RING, after) - problem.conversion_seconds(plain, RING, after)
             assert more_s == pytest.approx(value.kept / part / problem.hardware.memory_bytes_s)
     assert not any(value.is_kept_as_made for value in problem.values if not value.kept)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (shard(0), REPLICATED),
+        (shard(0), shard(1)),
+        (shard(1), shard(0)),
+        (shard(0), shard(0, 2)),
+        (partial(), shard(0)),
+        (partial(), REPLICATED),
+    ],
+    ids=str,
+)
+def test_a_conversion_costs_what_the_collectives_do_that_make_it(before: Placement, after: Placement) -> None:
+    shape, hardware = (4096, 1024), dataclasses.replace(known_hardware("h100"), memory_bytes_s=1e30, op_overhead_s=0.0)
+    step, node = one_value(torch.empty(shape, device="meta"), before, ranks=RANKS)
+    axis, editor, made, lies = Axis(AXIS, RANKS, coordinate(step, AXIS)), Editor(step, phase="forward"), node, before
+    with editor.before(step.output):
+        for following in route(shape, before, after, RANKS):
+            made, lies = convert(editor, made, shape, lies, following, axis), following
+    launches = list(filter(c10d.is_collective, step.calls()))
+    expected = sum(collective_seconds(launch, step.mesh, hardware) for launch in launches)
+    problem = Problem(RANKS, layout_of(AXIS, step.mesh, hardware.ranks_per_node), hardware)
+    found = problem.conversion_seconds(Value(0, 0, shape, 4, 0, ()), before, after)
+    assert launches and found == pytest.approx(expected)
