@@ -52,7 +52,7 @@ def blocks_of(answer: Answer) -> dict[str, set[Placement]]:
 
 
 def test_a_fused_product_is_split_by_heads() -> None:
-    found = blocks_of(solve(problem_of(gpt2_step(1), "tp", Rules(8), known_hardware("h100"))))
+    found = blocks_of(solve(problem_of(gpt2_step(1, tokens=4096), "tp", Rules(8), known_hardware("h100"))))
     assert found["aten.addmm.default"] == {shard(0, 3), shard(1, 3)}, "bias and weight of three projections in one"
     assert found["aten.split.Tensor"] == {shard(2, 3)}
 

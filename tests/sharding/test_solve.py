@@ -101,9 +101,9 @@ def otherwise(answer: Answer, count: int, drawn: random.Random) -> Chosen:
 
 def of_tokens() -> Problem:
     """That of a long row over sp, whose relaxation is in parts."""
-    step = step_on(2, tp=4, tokens=32768)
+    step = step_on(1, tp=16, tokens=8192)
     pin(step, {node.meta["entry"].name: REPLICATED for node in step.inputs("parameter")})
-    return problem_of(step, "tp", Rules(4), known_hardware("h100"))
+    return problem_of(step, "tp", Rules(16), known_hardware("h100"))
 
 
 def test_rows_for_readers_of_what_is_in_parts_leave_no_gap() -> None:
