@@ -35,6 +35,7 @@ from fxzero.sharding.rules import Rules
 from fxzero.sharding.solve import solve
 from fxzero.sharding.strategy import Call, Local, Strategy
 from fxzero.sharding.told import told
+from fxzero.sharding.whole import done_whole
 
 
 @graph_pass(
@@ -74,19 +75,20 @@ def split_tensors(
     """
     machine = hardware_of(step, backend=backend, named=hardware)
     if parameters != "any":
-        whole = {node.meta["entry"].name: REPLICATED for node in step.inputs("parameter")}
-        pin(step, whole | (experts_over(step, axis) if parameters == "experts" else {}), axis=axis)
+        plain = {node.meta["entry"].name: REPLICATED for node in step.inputs("parameter")}
+        pin(step, plain | (experts_over(step, axis) if parameters == "experts" else {}), axis=axis)
     rules = Rules(step.mesh[axis], head_blocks=head_blocks, attention=attention)
     if attention != "auto" and rules.ranks > 1:
         check_attention(step, axis, rules)
     if parameters == "experts":
         rules.routing = Routing.of(step, rules.of, ranks=rules.ranks, factor=expert_room or 0.0)
     answer = solve(problem_of(step, axis, rules, machine))
+    whole = done_whole(step, answer)
     if strict:
         refuse_unknown(step, rules)
-        refuse_undivided(step, answer, axis)
+        refuse_undivided(whole, axis, rules.ranks)
     before = [step.remarks["split_tensors"]] if "split_tensors" in step.remarks else []
-    step.remarks["split_tensors"] = "\n".join([*before, told(step, axis, answer, rules)])
+    step.remarks["split_tensors"] = "\n".join([*before, told(step, axis, answer, rules, whole)])
     ways = {node: answer.strategy(node) for node in answer.problem.of_node}
     edits = rewrite(step, axis=axis, ways=ways, routing=rules.routing)
     return edits + (0 if expert_room is None else check_rooms(step, axis))

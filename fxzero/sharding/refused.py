@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx
 
 from fxzero.errors import PlanError
 from fxzero.graph import StepGraph
 from fxzero.sharding.attention import is_attention
 from fxzero.sharding.rules import Rules
-from fxzero.sharding.solve import Answer
 from fxzero.sharding.taken import tensors_taken
-from fxzero.sharding.whole import done_whole
+from fxzero.sharding.whole import Whole
 
 _MOST_RANKS = 64  # of an axis, that an error names
 
@@ -67,23 +68,23 @@ def refuse_unknown(step: StepGraph, rules: Rules) -> None:
     )
 
 
-def refuse_undivided(step: StepGraph, answer: Answer, axis: str) -> None:
+def refuse_undivided(all_whole: Sequence[Whole], axis: str, ranks: int) -> None:
     """No call that takes time is done whole by every rank because of its sizes.
 
     Args:
-        step: as captured.
-        answer: for the axis.
+        all_whole: what every rank does whole, longest first.
         axis: of the mesh.
+        ranks: on it.
 
     Raises:
         PlanError: naming the one that takes most, and sizes that would do.
     """
-    found = next((whole for whole in done_whole(step, answer) if whole.sizes), None)
+    found = next((whole for whole in all_whole if whole.sizes), None)
     if found is None:
         return
     raise PlanError.of(
         "Plan.tp_strict",
-        expected=f"sizes that {axis}={answer.problem.ranks} divides, of all that takes time",
+        expected=f"sizes that {axis}={ranks} divides, of all that takes time",
         got=str(found),
         fix=f"change {axis} or the model's sizes to one of these, or leave tp_strict out",
     )

@@ -27,6 +27,7 @@ from fxzero.graph.axis_placement import REPLICATED, Placement, partial, routed, 
 from fxzero.graph.routing_ops import keep_rows
 from fxzero.graph.step_graph import ancestors, is_getitem, yields_tensor
 from fxzero.sharding.strategy import Local, Strategy
+from fxzero.sharding.taken import tensors_taken
 
 aten = torch.ops.aten
 
@@ -80,7 +81,7 @@ class Routing:
         That is which of its tensors are routed, alike or not, and whether it adds to zeros.
         """
         all_ends = list(dict.fromkeys(self.number))
-        tensors = [*_taken(node), *(source for source in _yielded(node) if source is not None)]
+        tensors = [*tensors_taken(node), *(source for source in _yielded(node) if source is not None)]
         dims = [[self.ends.get((tensor, dim)) for dim in range(tensor.meta["val"].dim())] for tensor in tensors]
         known = [ends for of_tensor in dims for ends in of_tensor if ends is not None]
         first = {ends: known.index(ends) for ends in all_ends if ends in known}
@@ -125,7 +126,7 @@ class Routing:
         all_ends = {self.ends.get(each) for each in rows}
         if not rows or len(all_ends) != 1 or None in all_ends:
             return None
-        taken = zip(_taken(node), strategy.inputs, strict=True)
+        taken = zip(tensors_taken(node), strategy.inputs, strict=True)
         yielded = zip(_yielded(node), strategy.outputs, strict=True)
         inputs = tuple(self.lies(tensor, lies.dim) if lies.is_shard else lies for tensor, lies in taken)
         outputs = tuple(self.lies(t, lies.dim) if t and lies and lies.is_shard else lies for t, lies in yielded)
@@ -149,7 +150,7 @@ class Routing:
                 return of_ends
             return of_rows[tensor] if tensor in of_rows else shard(0)  # type: ignore[index]
 
-        inputs, outputs = tuple(map(lies, _taken(node))), tuple(map(lies, _yielded(node)))
+        inputs, outputs = tuple(map(lies, tensors_taken(node))), tuple(map(lies, _yielded(node)))
         yield Strategy(inputs, outputs, share=1 / self.ranks)
 
     def _adding_up(self, node: fx.Node) -> Iterator[Strategy]:
@@ -232,19 +233,15 @@ def _calls_around(tensor: fx.Node) -> Iterator[fx.Node]:
 
 def _rows_of(node: fx.Node, strategy: Strategy) -> Iterator[Rows]:
     """The rows that a call's way splits, where it makes each row of the same row; none where it does not."""
-    placed = [*zip(_taken(node), strategy.inputs, strict=True), *zip(_yielded(node), strategy.outputs, strict=True)]
+    placed = [
+        *zip(tensors_taken(node), strategy.inputs, strict=True),
+        *zip(_yielded(node), strategy.outputs, strict=True),
+    ]
     split = [(tensor, lies.dim) for tensor, lies in placed if tensor is not None and lies is not None and lies.is_shard]
     plain = all(lies is None or lies == REPLICATED or (lies.is_shard and lies.blocks == 1) for _, lies in placed)
     sizes = {tensor.meta["val"].shape[dim] for tensor, dim in split}
     if strategy.form is None and not strategy.messages and plain and len(sizes) == 1:
         yield from split
-
-
-def _taken(node: fx.Node) -> list[fx.Node]:
-    """The nodes of all tensors that a call takes, in the order of its arguments."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), lambda source: found.append(source) if yields_tensor(source) else None)
-    return found
 
 
 def _yielded(node: fx.Node) -> list[fx.Node | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from fxzero.cost.compute import compute_seconds
 from fxzero.cost.hardware import Hardware
@@ -12,12 +13,12 @@ from fxzero.graph.step_graph import num_bytes
 from fxzero.graph.text import size_text
 from fxzero.sharding.rules import Rules
 from fxzero.sharding.solve import Answer
-from fxzero.sharding.whole import done_whole
+from fxzero.sharding.whole import Whole
 
 _MOST_LINES = 40
 
 
-def told(step: StepGraph, axis: str, answer: Answer, rules: Rules) -> str:
+def told(step: StepGraph, axis: str, answer: Answer, rules: Rules, all_whole: Sequence[Whole]) -> str:
     """The cost of an answer beside its bound, how parameters lie, equal blocks as one line, and what is not split.
 
     Args:
@@ -25,6 +26,7 @@ def told(step: StepGraph, axis: str, answer: Answer, rules: Rules) -> str:
         axis: the mesh axis.
         answer: for that axis.
         rules: that were asked.
+        all_whole: what every rank does whole, longest first.
     """
     hardware = answer.problem.hardware
     lines = [
@@ -44,7 +46,7 @@ def told(step: StepGraph, axis: str, answer: Answer, rules: Rules) -> str:
         lines.append(f"  {lie:5} {name} {shape}{f' x{count}' if count > 1 else ''}")
     if len(lies) > _MOST_LINES:
         lines.append(f"  .. and {len(lies) - _MOST_LINES} more; the graph's text has all")
-    lines += [f"  {line}" for line in done_whole(step, answer)]
+    lines += [f"  {line}" for line in all_whole]
     unknown = _unknown(step, rules, hardware)
     lines += [f"  no rule for {op}: every rank does all of it ({text})" for op, text in unknown.items()]
     return "\n".join(lines)
