@@ -157,7 +157,7 @@ def _cut_gather(step: StepGraph, pair: GatheredProducts, count: int) -> None:
     for number, launch in enumerate(launches):
         with _editor(step, pair.wait).before(first) as editor:
             pieces.append(editor.call(c10d.wait, launch, name=f"{pair.wait.name}_piece_{number}"))
-            factor = _viewed(editor, pieces[-1], [piece.total, _width(pieces[-1])])
+            factor = editor.viewed(pieces[-1], [piece.total, _width(pieces[-1])])
         for product in products:
             with _editor(step, product).before(first) as editor:
                 made[product].append(_piece_of(editor, product, factor, number))
@@ -175,11 +175,11 @@ def _gather_pieces(step: StepGraph, pair: GatheredProducts, count: int, piece: R
     with _editor(step, pair.launch).before(pair.launch) as editor:
         source, rows = first_argument(pair.launch), pair.rows
         width = _width(source)
-        part = _viewed(editor, source, [rows.lead, rows.span, width])
+        part = editor.viewed(source, [rows.lead, rows.span, width])
         size = (piece.lead, piece.span)[dim]
         for number in range(count):
             own = editor.call(aten.slice.Tensor, part, dim, number * size, (number + 1) * size)
-            own = _viewed(editor, editor.contiguous(own), [piece.of_a_rank, width])
+            own = editor.viewed(editor.contiguous(own), [piece.of_a_rank, width])
             name = f"{pair.launch.name}_piece_{number}"
             launches.append(editor.call(c10d.all_gather, own, *pair.launch.args[1:], name=name))
             told = f"piece {number + 1} of {count}: the products of one beside the next"
@@ -242,7 +242,7 @@ def _joined(editor: Editor, pieces: list[fx.Node], piece: Rows, dim: int) -> fx.
     """The rows of all pieces in the order of one device: [lead, ranks, span, width]."""
     parts = []
     for made in pieces:
-        part = _viewed(editor, made, [piece.ranks, piece.lead, piece.span, _width(made)])
+        part = editor.viewed(made, [piece.ranks, piece.lead, piece.span, _width(made)])
         parts.append(editor.call(aten.permute.default, part, [1, 0, 2, 3]))
     return editor.contiguous(editor.call(aten.cat.default, parts, 2 * dim))
 
@@ -287,7 +287,7 @@ def _cut_scatter(step: StepGraph, pair: ScatteredProducts, count: int) -> None:
     for number in range(count):
         with _editor(step, pair.launch).before(pair.launch) as editor:
             summed = _Sum(editor, pair, piece, dim, number).of(pair.root)
-            sent = _viewed(editor, editor.contiguous(summed), [piece.total, width])
+            sent = editor.viewed(editor.contiguous(summed), [piece.total, width])
             name = f"{pair.launch.name}_piece_{number}"
             launches.append(editor.call(c10d.reduce_scatter, sent, *pair.launch.args[1:], name=name))
             told = f"piece {number + 1} of {count}: one beside the products of the next"
@@ -297,7 +297,7 @@ def _cut_scatter(step: StepGraph, pair: ScatteredProducts, count: int) -> None:
             editor.call(c10d.wait, launch, name=f"{pair.wait.name}_piece_{n}") for n, launch in enumerate(launches)
         ]
         shape = [piece.lead, piece.span, width]
-        parts = [_viewed(editor, wait, shape) for wait in waits]
+        parts = [editor.viewed(wait, shape) for wait in waits]
         _stand_for(editor, pair.wait, editor.call(aten.cat.default, parts, dim), count)
     erase_dead(step)
 
@@ -330,21 +330,16 @@ class _Sum:
         if factor not in self.selected:
             rows, piece, editor = self.pair.rows, self.piece, self.editor
             width, size = _width(factor), (piece.lead, piece.span)[self.dim]
-            own = _viewed(editor, factor, [rows.lead, rows.ranks, rows.span, width])
+            own = editor.viewed(factor, [rows.lead, rows.ranks, rows.span, width])
             begin = self.number * size
             own = editor.call(aten.slice.Tensor, own, 2 * self.dim, begin, begin + size)
             own = editor.contiguous(editor.call(aten.permute.default, own, [1, 0, 2, 3]))
-            self.selected[factor] = _viewed(editor, own, [piece.total, width])
+            self.selected[factor] = editor.viewed(own, [piece.total, width])
         return self.selected[factor]
 
 
 def _editor(step: StepGraph, like: fx.Node) -> Editor:
     return Editor(step, phase=like.meta["phase"], module=like.meta["module"], param=like.meta.get("param"))
-
-
-def _viewed(editor: Editor, node: fx.Node, shape: list[int]) -> fx.Node:
-    """A tensor in this shape, without a call where it has it."""
-    return node if list(tensor_val(node).shape) == shape else editor.call(aten.view.default, node, shape)
 
 
 def _width(node: fx.Node) -> int:

@@ -184,6 +184,10 @@ class Editor:
         inner = self.contiguous(self.call(aten.permute.default, node, order))
         return self.call(aten.permute.default, inner, [order.index(dim) for dim in range(len(order))])
 
+    def viewed(self, node: fx.Node, shape: list[int]) -> fx.Node:
+        """A tensor in this shape, without a call where it has it."""
+        return node if list(node.meta["val"].shape) == shape else self.call(aten.view.default, node, shape)
+
     def contiguous(self, node: fx.Node) -> fx.Node:
         """The node, or a contiguous copy where it is strided otherwise (collectives need it)."""
         if node.meta["val"].is_contiguous():

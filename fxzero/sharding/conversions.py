@@ -271,5 +271,4 @@ def _from_front(
 
 def _viewed(editor: Editor, value: fx.Node, shape: list[int]) -> fx.Node:
     """A contiguous tensor of this shape with these elements, copied where there is no other way."""
-    value = editor.contiguous(value)
-    return value if list(value.meta["val"].shape) == shape else editor.call(aten.view.default, value, shape)
+    return editor.viewed(editor.contiguous(value), shape)
